@@ -1,0 +1,253 @@
+"""Frozen configurations. They validate themselves; nothing here imports anything heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from sdt_deploy.errors import ConfigError
+
+Activation = Literal["relu", "gelu"]
+NormPlacement = Literal["pre", "post"]
+Context = Literal["active", "all"]
+ProbeKind = Literal["linear", "none"]
+HeadKind = Literal["hidden", "lm", "embedding", "classify"]
+Pooling = Literal["mean", "cls"]
+Precision = Literal["float32"]
+Target = Literal["onnxruntime"]
+
+OPSETS: Mapping[str, int] = {"onnxruntime": 18}
+"""ONNX opset of the exported graphs, per target."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_choice(name: str, value: object, literal: Any) -> None:
+    _check(
+        value in get_args(literal),
+        f"{name} must be one of {', '.join(map(repr, get_args(literal)))}, not {value!r}",
+    )
+
+
+def _check_positive(name: str, value: object) -> None:
+    _check(
+        isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        f"{name} must be a positive integer, not {value!r}",
+    )
+
+
+def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
+    """Check that ``thresholds`` are ``n_layers`` finite, nondecreasing numbers.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    _check(
+        len(thresholds) == n_layers,
+        f"thresholds: one per layer is needed, {n_layers} in all, {len(thresholds)} were given",
+    )
+    for i, value in enumerate(thresholds):
+        _check(
+            isinstance(value, (int, float)) and math.isfinite(value),
+            f"thresholds[{i}] must be a finite number, not {value!r}",
+        )
+    for i, (low, high) in enumerate(zip(thresholds, thresholds[1:], strict=False)):
+        _check(
+            low <= high,
+            f"thresholds must not fall, or the sets of active tokens would not be nested: "
+            f"thresholds[{i}] = {low} > thresholds[{i + 1}] = {high}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """What is computed from the last hidden states."""
+
+    kind: HeadKind = "hidden"
+    """``hidden``: the states themselves. ``lm``: logits per token. ``embedding``: one vector per
+    sequence. ``classify``: logits per sequence."""
+    pooling: Pooling | None = None
+    """How a sequence becomes one vector (``embedding`` and ``classify`` only)."""
+    normalize: bool = False
+    """Scale embeddings to unit L2 norm (``embedding`` only)."""
+    n_classes: int | None = None
+    """Number of classes (``classify`` only)."""
+    dense_tanh: bool = False
+    """A linear layer and a tanh before the classifier, as BERT has them (``classify`` only)."""
+    bias: bool = True
+    """Whether the output projection has a bias (``lm`` and ``classify`` only)."""
+
+    def __post_init__(self) -> None:
+        _check_choice("head.kind", self.kind, HeadKind)
+        if self.per_sequence:
+            _check_choice("head.pooling", self.pooling, Pooling)
+        else:
+            _check(self.pooling is None, f"head.pooling has no meaning for head {self.kind!r}")
+        _check(
+            not self.normalize or self.kind == "embedding",
+            f"head.normalize has no meaning for head {self.kind!r}",
+        )
+        if self.kind == "classify":
+            _check_positive("head.n_classes", self.n_classes)
+        else:
+            _check(
+                self.n_classes is None and not self.dense_tanh,
+                f"head.n_classes and head.dense_tanh have no meaning for head {self.kind!r}",
+            )
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether there is one output row per sequence rather than one per token."""
+        return self.kind in ("embedding", "classify")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything about a depth-sparse transformer except its weights."""
+
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    n_layers: int
+    d_ff: int
+    max_positions: int
+    """The longest sequence, in tokens."""
+    position_offset: int = 0
+    """Row of the position table that holds the first position (RoBERTa: 2)."""
+    n_token_types: int = 0
+    """Size of the token type table; 0: there is none."""
+    activation: Activation = "gelu"
+    norm_placement: NormPlacement = "pre"
+    embedding_norm: bool = False
+    """LayerNorm on the embedded input."""
+    final_norm: bool = True
+    """LayerNorm on the last states of all tokens."""
+    eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
+    context: Context = "all"
+    """Which tokens the active ones see: ``active`` (each other) or ``all`` (finished ones too)."""
+    probe: ProbeKind = "linear"
+    """``linear``: score = sigmoid(probe(embedding)). ``none``: a dense model, every score is 1."""
+    thresholds: tuple[float, ...] = ()
+    """Layer ``i`` runs for tokens with ``score > thresholds[i]``. Empty: ``i / n_layers``."""
+    pinned_token_ids: tuple[int, ...] = ()
+    """Tokens that always pass through all layers; their score is 1."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "max_positions"):
+            _check_positive(name, getattr(self, name))
+        for name in ("position_offset", "n_token_types"):
+            value = getattr(self, name)
+            _check(
+                isinstance(value, int) and value >= 0,
+                f"{name} must be a non-negative integer, not {value!r}",
+            )
+        _check(
+            self.d_model % self.n_heads == 0,
+            f"d_model must be a multiple of n_heads: {self.d_model} is none of {self.n_heads}",
+        )
+        _check_choice("activation", self.activation, Activation)
+        _check_choice("norm_placement", self.norm_placement, NormPlacement)
+        _check_choice("context", self.context, Context)
+        _check_choice("probe", self.probe, ProbeKind)
+        _check(
+            isinstance(self.eps, float) and 0.0 < self.eps < 1.0,
+            f"eps must lie between 0 and 1, not {self.eps!r}",
+        )
+        if not self.thresholds:
+            even = tuple(i / self.n_layers for i in range(self.n_layers))
+            object.__setattr__(self, "thresholds", even)
+        check_thresholds(self.thresholds, self.n_layers)
+        _check(
+            0.0 <= self.thresholds[0] and self.thresholds[-1] < 1.0,
+            "thresholds must be at least 0 and below 1, the score of pinned tokens; "
+            f"given: {self.thresholds}",
+        )
+        for token_id in self.pinned_token_ids:
+            _check(
+                isinstance(token_id, int) and 0 <= token_id < self.vocab_size,
+                f"pinned_token_ids must lie in the vocabulary of {self.vocab_size}: {token_id!r}",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def output_width(self) -> int:
+        """Length of one output row."""
+        widths = {"lm": self.vocab_size, "classify": self.head.n_classes}
+        return widths.get(self.head.kind) or self.d_model
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with ``changes``, validated anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild a config from :meth:`to_dict`.
+
+        Raises:
+            ConfigError: on unknown or missing keys, wrong types or values out of range.
+        """
+        head = _plain(HeadConfig, "head", data.get("head", {}))
+        values = _plain(cls, "model config", data)
+        for name in ("thresholds", "pinned_token_ids"):
+            if name in values:
+                _check(
+                    isinstance(values[name], (list, tuple)),
+                    f"{name} must be a list, not {values[name]!r}",
+                )
+                values[name] = tuple(values[name])
+        try:
+            return cls(**{**values, "head": HeadConfig(**head)})
+        except TypeError as error:
+            raise ConfigError(f"model config: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """How a model is cut into graphs."""
+
+    layers_per_stage: int = 1
+    """Consecutive layers in one stage graph."""
+    precision: Precision = "float32"
+    target: Target = "onnxruntime"
+    """Decides the opset, see :data:`OPSETS`."""
+
+    def __post_init__(self) -> None:
+        _check_positive("layers_per_stage", self.layers_per_stage)
+        _check_choice("precision", self.precision, Precision)
+        _check_choice("target", self.target, Target)
+
+    @property
+    def opset(self) -> int:
+        """ONNX opset of every graph."""
+        return OPSETS[self.target]
+
+    def stage_layers(self, n_layers: int) -> tuple[tuple[int, int], ...]:
+        """Return ``(first layer, one past the last)`` of every stage."""
+        size = self.layers_per_stage
+        return tuple((i, min(i + size, n_layers)) for i in range(0, n_layers, size))
+
+
+def _plain(cls: type, what: str, data: object) -> dict[str, Any]:
+    """Check that ``data`` is a mapping whose keys are fields of ``cls``."""
+    _check(isinstance(data, Mapping), f"{what} must be an object, not {type(data).__name__}")
+    assert isinstance(data, Mapping)
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(map(str, set(data) - known))
+    _check(not unknown, f"{what}: unknown keys {', '.join(unknown)}")
+    return dict(data)

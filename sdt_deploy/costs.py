@@ -1,0 +1,70 @@
+"""Operation counts: pure functions, shared by the dispatcher and the benchmark.
+
+Counted are the matrix products, two operations per multiply-add; norms, activations, softmax and
+gathers are left out on both sides. Padding is counted only where it is given in the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sdt_deploy.config import ModelConfig
+
+
+def layer_flops(config: ModelConfig, *, n_active: int, n_context: int, n_pairs: float) -> float:
+    """Operations of one layer.
+
+    Args:
+        config: the model.
+        n_active: rows with queries, attention output and feed-forward.
+        n_context: rows with keys and values.
+        n_pairs: query–key pairs.
+    """
+    d = config.d_model
+    per_active = 4 * d * d + 4 * d * config.d_ff
+    return n_active * per_active + n_context * 4 * d * d + n_pairs * 4 * d
+
+
+def ends_flops(config: ModelConfig, *, n_tokens: int, batch: int) -> float:
+    """Operations of scoring and head."""
+    d = config.d_model
+    rows = batch if config.head.per_sequence else n_tokens
+    head = 2 * d * config.output_width if config.head.kind in ("lm", "classify") else 0
+    dense = 2 * d * d if config.head.dense_tanh else 0
+    score = 2 * d if config.probe == "linear" else 0
+    return rows * (head + dense) + n_tokens * score
+
+
+def dense_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
+    """Operations of every token through every layer; give padded lengths to count padding."""
+    lengths = list(lengths)
+    n_tokens = sum(lengths)
+    n_pairs = sum(length * length for length in lengths)
+    layer = layer_flops(config, n_active=n_tokens, n_context=n_tokens, n_pairs=n_pairs)
+    return config.n_layers * layer + ends_flops(config, n_tokens=n_tokens, batch=len(lengths))
+
+
+def sparse_flops(
+    config: ModelConfig, lengths: Iterable[int], active: Iterable[Iterable[int]]
+) -> float:
+    """Operations that the sparse function needs.
+
+    Args:
+        config: the model.
+        lengths: tokens of each sequence.
+        active: for every layer, the active tokens of each sequence.
+    """
+    lengths = list(lengths)
+    total = ends_flops(config, n_tokens=sum(lengths), batch=len(lengths))
+    for counts in active:
+        counts = list(counts)
+        seen = counts
+        if config.context == "all":
+            seen = [n if count else 0 for n, count in zip(lengths, counts, strict=True)]
+        total += layer_flops(
+            config,
+            n_active=sum(counts),
+            n_context=sum(seen),
+            n_pairs=sum(q * k for q, k in zip(counts, seen, strict=True)),
+        )
+    return total

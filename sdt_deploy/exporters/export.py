@@ -1,0 +1,165 @@
+"""A model becomes a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from sdt_deploy.bundle import (
+    REFERENCE,
+    SAMPLE,
+    TOKENIZER,
+    WEIGHTS,
+    GraphSpec,
+    Manifest,
+    list_files,
+    write_manifest,
+)
+from sdt_deploy.config import ExportConfig
+from sdt_deploy.exporters.onnx import WeightsWriter, graph_hash, parameters_of, save, trace
+from sdt_deploy.exporters.partition import GraphPart, partition
+from sdt_deploy.exporters.verify import assert_dynamic, verify_graph
+from sdt_deploy.files import new_directory
+from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
+from sdt_deploy.model.transformer import SparseDepthTransformer
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done and steps in all."""
+
+
+def export(
+    checkpoint: Checkpoint,
+    target: Path,
+    config: ExportConfig | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Manifest:
+    """Export a model, check every graph against it, and write the bundle whole or not at all.
+
+    Args:
+        checkpoint: the model with its tokenizer and provenance.
+        target: directory to make.
+        config: how to cut the model; default: one layer per stage, float32.
+        overwrite: replace ``target`` if it exists.
+        progress: see :data:`Progress`.
+
+    Raises:
+        ExportError: if a graph cannot be exported.
+        VerificationError: if a graph disagrees with the model.
+        OutputError: if ``target`` exists or cannot be written.
+    """
+    config = config or ExportConfig()
+    model = checkpoint.model.eval()
+    parts = list(partition(model, config))
+    layers = dict(
+        zip(
+            [part.name for part in parts if part.name.startswith("stage-")],
+            config.stage_layers(model.config.n_layers),
+            strict=True,
+        )
+    )
+    with new_directory(target, overwrite=overwrite) as directory:
+        hashes = _write_graphs(parts, directory, config, progress)
+        graphs = {}
+        for i, part in enumerate(parts):
+            progress(f"verify {part.name}", len(parts) + i, 2 * len(parts))
+            path = directory / f"{part.name}.onnx"
+            specs = [*part.module.inputs, *part.module.outputs]
+            assert_dynamic(path, {spec.name: spec.axes for spec in specs})
+            graphs[part.name] = GraphSpec(
+                name=part.name,
+                file=path.name,
+                inputs=part.module.inputs,
+                outputs=part.module.outputs,
+                graph_sha256=hashes[part.name],
+                max_abs_error=verify_graph(path, part.name, layers.get(part.name), model),
+                attention_layout="padded" if part.name in layers else None,
+                layers=layers.get(part.name),
+            )
+        progress("write manifest", 2 * len(parts), 2 * len(parts))
+        np.savez(directory / REFERENCE, **reference_arrays(model, checkpoint.sample))
+        if checkpoint.tokenizer is not None:
+            (directory / TOKENIZER).write_bytes(checkpoint.tokenizer)
+        if checkpoint.sample is not None:
+            sample = checkpoint.sample
+            np.savez(
+                directory / SAMPLE, input_ids=sample.input_ids, cu_seqlens=sample.cu_seqlens
+            )
+        tools = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
+        manifest = Manifest(
+            model=model.config,
+            export=config,
+            graphs=graphs,
+            files=list_files(directory),
+            created_by={"sdt-deploy": version("sdt-deploy"), **tools},
+            provenance=checkpoint.provenance,
+            score_quantiles=checkpoint.score_quantiles,
+            pinned_share=checkpoint.pinned_share,
+        )
+        write_manifest(directory, manifest)
+    return manifest
+
+
+def _write_graphs(
+    parts: list[GraphPart], directory: Path, config: ExportConfig, progress: Progress
+) -> dict[str, str]:
+    """Trace each topology once, write every part's graph and all weights; return graph hashes."""
+    traced: dict[str, onnx.ModelProto] = {}
+    hashes = {}
+    with (directory / WEIGHTS).open("wb") as stream:
+        weights = WeightsWriter(stream, location=WEIGHTS)
+        for i, part in enumerate(parts):
+            progress(f"export {part.name}", i, 2 * len(parts))
+            if part.topology not in traced:
+                traced[part.topology] = trace(part.module, opset=config.opset)
+            proto = weights.fill(traced[part.topology], parameters_of(part.module))
+            hashes[part.name] = graph_hash(proto)
+            save(proto, directory / f"{part.name}.onnx")
+    return hashes
+
+
+REFERENCE_LENGTHS = ((7,), (1, 12, 5), (9, 9))
+
+
+@torch.no_grad()
+def reference_arrays(
+    model: SparseDepthTransformer, sample: TokenSample | None
+) -> dict[str, np.ndarray]:
+    """Make a few batches with the oracle's answers, for use where torch is not installed.
+
+    Keys are ``{case}/{input_ids, cu_seqlens, output, dense_output, scores, depths}``, all packed.
+    The last case holds the first sequences of ``sample``, the others random ids.
+    """
+    config = model.config
+    rng = np.random.default_rng(0)
+    batches = []
+    for lengths in REFERENCE_LENGTHS:
+        cu = np.cumsum([0, *np.minimum(lengths, config.max_positions)], dtype=np.int32)
+        batches.append((rng.integers(0, config.vocab_size, cu[-1], dtype=np.int32), cu))
+    if sample is not None:
+        cu = sample.cu_seqlens[:5]
+        batches.append((sample.input_ids[: cu[-1]], cu))
+    arrays = {}
+    for case, (ids, cu) in enumerate(batches):
+        lengths = np.diff(cu)
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        padded = np.zeros(mask.shape, dtype=np.int64)
+        padded[mask] = ids
+        tokens, present = torch.from_numpy(padded), torch.from_numpy(mask)
+        sparse, dense = model(tokens, present), model.as_dense()(tokens, present)
+        rows = slice(None) if config.head.per_sequence else present
+        answers = {
+            "output": sparse.output[rows],
+            "dense_output": dense.output[rows],
+            "scores": sparse.scores[present],
+            "depths": sparse.depths[present],
+        }
+        arrays |= {f"{case}/input_ids": ids, f"{case}/cu_seqlens": cu}
+        arrays |= {f"{case}/{name}": tensor.numpy() for name, tensor in answers.items()}
+    return arrays

@@ -1,0 +1,151 @@
+"""Transformer layers in packed form: the shared part of every exported graph.
+
+Rows are packed instead of padded, so that linear layers, norms and activations run on exactly the
+rows that are needed. Attention alone needs sequences apart: a :class:`PaddedLayout` spreads rows to
+``[batch, max_seqlen]`` and collects them again.
+
+Three forms are chosen for the kernels they reach (``docs/decisions/002-graph-forms.md``): a matrix
+product has a leading axis of one and its bias is an addition of its own, GELU is written
+``x · (1 + erf(x / √2)) · ½``, and queries, keys and values are three products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdt_deploy.model.blocks import FeedForward, TransformerLayer
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """Where packed rows stand in ``[batch, max_seqlen]``.
+
+    Without indices the rows already are a padded batch, flattened.
+    """
+
+    shape: tuple[int | torch.SymInt, int | torch.SymInt]
+    """``(batch, max_seqlen)``."""
+    gather_index: Tensor | None = None
+    """``[batch, max_seqlen]`` int32, the row at each place; padding holds any valid row."""
+    scatter_index: Tensor | None = None
+    """``[n_tokens]`` int32, the flat place of each row."""
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Lay packed rows ``[n_tokens, width]`` out as ``[batch, max_seqlen, width]``."""
+        if self.gather_index is not None:
+            rows = rows.index_select(0, self.gather_index.reshape(-1))
+        return rows.reshape(*self.shape, rows.shape[-1])
+
+    def collect(self, padded: Tensor) -> Tensor:
+        """Undo :meth:`spread`."""
+        rows = padded.reshape(-1, padded.shape[-1])
+        return rows if self.scatter_index is None else rows.index_select(0, self.scatter_index)
+
+
+def key_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn ``visible [batch, max_seqlen]`` bool into an additive ``[batch, 1, 1, max_seqlen]``.
+
+    Half the smallest number, so that adding a logit cannot overflow to an infinity.
+    """
+    hidden = torch.finfo(dtype).min / 2
+    return torch.where(visible, 0.0, hidden).to(dtype)[:, None, None, :]
+
+
+def within(lengths: Tensor, max_seqlen: int | torch.SymInt) -> Tensor:
+    """Return ``[batch, max_seqlen]`` bool: which places of a padded batch hold a token."""
+    return torch.arange(max_seqlen, dtype=torch.int32)[None, :] < lengths[:, None]
+
+
+class PackedLinear(nn.Module):
+    """``rows @ weight + bias`` with the weight stored as ``[in, out]``."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""
+        product = torch.matmul(rows.unsqueeze(0), self.weight)
+        return (product if self.bias is None else product + self.bias).squeeze(0)
+
+
+class PackedFeedForward(nn.Module):
+    """The feed-forward block over packed rows."""
+
+    def __init__(self, block: FeedForward) -> None:
+        super().__init__()
+        self.activation = block.activation
+        self.up = PackedLinear(block.up)
+        self.down = PackedLinear(block.down)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map ``[n_tokens, d_model]`` to the same shape."""
+        inner = self.up(rows)
+        if self.activation == "relu":
+            return self.down(torch.relu(inner))
+        return self.down(inner * (torch.erf(inner / math.sqrt(2)) + 1.0) * 0.5)
+
+
+class PackedLayer(nn.Module):
+    """One transformer layer over packed rows, with queries and context apart."""
+
+    def __init__(self, layer: TransformerLayer) -> None:
+        super().__init__()
+        attention = layer.attention
+        self.pre_norm = layer.pre_norm
+        self.n_heads = attention.n_heads
+        self.query = PackedLinear(attention.query)
+        self.key = PackedLinear(attention.key)
+        self.value = PackedLinear(attention.value)
+        self.output = PackedLinear(attention.output)
+        self.feed_forward = PackedFeedForward(layer.feed_forward)
+        self.attention_norm = layer.attention_norm
+        self.feed_forward_norm = layer.feed_forward_norm
+
+    def attend(
+        self,
+        states: Tensor,
+        layout: PaddedLayout,
+        context: Tensor,
+        context_layout: PaddedLayout,
+        bias: Tensor,
+    ) -> Tensor:
+        """Attention from ``states`` (normed, packed) to ``context`` (normed, packed)."""
+
+        def heads(padded: Tensor) -> Tensor:
+            batch, seq = padded.shape[:2]
+            return padded.reshape(batch, seq, self.n_heads, -1).transpose(1, 2)
+
+        query = heads(layout.spread(self.query(states)))
+        key = heads(context_layout.spread(self.key(context)))
+        value = heads(context_layout.spread(self.value(context)))
+        logits = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1])) + bias
+        mixed = (logits.softmax(dim=-1) @ value).transpose(1, 2)
+        return self.output(layout.collect(mixed.reshape(*layout.shape, states.shape[-1])))
+
+    def forward(
+        self,
+        states: Tensor,
+        layout: PaddedLayout,
+        context: Tensor,
+        context_layout: PaddedLayout,
+        bias: Tensor,
+    ) -> Tensor:
+        """Update ``states [n_tokens, d_model]``.
+
+        Keys and values come from ``context [n_context, d_model]``. Pass the same tensor and layout twice where every token that is seen is also updated.
+        ``bias`` is the :func:`key_bias` of the context.
+        """
+        if self.pre_norm:
+            queries = self.attention_norm(states)
+            keys = queries if context is states else self.attention_norm(context)
+            states = states + self.attend(queries, layout, keys, context_layout, bias)
+            return states + self.feed_forward(self.feed_forward_norm(states))
+        mixed = self.attend(states, layout, context, context_layout, bias)
+        states = self.attention_norm(states + mixed)
+        return self.feed_forward_norm(states + self.feed_forward(states))

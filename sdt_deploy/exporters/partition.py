@@ -1,0 +1,303 @@
+"""The model cut into the modules that become ONNX graphs.
+
+Every module names its inputs and outputs with their axes in a :class:`~sdt_deploy.bundle.TensorSpec`
+list; exporter, manifest and runtime all read that one list. Parameters are copies of the oracle's;
+only the form of the computation differs (see :mod:`sdt_deploy.exporters.layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdt_deploy.bundle import TensorSpec
+from sdt_deploy.config import ExportConfig, ModelConfig
+from sdt_deploy.exporters.layers import PackedLayer, PackedLinear, PaddedLayout, key_bias, within
+from sdt_deploy.model.blocks import Head
+from sdt_deploy.model.transformer import SparseDepthTransformer
+
+
+class GraphModule(nn.Module):
+    """A module that becomes one graph; ``inputs`` are in the order of ``forward``'s arguments."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def _int32(name: str, *axes: str | int) -> TensorSpec:
+    return TensorSpec(name=name, axes=axes, dtype="int32")
+
+
+def _float32(name: str, *axes: str | int) -> TensorSpec:
+    return TensorSpec(name=name, axes=axes, dtype="float32")
+
+
+class PackedHead(nn.Module):
+    """The oracle's head with its products in packed form; pooling is the caller's part."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.config = head.config
+        self.norm = head.norm
+        self.dense = None if head.dense is None else PackedLinear(head.dense)
+        self.projection = None if head.projection is None else PackedLinear(head.projection)
+
+    def normed(self, rows: Tensor) -> Tensor:
+        """Apply the final norm to ``[n_rows, d_model]``."""
+        return rows if self.norm is None else self.norm(rows)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Turn normed (and pooled) rows ``[n_rows, d_model]`` into ``[n_rows, width]``."""
+        if self.dense is not None:
+            rows = torch.tanh(self.dense(rows))
+        if self.projection is not None:
+            rows = self.projection(rows)
+        if not self.config.normalize:
+            return rows
+        norm = rows.pow(2).sum(dim=-1, keepdim=True).sqrt()
+        return rows / norm.clamp_min(1e-12)
+
+    def pool(self, padded: Tensor, mask: Tensor) -> Tensor:
+        """Mean over the places of ``[batch, max_seqlen, d_model]`` where ``mask`` is True."""
+        weight = mask.unsqueeze(-1).to(padded.dtype)
+        return (padded * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+class EntryGraph(GraphModule):
+    """Ids to hidden states and scores."""
+
+    def __init__(self, model: SparseDepthTransformer) -> None:
+        super().__init__()
+        self.embeddings = model.embeddings
+        self.scorer = model.scorer
+        config = model.config
+        names = ["input_ids", "position_ids"] + ["token_type_ids"] * (config.n_token_types > 0)
+        self.inputs = tuple(_int32(name, "n_tokens") for name in names)
+        self.outputs = (
+            _float32("hidden_states", "n_tokens", config.d_model),
+            _float32("scores", "n_tokens"),
+        )
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        embedded = self.embeddings(input_ids, position_ids, token_type_ids)
+        return embedded, self.scorer(input_ids, embedded)
+
+
+class ActiveStageGraph(GraphModule):
+    """A run of layers with ``context="active"``: active tokens see each other only."""
+
+    def __init__(self, layers: Sequence[PackedLayer], config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.inputs = (
+            _float32("hidden_states", "n_tokens", config.d_model),
+            _int32("gather_index", "batch", "max_seqlen"),
+            _int32("lengths", "batch"),
+            _int32("scatter_index", "n_tokens"),
+        ) + (_int32("remaining_depth", "n_tokens"),) * (len(layers) > 1)
+        self.outputs = (_float32("updated_states", "n_tokens", config.d_model),)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        gather_index: Tensor,
+        lengths: Tensor,
+        scatter_index: Tensor,
+        remaining_depth: Tensor | None = None,
+    ) -> Tensor:
+        states = hidden_states
+        layout = PaddedLayout(tuple(gather_index.shape), gather_index, scatter_index)
+        present = within(lengths, gather_index.shape[1])
+        bias = key_bias(present, states.dtype)
+        for i, layer in enumerate(self.layers):
+            if i == 0 or remaining_depth is None:
+                states = layer(states, layout, states, layout, bias)
+                continue
+            active = remaining_depth > i
+            visible = active.index_select(0, gather_index.reshape(-1)).reshape(gather_index.shape)
+            bias = key_bias(present & visible, states.dtype)
+            updated = layer(states, layout, states, layout, bias)
+            states = torch.where(active.unsqueeze(-1), updated, states)
+        return states
+
+
+class AllStageGraph(GraphModule):
+    """A run of layers with ``context="all"``: active tokens also see the last states of others."""
+
+    def __init__(self, layers: Sequence[PackedLayer], config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        grouped = len(layers) > 1
+        self.inputs = (
+            _float32("hidden_states", "n_tokens", config.d_model),
+            _int32("gather_index", "batch", "max_seqlen"),
+            _int32("scatter_index", "n_tokens"),
+            _float32("context_states", "n_context", config.d_model),
+            _int32("context_gather_index", "batch", "max_context_seqlen"),
+            _int32("context_lengths", "batch"),
+            *(_int32("remaining_depth", "n_tokens"),) * grouped,
+            *(_int32("refresh_index", "n_context"),) * grouped,
+        )
+        self.outputs = (_float32("updated_states", "n_tokens", config.d_model),)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        gather_index: Tensor,
+        scatter_index: Tensor,
+        context_states: Tensor,
+        context_gather_index: Tensor,
+        context_lengths: Tensor,
+        remaining_depth: Tensor | None = None,
+        refresh_index: Tensor | None = None,
+    ) -> Tensor:
+        states, context = hidden_states, context_states
+        layout = PaddedLayout(tuple(gather_index.shape), gather_index, scatter_index)
+        context_layout = PaddedLayout(tuple(context_gather_index.shape), context_gather_index)
+        present = within(context_lengths, context_gather_index.shape[1])
+        bias = key_bias(present, states.dtype)
+        for i, layer in enumerate(self.layers):
+            if i == 0 or remaining_depth is None or refresh_index is None:
+                states = layer(states, layout, context, context_layout, bias)
+                continue
+            context = torch.cat([context_states, states]).index_select(0, refresh_index)
+            updated = layer(states, layout, context, context_layout, bias)
+            states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
+        return states
+
+
+class HeadGraph(GraphModule):
+    """Last hidden states to outputs."""
+
+    def __init__(self, head: PackedHead, config: ModelConfig) -> None:
+        super().__init__()
+        self.head = head
+        states = _float32("hidden_states", "n_tokens", config.d_model)
+        if not config.head.per_sequence:
+            self.inputs = (states,)
+        elif config.head.pooling == "cls":
+            self.inputs = (states, _int32("first_index", "batch"))
+        else:
+            self.inputs = (
+                states,
+                _int32("gather_index", "batch", "max_seqlen"),
+                _int32("lengths", "batch"),
+            )
+        rows = "batch" if config.head.per_sequence else "n_tokens"
+        self.outputs = (_float32("output", rows, config.output_width),)
+
+    def forward(
+        self, hidden_states: Tensor, index: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        if index is None:
+            return self.head.project(self.head.normed(hidden_states))
+        if lengths is None:
+            return self.head.project(self.head.normed(hidden_states.index_select(0, index)))
+        padded = PaddedLayout(tuple(index.shape), index).spread(self.head.normed(hidden_states))
+        return self.head.project(self.head.pool(padded, within(lengths, index.shape[1])))
+
+
+class _PaddedGraph(GraphModule):
+    """What the two whole-model baselines share: padded ``[batch, seq]`` in and out."""
+
+    def __init__(
+        self, model: SparseDepthTransformer, layers: Sequence[PackedLayer], head: PackedHead
+    ) -> None:
+        super().__init__()
+        self.embeddings = model.embeddings
+        self.layers = nn.ModuleList(layers)
+        self.head = head
+        config = model.config
+        names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.n_token_types > 0)
+        self.inputs = tuple(_int32(name, "batch", "seq") for name in names)
+        axes = ("batch",) if config.head.per_sequence else ("batch", "seq")
+        self.outputs = (_float32("output", *axes, config.output_width),)
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        batch, seq = input_ids.shape
+        positions = torch.arange(seq, dtype=torch.int32).expand(batch, seq)
+        types = None if token_type_ids is None else token_type_ids.reshape(-1)
+        return self.embeddings(input_ids.reshape(-1), positions.reshape(-1), types)
+
+    def finish(self, states: Tensor, mask: Tensor) -> Tensor:
+        batch, seq = mask.shape
+        config = self.head.config
+        if not config.per_sequence:
+            return self.head.project(self.head.normed(states)).reshape(batch, seq, -1)
+        if config.pooling == "cls":
+            first = states.reshape(batch, seq, -1).select(1, 0)
+            return self.head.project(self.head.normed(first))
+        padded = self.head.normed(states).reshape(batch, seq, -1)
+        return self.head.project(self.head.pool(padded, mask))
+
+
+class DenseGraph(_PaddedGraph):
+    """The dense baseline: every token through every layer, as one would deploy it today."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        mask = attention_mask > 0
+        layout = PaddedLayout(tuple(input_ids.shape))
+        states = self.embed(input_ids, token_type_ids)
+        bias = key_bias(mask, states.dtype)
+        for layer in self.layers:
+            states = layer(states, layout, states, layout, bias)
+        return self.finish(states, mask)
+
+
+class MaskedGraph(_PaddedGraph):
+    """The sparse model's function without compaction: inactive rows keep their state."""
+
+    def __init__(
+        self, model: SparseDepthTransformer, layers: Sequence[PackedLayer], head: PackedHead
+    ) -> None:
+        super().__init__(model, layers, head)
+        self.scorer = model.scorer
+        self.context = model.config.context
+        self.inputs = (*self.inputs, _float32("thresholds", model.config.n_layers))
+        self.outputs = (*self.outputs, _float32("scores", "batch", "seq"))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *types, thresholds = rest
+        mask = attention_mask > 0
+        layout = PaddedLayout(tuple(input_ids.shape))
+        states = self.embed(input_ids, types[0] if types else None)
+        scores = self.scorer(input_ids.reshape(-1), states).reshape(input_ids.shape)
+        bias = key_bias(mask, states.dtype)
+        for i, layer in enumerate(self.layers):
+            active = mask & (scores > thresholds[i])
+            if self.context == "active":
+                bias = key_bias(active, states.dtype)
+            updated = layer(states, layout, states, layout, bias)
+            states = torch.where(active.reshape(-1, 1), updated, states)
+        return self.finish(states, mask), scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphPart:
+    """One graph to export."""
+
+    name: str
+    module: GraphModule
+    topology: str
+    """Parts of equal topology differ in their weights only, and are traced once."""
+
+
+def partition(model: SparseDepthTransformer, config: ExportConfig) -> Iterator[GraphPart]:
+    """Yield the parts of ``model`` in the order of the manifest: entry, stages, head, baselines."""
+    layers = [PackedLayer(layer) for layer in model.layers]
+    head = PackedHead(model.head)
+    yield GraphPart(name="entry", module=EntryGraph(model), topology="entry")
+    stage = ActiveStageGraph if model.config.context == "active" else AllStageGraph
+    for i, (first, stop) in enumerate(config.stage_layers(model.config.n_layers)):
+        module = stage(layers[first:stop], model.config)
+        yield GraphPart(name=f"stage-{i:02d}", module=module, topology=f"stage of {stop - first}")
+    yield GraphPart(name="head", module=HeadGraph(head, model.config), topology="head")
+    for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
+        yield GraphPart(name=name, module=baseline(model, layers, head), topology=name)

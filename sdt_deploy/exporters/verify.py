@@ -1,0 +1,233 @@
+"""Exported graphs against the oracle, at sizes that are not the example sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from sdt_deploy.config import ModelConfig
+from sdt_deploy.errors import VerificationError
+from sdt_deploy.model.blocks import TransformerLayer
+from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.ort import open_session
+
+TOLERANCE = 1e-3
+"""Largest deviation, relative to the largest value, that passes for rounding."""
+
+CHECK_LENGTHS = ((1,), (2,), (6, 1), (3, 9, 4), (17, 17))
+"""Sequence lengths to check at; cut to the model's positions."""
+
+
+def verify_graph(
+    path: Path, name: str, layers: tuple[int, int] | None, model: SparseDepthTransformer
+) -> float:
+    """Run one exported graph on random inputs and compare it with the oracle.
+
+    Returns:
+        The largest absolute deviation.
+
+    Raises:
+        VerificationError: if it exceeds :data:`TOLERANCE`.
+    """
+    session = open_session(path)
+    worst = 0.0
+    for lengths in CHECK_LENGTHS:
+        cut = np.minimum(lengths, model.config.max_positions)
+        rng = np.random.default_rng(sum(lengths))
+        with torch.no_grad():
+            inputs, expected = _case(name, layers, model, cut, rng)
+        found = session.run(list(expected), inputs)
+        for key, actual in zip(expected, found, strict=True):
+            wanted = expected[key].numpy()
+            error = float(np.abs(actual - wanted).max())
+            if not error <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
+                raise VerificationError(
+                    f"graph {name} deviates by {error:.3g} from the PyTorch model in {key} "
+                    f"(sequences of {cut.tolist()} tokens)"
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def assert_dynamic(path: Path, declared: Mapping[str, tuple[str | int, ...]]) -> None:
+    """Check in the written file that every declared dynamic axis is symbolic.
+
+    Raises:
+        VerificationError: if one is not.
+    """
+    graph = onnx.load(str(path), load_external_data=False).graph
+    for value in [*graph.input, *graph.output]:
+        for dim, axis in zip(value.type.tensor_type.shape.dim, declared[value.name], strict=True):
+            if isinstance(axis, str) and dim.dim_param != axis:
+                raise VerificationError(f"{path.name}: axis {axis} of {value.name} is static")
+
+
+def _case(
+    name: str,
+    layers: tuple[int, int] | None,
+    model: SparseDepthTransformer,
+    lengths: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    if layers is not None:
+        return _stage_case(model, layers, lengths, rng)
+    makers: dict[str, Callable[..., Any]] = {
+        "entry": _entry_case, "head": _head_case, "dense": _dense_case, "masked": _masked_case
+    }
+    made: tuple[dict[str, np.ndarray], dict[str, Tensor]] = makers[name](model, lengths, rng)
+    return made
+
+
+class _Padded:
+    """A random padded batch and how its tokens are packed."""
+
+    def __init__(self, config: ModelConfig, lengths: np.ndarray, rng: np.random.Generator) -> None:
+        self.mask = np.arange(lengths.max()) < lengths[:, None]
+        shape = self.mask.shape
+        self.ids = np.where(self.mask, rng.integers(0, config.vocab_size, shape), 0)
+        self.types = None
+        if config.n_token_types:
+            self.types = np.where(self.mask, rng.integers(0, config.n_token_types, shape), 0)
+        self.positions = np.broadcast_to(np.arange(shape[1]), shape)
+        self.index = np.zeros(shape, dtype=np.int32)
+        self.index[self.mask] = np.arange(lengths.sum())
+        self.lengths = lengths.astype(np.int32)
+
+    def packed(self, values: np.ndarray) -> np.ndarray:
+        return values[self.mask].astype(np.int32)
+
+    def torch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        types = None if self.types is None else torch.from_numpy(self.types)
+        return torch.from_numpy(self.ids), torch.from_numpy(self.mask), types
+
+
+def _entry_case(
+    model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    batch = _Padded(model.config, lengths, rng)
+    inputs = {
+        "input_ids": batch.packed(batch.ids), "position_ids": batch.packed(batch.positions)
+    }
+    if batch.types is not None:
+        inputs["token_type_ids"] = batch.packed(batch.types)
+    ids, mask, types = batch.torch()
+    embedded = model.embed(ids, types)
+    scores = model.scorer(ids, embedded)
+    return inputs, {"hidden_states": embedded[mask], "scores": scores[mask]}
+
+
+def _head_case(
+    model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    batch = _Padded(model.config, lengths, rng)
+    states = rng.standard_normal((*batch.mask.shape, model.config.d_model)).astype(np.float32)
+    inputs = {"hidden_states": states[batch.mask]}
+    head = model.config.head
+    if head.per_sequence and head.pooling == "cls":
+        inputs["first_index"] = batch.index[:, 0].copy()
+    elif head.per_sequence:
+        inputs["gather_index"], inputs["lengths"] = batch.index, batch.lengths
+    mask = torch.from_numpy(batch.mask)
+    output = model.head(torch.from_numpy(states), mask)
+    return inputs, {"output": output if head.per_sequence else output[mask]}
+
+
+def _dense_case(
+    model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    batch = _Padded(model.config, lengths, rng)
+    output = model.as_dense()(*batch.torch()).output
+    return _padded_inputs(batch), {"output": output}
+
+
+def _masked_case(
+    model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    batch = _Padded(model.config, lengths, rng)
+    ids, mask, types = batch.torch()
+    scores = model.scorer(ids, model.embed(ids, types))
+    thresholds = _thresholds_in_gaps(scores[mask].numpy(), model.config.n_layers, rng)
+    found = model(ids, mask, types, thresholds=thresholds)
+    inputs = _padded_inputs(batch)
+    inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
+    return inputs, {"output": found.output, "scores": found.scores}
+
+
+def _padded_inputs(batch: _Padded) -> dict[str, np.ndarray]:
+    inputs = {
+        "input_ids": batch.ids.astype(np.int32), "attention_mask": batch.mask.astype(np.int32)
+    }
+    if batch.types is not None:
+        inputs["token_type_ids"] = batch.types.astype(np.int32)
+    return inputs
+
+
+def _thresholds_in_gaps(
+    scores: np.ndarray, n_layers: int, rng: np.random.Generator
+) -> tuple[float, ...]:
+    """Draw thresholds halfway between distinct scores, so that rounding flips no depth."""
+    values = np.unique(np.concatenate([scores, [-1.0, 2.0]]))
+    wide = np.flatnonzero(np.diff(values) > 1e-4)
+    middles = (values[wide] + values[wide + 1]) / 2
+    return tuple(sorted(float(x) for x in rng.choice(middles, n_layers)))
+
+
+def _stage_case(
+    model: SparseDepthTransformer,
+    layers: tuple[int, int],
+    lengths: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    """Random states; every sequence keeps at least its first token active."""
+    first, stop = layers
+    config = model.config
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    depth = np.where(mask, rng.integers(0, stop - first + 1, mask.shape), 0)
+    depth[:, 0] = rng.integers(1, stop - first + 1, len(lengths))
+    states = rng.standard_normal((*mask.shape, config.d_model)).astype(np.float32)
+    active = depth > 0
+
+    counts = active.sum(axis=1)
+    places = np.arange(counts.max()) < counts[:, None]
+    gather = np.zeros(places.shape, dtype=np.int32)
+    gather[places] = np.arange(counts.sum())
+    inputs = {
+        "hidden_states": states[active],
+        "gather_index": gather,
+        "scatter_index": np.flatnonzero(places).astype(np.int32),
+    }
+    if config.context == "active":
+        inputs["lengths"] = counts.astype(np.int32)
+    else:
+        context = np.zeros(mask.shape, dtype=np.int32)
+        context[mask] = np.arange(lengths.sum())
+        inputs["context_states"] = states[mask]
+        inputs["context_gather_index"] = context
+        inputs["context_lengths"] = lengths.astype(np.int32)
+    if stop - first > 1:
+        inputs["remaining_depth"] = depth[active].astype(np.int32)
+        if config.context == "all":
+            refresh = np.arange(lengths.sum(), dtype=np.int32)
+            refresh[active[mask]] = lengths.sum() + np.arange(counts.sum())
+            inputs["refresh_index"] = refresh
+
+    hidden, visible = torch.from_numpy(states), torch.from_numpy(mask)
+    for i, layer in _numbered(model, layers):
+        turn = torch.from_numpy(depth > i)
+        updated = layer(hidden, turn if config.context == "active" else visible)
+        hidden = torch.where(turn[..., None], updated, hidden)
+    return inputs, {"updated_states": hidden[torch.from_numpy(active)]}
+
+
+def _numbered(
+    model: SparseDepthTransformer, layers: tuple[int, int]
+) -> Iterator[tuple[int, TransformerLayer]]:
+    for i, layer in enumerate(model.layers[slice(*layers)]):
+        assert isinstance(layer, TransformerLayer)
+        yield i, layer

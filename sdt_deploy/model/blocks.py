@@ -1,0 +1,198 @@
+"""The parts of the reference model, written plainly over padded tensors ``[batch, seq, ...]``.
+
+Nothing here compacts or reorders tokens: these modules define what every exported graph and every
+runtime path must compute.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdt_deploy.config import ModelConfig
+
+
+class Embeddings(nn.Module):
+    """Token, position and token type embeddings, summed, then an optional LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.position_offset = config.position_offset
+        self.token = nn.Embedding(config.vocab_size, config.d_model)
+        self.position = nn.Embedding(config.max_positions + config.position_offset, config.d_model)
+        self.token_type = (
+            nn.Embedding(config.n_token_types, config.d_model) if config.n_token_types else None
+        )
+        self.norm = nn.LayerNorm(config.d_model, config.eps) if config.embedding_norm else None
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None
+    ) -> Tensor:
+        """Embed tokens.
+
+        Args:
+            input_ids: ``[..., ]`` integers.
+            position_ids: same shape; place in the sequence, from 0.
+            token_type_ids: same shape, or None for zeros.
+
+        Returns:
+            Hidden states ``[..., d_model]``.
+        """
+        hidden = self.token(input_ids) + self.position(position_ids + self.position_offset)
+        if self.token_type is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(input_ids)
+            hidden = hidden + self.token_type(token_type_ids)
+        return hidden if self.norm is None else self.norm(hidden)
+
+
+class Scorer(nn.Module):
+    """Scores tokens with a linear probe: ``sigmoid(weight · embedding + bias)``, in float32.
+
+    Pinned tokens score 1, and so does every token of a model without a probe.
+    """
+
+    pinned_token_ids: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = config.probe == "linear"
+        self.pins = bool(config.pinned_token_ids)
+        if self.linear:
+            self.weight = nn.Parameter(torch.empty(config.d_model))
+            self.bias = nn.Parameter(torch.zeros(()))
+            nn.init.normal_(self.weight, std=1 / math.sqrt(config.d_model))
+        pinned = torch.tensor(config.pinned_token_ids, dtype=torch.int32)
+        self.register_buffer("pinned_token_ids", pinned, persistent=False)
+
+    def forward(self, input_ids: Tensor, embedded: Tensor) -> Tensor:
+        """Return the scores ``[...]`` float32 of tokens ``[...]`` embedded as ``[..., d_model]``.
+
+        A multiplication and a sum over the last axis rather than a matrix product: its rounding
+        does not depend on how many tokens are scored together, so neither does a token's depth.
+        """
+        if not self.linear:
+            return torch.ones_like(embedded[..., 0], dtype=torch.float32)
+        product = embedded.float() * self.weight.float()
+        scores = torch.sigmoid(product.sum(dim=-1) + self.bias.float())
+        if not self.pins:
+            return scores
+        pinned = (input_ids.unsqueeze(-1).int() == self.pinned_token_ids).any(dim=-1)
+        return torch.where(pinned, 1.0, scores)
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention (Vaswani et al., 2017)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.query = nn.Linear(config.d_model, config.d_model)
+        self.key = nn.Linear(config.d_model, config.d_model)
+        self.value = nn.Linear(config.d_model, config.d_model)
+        self.output = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, hidden: Tensor, visible: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden: ``[batch, seq, d_model]``.
+            visible: ``[batch, seq]`` bool, the tokens that may be seen as keys.
+
+        Returns:
+            ``[batch, seq, d_model]``; rows of sequences without a visible token mean nothing.
+        """
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+        query, key, value = heads(self.query(hidden)), heads(self.key(hidden)), self.value(hidden)
+        logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        logits = logits.masked_fill(~visible[:, None, None, :], torch.finfo(logits.dtype).min)
+        mixed = logits.softmax(dim=-1) @ heads(value)
+        return self.output(mixed.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.up = nn.Linear(config.d_model, config.d_ff)
+        self.down = nn.Linear(config.d_ff, config.d_model)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map ``[..., d_model]`` to ``[..., d_model]``."""
+        inner = self.up(hidden)
+        inner = F.relu(inner) if self.activation == "relu" else F.gelu(inner)
+        return self.down(inner)
+
+
+class TransformerLayer(nn.Module):
+    """Attention and feed-forward, each with a residual and a LayerNorm before or after."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm_placement == "pre"
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(config.d_model, config.eps)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model, config.eps)
+
+    def forward(self, hidden: Tensor, visible: Tensor) -> Tensor:
+        """Update every token of ``hidden [batch, seq, d_model]``; keys are the ``visible`` ones."""
+        if self.pre_norm:
+            hidden = hidden + self.attention(self.attention_norm(hidden), visible)
+            return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        hidden = self.attention_norm(hidden + self.attention(hidden, visible))
+        return self.feed_forward_norm(hidden + self.feed_forward(hidden))
+
+
+class Head(nn.Module):
+    """Final norm and output projection, see :class:`sdt_deploy.config.HeadConfig`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        head = config.head
+        self.config = head
+        self.norm = nn.LayerNorm(config.d_model, config.eps) if config.final_norm else None
+        self.dense = nn.Linear(config.d_model, config.d_model) if head.dense_tanh else None
+        self.projection = (
+            nn.Linear(config.d_model, config.output_width, bias=head.bias)
+            if head.kind in ("lm", "classify")
+            else None
+        )
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Apply the final norm to ``[..., d_model]``."""
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Turn normed (and, for heads per sequence, pooled) rows into output rows."""
+        if self.dense is not None:
+            rows = torch.tanh(self.dense(rows))
+        if self.projection is not None:
+            rows = self.projection(rows)
+        return F.normalize(rows, dim=-1) if self.config.normalize else rows
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Compute outputs.
+
+        Args:
+            hidden: ``[batch, seq, d_model]``, the last state of every token.
+            attention_mask: ``[batch, seq]`` bool, True for tokens, False for padding.
+
+        Returns:
+            ``[batch, seq, width]``, or ``[batch, width]`` for heads per sequence.
+        """
+        hidden = self.normed(hidden)
+        if not self.config.per_sequence:
+            return self.project(hidden)
+        if self.config.pooling == "cls":
+            return self.project(hidden[:, 0])
+        weight = attention_mask[..., None].to(hidden.dtype)
+        return self.project((hidden * weight).sum(dim=1) / weight.sum(dim=1))

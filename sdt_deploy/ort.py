@@ -1,0 +1,121 @@
+"""The one place that makes ONNX Runtime sessions: thread pool, options, provider check."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdt_deploy.errors import BackendError, MissingProviderError
+from sdt_deploy.extras import require
+
+_lock = threading.Lock()
+_pool_threads: int | None = None
+"""Threads of the process-wide pool; 0 if the host application made it."""
+
+
+def runtime() -> Any:
+    """Import onnxruntime, or say how to install it."""
+    return require("onnxruntime", extra="cpu", purpose="Running ONNX graphs")
+
+
+def ensure_thread_pool(n_threads: int | None = None) -> None:
+    """Make the thread pool that all sessions of the process share, once.
+
+    A pool per session would leave the idle ones spinning beside the busy one, which costs a factor
+    of several. If the host application already made the pool, it is kept.
+
+    Args:
+        n_threads: threads that run one operator; None: the cores this process may use, or what the
+            pool already has.
+
+    Raises:
+        BackendError: if the pool exists with another number of threads.
+    """
+    global _pool_threads
+    with _lock:
+        if _pool_threads is None:
+            wanted = n_threads or len(os.sched_getaffinity(0))
+            try:
+                runtime().set_global_thread_pool_sizes(wanted, 1)
+                _pool_threads = wanted
+            except RuntimeError:
+                _pool_threads = 0
+        if n_threads and _pool_threads == 0:
+            warnings.warn(
+                f"the host application made ONNX Runtime's thread pool; n_threads={n_threads} "
+                "has no effect",
+                stacklevel=3,
+            )
+        elif n_threads and n_threads != _pool_threads:
+            raise BackendError(
+                f"this process already runs ONNX Runtime with {_pool_threads} threads and cannot "
+                f"change to {n_threads}: the pool is made once. Set it before the first session"
+            )
+
+
+def pool_threads() -> int | None:
+    """Return the threads of the shared pool; 0: made by the host application, None: not made."""
+    return _pool_threads
+
+
+def open_session(path: Path, *, n_threads: int | None = None, profile: Path | None = None) -> Any:
+    """Open an ONNX graph on the CPU provider, with all graph optimisations and the shared pool.
+
+    Returns:
+        An ``onnxruntime.InferenceSession``; its ``run`` may be called from several threads.
+
+    Raises:
+        MissingExtraError: if onnxruntime is not installed.
+        MissingProviderError: if this build of onnxruntime lacks the provider.
+        BackendError: if the graph cannot be opened.
+    """
+    ort = runtime()
+    provider = "CPUExecutionProvider"
+    if provider not in ort.get_available_providers():
+        raise MissingProviderError(
+            f"onnxruntime {ort.__version__} has no {provider}, only "
+            f"{', '.join(ort.get_available_providers())}"
+        )
+    ensure_thread_pool(n_threads)
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise BackendError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
+    if session.get_providers() != [provider]:
+        raise MissingProviderError(f"{path} runs on {session.get_providers()}, not on {provider}")
+    return session
+
+
+def run_into(
+    session: Any, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+) -> None:
+    """Run ``session`` on ``inputs`` and have it write into the arrays ``outputs``.
+
+    Both are C-contiguous arrays of the graph's dtypes; they are read and written in place, without
+    copies, and belong to the caller.
+
+    Raises:
+        BackendError: if the engine refuses or fails.
+    """
+    binding = session.io_binding()
+    try:
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        session.run_with_iobinding(binding)
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise BackendError(f"ONNX Runtime failed: {error}") from error

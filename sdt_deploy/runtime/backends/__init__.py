@@ -1,0 +1,23 @@
+"""Backends by name; each is imported when it is asked for."""
+
+from __future__ import annotations
+
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.errors import BackendError
+from sdt_deploy.runtime.backend import Backend
+
+BACKENDS = ("onnxruntime-cpu",)
+
+
+def open_backend(name: str, bundle: Bundle, *, n_threads: int | None = None) -> Backend:
+    """Open the backend ``name`` on ``bundle``.
+
+    Raises:
+        BackendError: if there is no such backend.
+        MissingExtraError: if what it needs is not installed.
+    """
+    if name == "onnxruntime-cpu":
+        from sdt_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpuBackend
+
+        return OnnxRuntimeCpuBackend(bundle, n_threads=n_threads)
+    raise BackendError(f"no backend is called {name!r}; there are: {', '.join(BACKENDS)}")

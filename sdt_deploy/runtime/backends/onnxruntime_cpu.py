@@ -1,0 +1,59 @@
+"""ONNX Runtime on the CPU: the embedded default."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.errors import BackendError
+from sdt_deploy.ort import open_session, run_into
+from sdt_deploy.runtime.backend import Array, Graph, HostMemory
+
+
+class OnnxRuntimeGraph:
+    """One ONNX Runtime session."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Graph.run`."""
+        run_into(self._session, inputs, outputs)
+
+
+class OnnxRuntimeCpuBackend(HostMemory):
+    """Opens the graphs of a bundle with ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: the opened bundle.
+        n_threads: see :func:`sdt_deploy.ort.ensure_thread_pool`.
+    """
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, bundle: Bundle, *, n_threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._n_threads = n_threads
+        self._graphs: dict[str, OnnxRuntimeGraph] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def graph(self, name: str) -> Graph:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
+        with self._lock:
+            if self._closed:
+                raise BackendError("the session is closed")
+            if name not in self._graphs:
+                path = self._bundle.file(self._bundle.manifest.graphs[name].file)
+                self._graphs[name] = OnnxRuntimeGraph(
+                    open_session(path, n_threads=self._n_threads)
+                )
+            return self._graphs[name]
+
+    def close(self) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
+        with self._lock:
+            self._closed = True
+            self._graphs.clear()

@@ -1,0 +1,170 @@
+"""Token batches: whatever the caller has, checked and packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sdt_deploy.config import ModelConfig
+from sdt_deploy.errors import InputError
+from sdt_deploy.runtime.routing import Int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Packed token ids: sequences one after the other, no padding."""
+
+    input_ids: Int32
+    """``[n_tokens]``"""
+    cu_seqlens: Int32
+    """``[batch + 1]``, where each sequence starts; the last entry is ``n_tokens``."""
+    token_type_ids: Int32 | None = None
+    """``[n_tokens]``, for models with token types; None: zeros."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all sequences."""
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> Int32:
+        """``[batch]``, tokens of each sequence."""
+        return np.diff(self.cu_seqlens)
+
+    @property
+    def position_ids(self) -> Int32:
+        """``[n_tokens]``, the place of each token in its sequence, from 0."""
+        starts = np.repeat(self.cu_seqlens[:-1], self.lengths)
+        return np.arange(self.n_tokens, dtype=np.int32) - starts
+
+    @property
+    def attention_mask(self) -> npt.NDArray[np.bool_]:
+        """``[batch, seq]``, True where :meth:`padded` holds a token."""
+        lengths = self.lengths
+        return np.arange(lengths.max(), dtype=np.int32) < lengths[:, None]
+
+    def padded(self, values: Int32) -> Int32:
+        """Pad ``values [n_tokens]`` on the right with zeros to ``[batch, seq]``."""
+        mask = self.attention_mask
+        padded = np.zeros(mask.shape, dtype=np.int32)
+        padded[mask] = values
+        return padded
+
+    @classmethod
+    def from_packed(
+        cls,
+        input_ids: npt.ArrayLike,
+        cu_seqlens: npt.ArrayLike,
+        token_type_ids: npt.ArrayLike | None = None,
+        *,
+        config: ModelConfig,
+    ) -> Self:
+        """Check packed ids.
+
+        Raises:
+            InputError: says which value is not what the model takes.
+        """
+        ids = _integers("input_ids", input_ids, 1)
+        cu = _integers("cu_seqlens", cu_seqlens, 1)
+        if len(ids) == 0 or len(cu) < 2:
+            raise InputError("the batch is empty; at least one sequence of one token is needed")
+        if cu[0] != 0 or cu[-1] != len(ids):
+            raise InputError(
+                f"cu_seqlens must start at 0 and end at the number of tokens, {len(ids)}; "
+                f"it starts at {cu[0]} and ends at {cu[-1]}"
+            )
+        lengths = np.diff(cu)
+        if lengths.min() < 1:
+            at = int(lengths.argmin())
+            raise InputError(
+                f"cu_seqlens must rise: sequence {at} has {lengths[at]} tokens "
+                f"({cu[at]} to {cu[at + 1]})"
+            )
+        if lengths.max() > config.max_positions:
+            at = int(lengths.argmax())
+            raise InputError(
+                f"sequence {at} has {lengths[at]} tokens; the model's positions reach "
+                f"{config.max_positions}. Truncate or split it"
+            )
+        _check_range("input_ids", ids, config.vocab_size)
+        types = None
+        if token_type_ids is not None:
+            types = _integers("token_type_ids", token_type_ids, 1)
+            if config.n_token_types == 0:
+                raise InputError("token_type_ids were given, but the model has no token types")
+            if len(types) != len(ids):
+                raise InputError(f"{len(types)} token_type_ids for {len(ids)} input_ids")
+            _check_range("token_type_ids", types, config.n_token_types)
+        return cls(
+            input_ids=np.ascontiguousarray(ids, dtype=np.int32),
+            cu_seqlens=np.ascontiguousarray(cu, dtype=np.int32),
+            token_type_ids=None if types is None else np.ascontiguousarray(types, dtype=np.int32),
+        )
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: npt.ArrayLike,
+        attention_mask: npt.ArrayLike | None = None,
+        token_type_ids: npt.ArrayLike | None = None,
+        *,
+        config: ModelConfig,
+    ) -> Self:
+        """Check and pack ``input_ids [batch, seq]``, padded on the right or the left.
+
+        Raises:
+            InputError: says which value is not what the model takes.
+        """
+        ids = _integers("input_ids", input_ids, 2)
+        if attention_mask is None:
+            mask = np.ones(ids.shape, dtype=bool)
+        else:
+            mask = np.asarray(attention_mask)
+            if mask.shape != ids.shape:
+                raise InputError(
+                    f"attention_mask {mask.shape} and input_ids {ids.shape} differ in shape"
+                )
+            if mask.dtype.kind not in "biu" or not np.isin(mask, (0, 1)).all():
+                raise InputError("attention_mask must hold 0 and 1, or booleans")
+            mask = mask.astype(bool)
+        edges = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
+        runs = (edges == 1).sum(axis=1)
+        if ids.size and (runs != 1).any():
+            at = int(np.flatnonzero(runs != 1)[0])
+            raise InputError(
+                f"row {at} of attention_mask has "
+                + ("no token" if runs[at] == 0 else "padding between its tokens")
+            )
+        types = None
+        if token_type_ids is not None:
+            types = _integers("token_type_ids", token_type_ids, 2)
+            if types.shape != ids.shape:
+                raise InputError(
+                    f"token_type_ids {types.shape} and input_ids {ids.shape} differ in shape"
+                )
+            types = types[mask]
+        cu = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])
+        return cls.from_packed(ids[mask], cu, types, config=config)
+
+
+def _integers(name: str, values: npt.ArrayLike, ndim: int) -> npt.NDArray[np.integer]:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise InputError(f"{name} is not an array: {error}") from error
+    if array.ndim != ndim:
+        raise InputError(f"{name} must have {ndim} axes, it has the shape {array.shape}")
+    if array.dtype.kind not in "iu" and array.size:
+        raise InputError(f"{name} must hold integers, not {array.dtype}")
+    return array if array.size else array.astype(np.int32)
+
+
+def _check_range(name: str, values: npt.NDArray[np.integer], stop: int) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= stop:
+        bad = low if low < 0 else high
+        at = int(np.flatnonzero(values == bad)[0])
+        raise InputError(f"{name} must lie in 0..{stop - 1}; token {at} has {bad}")

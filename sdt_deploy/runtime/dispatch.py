@@ -1,0 +1,98 @@
+"""Whether compaction pays: a pure decision over a small cost model.
+
+Both candidates, ``sparse`` and ``masked``, compute the same function; ``dense`` is another one and
+is never chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sdt_deploy.bundle import Manifest
+from sdt_deploy.config import ModelConfig
+from sdt_deploy.costs import dense_flops, sparse_flops
+
+Path = Literal["sparse", "masked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCost:
+    """Time of a path as a fixed part and a rate."""
+
+    fixed_ms: float
+    ms_per_gflop: float
+
+    def predict_ms(self, flops: float) -> float:
+        """Return the expected time for ``flops`` operations."""
+        return self.fixed_ms + self.ms_per_gflop * flops * 1e-9
+
+    @classmethod
+    def fit(cls, small: tuple[float, float], large: tuple[float, float]) -> LinearCost:
+        """Fit through two measurements ``(flops, milliseconds)``; neither part falls below 0."""
+        (flops_small, ms_small), (flops_large, ms_large) = small, large
+        rate = max(0.0, (ms_large - ms_small) / (flops_large - flops_small) * 1e9)
+        return cls(fixed_ms=max(0.0, ms_small - rate * flops_small * 1e-9), ms_per_gflop=rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """What the two paths cost on this machine."""
+
+    sparse: LinearCost
+    masked: LinearCost
+    active_shares: tuple[float, ...]
+    """Expected share of active tokens in every layer."""
+
+    def choose(self, config: ModelConfig, lengths: Sequence[int]) -> Path:
+        """Return the path that is expected to be faster for sequences of ``lengths`` tokens."""
+        padded = [max(lengths)] * len(lengths)
+        masked_ms = self.masked.predict_ms(dense_flops(config, padded))
+        sparse_ms = self.sparse.predict_ms(expected_flops(config, lengths, self.active_shares))
+        return "sparse" if sparse_ms <= masked_ms else "masked"
+
+
+def expected_flops(
+    config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
+) -> float:
+    """Return the operations of the sparse path if every sequence had the expected shares."""
+    active = [[max(1, round(n * share)) if share else 0 for n in lengths] for share in active_shares]
+    return sparse_flops(config, lengths, active)
+
+
+def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:
+    """Return the share of tokens above each threshold, from the manifest's score quantiles.
+
+    Without quantiles the scores are taken to be uniform.
+    """
+    quantiles = manifest.score_quantiles
+    levels = np.linspace(0.0, 1.0, 101)
+    scores = levels if quantiles is None else np.asarray(quantiles)
+    below = np.interp(thresholds, scores, levels, left=0.0, right=1.0)
+    pinned = manifest.pinned_share
+    return tuple(float(pinned + (1 - pinned) * (1 - share)) for share in below)
+
+
+def calibrate(
+    manifest: Manifest,
+    thresholds: Sequence[float],
+    measure: Callable[[Path, Sequence[int]], tuple[float, float]],
+) -> CostModel:
+    """Make a cost model from four measurements.
+
+    Args:
+        manifest: of the bundle.
+        thresholds: in force.
+        measure: runs one path on sequences of the given lengths; returns the operations that were
+            needed and the milliseconds that they took.
+    """
+    longest = manifest.model.max_positions
+    small, large = [min(longest, 8)], [min(longest, 128)] * 4
+    return CostModel(
+        sparse=LinearCost.fit(measure("sparse", small), measure("sparse", large)),
+        masked=LinearCost.fit(measure("masked", small), measure("masked", large)),
+        active_shares=active_shares(manifest, thresholds),
+    )

@@ -1,0 +1,86 @@
+"""What a run returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sdt_deploy.runtime.routing import Int32
+
+PathName = Literal["sparse", "masked", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerUsage:
+    """How deep the tokens of a batch went."""
+
+    depth_histogram: tuple[int, ...]
+    """Tokens that passed through 0, 1, …, n_layers layers."""
+
+    @classmethod
+    def from_depths(cls, depths: Int32, n_layers: int) -> LayerUsage:
+        """Count ``depths [n_tokens]``."""
+        counts = np.bincount(depths, minlength=n_layers + 1)
+        return cls(depth_histogram=tuple(int(count) for count in counts))
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens."""
+        return sum(self.depth_histogram)
+
+    @property
+    def active_tokens(self) -> tuple[int, ...]:
+        """Active tokens of every layer."""
+        deeper = np.cumsum(self.depth_histogram[::-1])[::-1]
+        return tuple(int(count) for count in deeper[1:])
+
+    @property
+    def mean_depth(self) -> float:
+        """Layers that a token passed through on average."""
+        return sum(self.active_tokens) / self.n_tokens
+
+    @property
+    def ideal_ratio(self) -> float:
+        """Active layer-tokens over all layer-tokens."""
+        return self.mean_depth / (len(self.depth_histogram) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Where the time of a run went, in milliseconds; parts that a path lacks are 0."""
+
+    total_ms: float
+    entry_ms: float = 0.0
+    """Embedding and scoring."""
+    route_ms: float = 0.0
+    """Planning the route."""
+    stage_ms: tuple[float, ...] = ()
+    """Each stage call."""
+    move_ms: float = 0.0
+    """Compaction and everything else between the stage calls."""
+    head_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """Outputs of one batch. All arrays belong to the caller."""
+
+    output: npt.NDArray[np.float32]
+    """``[n_tokens, width]`` packed, or ``[batch, width]`` for heads per sequence."""
+    depths: Int32
+    """``[n_tokens]``, layers each token passed through."""
+    scores: npt.NDArray[np.float32] | None
+    """``[n_tokens]``; None on the dense path, which does not score."""
+    cu_seqlens: Int32
+    """``[batch + 1]``, where each sequence starts in packed arrays."""
+    layer_usage: LayerUsage
+    timings: Timings
+    path: PathName
+    """The path that computed the result."""
+
+    def split(self, packed: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
+        """Cut a packed array ``[n_tokens, …]`` of this result into one view per sequence."""
+        return np.split(packed, self.cu_seqlens[1:-1])

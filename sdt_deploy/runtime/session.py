@@ -1,0 +1,337 @@
+"""The session: a bundle, opened and ready to run."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Literal, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from sdt_deploy.bundle import TOKENIZER, Bundle, Manifest
+from sdt_deploy.config import check_thresholds
+from sdt_deploy.costs import dense_flops, sparse_flops
+from sdt_deploy.errors import BackendError, InputError
+from sdt_deploy.runtime import dispatch
+from sdt_deploy.runtime.backend import Array, Backend
+from sdt_deploy.runtime.backends import open_backend
+from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.loop import StateBuffers, run_stages
+from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
+from sdt_deploy.runtime.routing import depths_from_scores, padded_layout, plan_route
+from sdt_deploy.tokenization import Overflow, TextTokenizer
+
+PathChoice = Literal["auto", "sparse", "masked", "dense"]
+
+
+class Session:
+    """Runs a bundle. Thread-safe: concurrent runs use buffers of their own.
+
+    ::
+
+        with Session.open("bundle") as session:
+            result = session.run(input_ids, cu_seqlens)
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self._lock = threading.Lock()
+        self._idle_buffers: list[StateBuffers] = []
+        self._tokenizer: TextTokenizer | None = None
+        self._costs: dict[tuple[float, ...], dispatch.CostModel] = {}
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path | Bundle,
+        *,
+        backend: str = "onnxruntime-cpu",
+        n_threads: int | None = None,
+        check_files: bool = True,
+    ) -> Self:
+        """Open a bundle: its entry, stages and head. Baselines open when they are first used.
+
+        Args:
+            bundle: its directory, or an opened one.
+            backend: ``onnxruntime-cpu``.
+            n_threads: threads of the pool that all sessions of the process share; see
+                :func:`sdt_deploy.ort.ensure_thread_pool`.
+            check_files: compare the SHA-256 of every file with the manifest before use.
+
+        Raises:
+            BundleError: if the bundle cannot be used.
+            BackendError: if the backend cannot be opened.
+            MissingExtraError: if the backend's library is not installed.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle, check_files=check_files)
+        session = cls(bundle, open_backend(backend, bundle, n_threads=n_threads))
+        for name in session.manifest.graphs:
+            if name not in ("dense", "masked"):
+                session.backend.graph(name)
+        return session
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self.bundle.manifest
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            InputError: if the bundle has none.
+        """
+        if self._tokenizer is None:
+            if not self.bundle.has(TOKENIZER):
+                raise InputError("this bundle has no tokenizer; pass token ids instead of texts")
+            self._tokenizer = TextTokenizer(self.bundle.file(TOKENIZER))
+        return self._tokenizer
+
+    def close(self) -> None:
+        """Free the engines; later runs raise."""
+        with self._lock:
+            self._closed = True
+            self._idle_buffers.clear()
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def run(
+        self,
+        input_ids: npt.ArrayLike,
+        cu_seqlens: npt.ArrayLike | None = None,
+        *,
+        attention_mask: npt.ArrayLike | None = None,
+        token_type_ids: npt.ArrayLike | None = None,
+        thresholds: Sequence[float] | None = None,
+        path: PathChoice = "auto",
+    ) -> RunResult:
+        """Run a batch.
+
+        Args:
+            input_ids: packed ``[n_tokens]`` with ``cu_seqlens``, or padded ``[batch, seq]``.
+            cu_seqlens: ``[batch + 1]``, cumulative sequence lengths.
+            attention_mask: ``[batch, seq]`` for padded ids; None: nothing is padding.
+            token_type_ids: shaped as ``input_ids``; None: zeros.
+            thresholds: one per layer, instead of the model's.
+            path: ``sparse`` compacts between stages; ``masked`` computes the same function in one
+                graph; ``auto`` picks the faster of the two by a cost model that is calibrated when
+                it is first needed; ``dense`` is the baseline, every token through every layer.
+
+        Returns:
+            Arrays that belong to the caller, packed whichever way the ids came.
+
+        Raises:
+            InputError: if the batch cannot be run.
+            ConfigError: if ``thresholds`` are not one per layer and nondecreasing.
+            BackendError: if the engine fails or the session is closed.
+        """
+        if cu_seqlens is not None:
+            if attention_mask is not None:
+                raise InputError("pass cu_seqlens with packed ids or attention_mask with padded")
+            batch = TokenBatch.from_packed(
+                input_ids, cu_seqlens, token_type_ids, config=self.manifest.model
+            )
+        else:
+            batch = TokenBatch.from_padded(
+                input_ids, attention_mask, token_type_ids, config=self.manifest.model
+            )
+        return self.run_batch(batch, thresholds=thresholds, path=path)
+
+    def run_texts(
+        self,
+        texts: Sequence[str],
+        *,
+        overflow: Overflow = "error",
+        thresholds: Sequence[float] | None = None,
+        path: PathChoice = "auto",
+    ) -> RunResult:
+        """Tokenize ``texts`` and run them; see :meth:`run`.
+
+        Args:
+            texts: one sequence each.
+            overflow: what to do with texts longer than the model's positions.
+            thresholds: see :meth:`run`.
+            path: see :meth:`run`.
+        """
+        config = self.manifest.model
+        ids, cu = self.tokenizer.encode(texts, max_length=config.max_positions, overflow=overflow)
+        batch = TokenBatch.from_packed(ids, cu, config=config)
+        return self.run_batch(batch, thresholds=thresholds, path=path)
+
+    def run_batch(
+        self,
+        batch: TokenBatch,
+        *,
+        thresholds: Sequence[float] | None = None,
+        path: PathChoice = "auto",
+    ) -> RunResult:
+        """Run a checked batch; see :meth:`run`."""
+        if path not in get_args(PathChoice):
+            raise InputError(f"path must be one of {', '.join(get_args(PathChoice))}, not {path!r}")
+        limits = self.manifest.model.thresholds if thresholds is None else tuple(thresholds)
+        check_thresholds(limits, self.manifest.model.n_layers)
+        if path == "auto":
+            costs = self.cost_model(limits)
+            path = costs.choose(self.manifest.model, batch.lengths.tolist())
+        if path == "sparse":
+            return self._run_sparse(batch, limits)
+        return self._run_padded(batch, limits, path)
+
+    def cost_model(self, thresholds: Sequence[float] | None = None) -> dispatch.CostModel:
+        """Return the cost model behind ``path="auto"``, calibrating it on the first call.
+
+        Calibration runs both paths on a few random batches; it takes well under a second for a
+        model of MiniLM's size and opens the masked graph.
+        """
+        limits = self.manifest.model.thresholds if thresholds is None else tuple(thresholds)
+        with self._lock:
+            known = self._costs.get(limits)
+        if known is None:
+            known = dispatch.calibrate(
+                self.manifest, limits, lambda path, lengths: self._measure(path, lengths, limits)
+            )
+            with self._lock:
+                self._costs[limits] = known
+        return known
+
+    def _measure(
+        self, path: dispatch.Path, lengths: Sequence[int], thresholds: tuple[float, ...]
+    ) -> tuple[float, float]:
+        config = self.manifest.model
+        cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, cu_seqlens[-1])
+        batch = TokenBatch.from_packed(ids, cu_seqlens, config=config)
+        runs = [self.run_batch(batch, thresholds=thresholds, path=path) for _ in range(4)]
+        milliseconds = float(np.median([run.timings.total_ms for run in runs[1:]]))
+        if path == "masked":
+            return dense_flops(config, lengths), milliseconds
+        depths = np.split(runs[0].depths, cu_seqlens[1:-1])
+        active = [[int((d > i).sum()) for d in depths] for i in range(config.n_layers)]
+        return sparse_flops(config, lengths, active), milliseconds
+
+    @contextlib.contextmanager
+    def _buffers(self, n_tokens: int) -> Iterator[StateBuffers]:
+        """Lend state buffers to one run."""
+        with self._lock:
+            if self._closed:
+                raise BackendError("the session is closed")
+            idle = self._idle_buffers
+            buffers = idle.pop() if idle else StateBuffers(self.backend, self.manifest.model.d_model)
+        try:
+            buffers.reserve(n_tokens)
+            yield buffers
+        finally:
+            with self._lock:
+                if not self._closed:
+                    self._idle_buffers.append(buffers)
+
+    def _run_sparse(self, batch: TokenBatch, thresholds: tuple[float, ...]) -> RunResult:
+        start = perf_counter()
+        config, backend = self.manifest.model, self.backend
+        n_tokens = batch.n_tokens
+        stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
+        stage_ms: list[float] = []
+        with self._buffers(n_tokens) as buffers:
+            states = buffers.spare()[:n_tokens]
+            scores = np.empty(n_tokens, dtype=np.float32)
+            ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+            if config.n_token_types:
+                ids["token_type_ids"] = _types(batch)
+            backend.graph("entry").run(ids, {"hidden_states": states, "scores": scores})
+            entered = perf_counter()
+            depths = depths_from_scores(scores, thresholds)
+            plan = plan_route(depths, batch.cu_seqlens, self.manifest.stage_layers, config.context)
+            routed = perf_counter()
+            states = run_stages(plan, states, stages, backend, buffers, stage_ms)
+            staged = perf_counter()
+            rows = len(batch.lengths) if config.head.per_sequence else n_tokens
+            output = np.empty((rows, config.output_width), dtype=np.float32)
+            backend.graph("head").run(self._head_inputs(batch, states), {"output": output})
+        stop = perf_counter()
+        return RunResult(
+            output=output,
+            depths=depths,
+            scores=scores,
+            cu_seqlens=batch.cu_seqlens.copy(),
+            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
+            timings=Timings(
+                total_ms=(stop - start) * 1e3,
+                entry_ms=(entered - start) * 1e3,
+                route_ms=(routed - entered) * 1e3,
+                stage_ms=tuple(stage_ms),
+                move_ms=(staged - routed) * 1e3 - sum(stage_ms),
+                head_ms=(stop - staged) * 1e3,
+            ),
+            path="sparse",
+        )
+
+    def _head_inputs(self, batch: TokenBatch, states: Array) -> dict[str, Array]:
+        head = self.manifest.model.head
+        inputs = {"hidden_states": states}
+        if head.per_sequence and head.pooling == "cls":
+            inputs["first_index"] = batch.cu_seqlens[:-1]
+        elif head.per_sequence:
+            layout = padded_layout(batch.lengths)
+            inputs["gather_index"], inputs["lengths"] = layout.gather_index, layout.lengths
+        return inputs
+
+    def _run_padded(
+        self, batch: TokenBatch, thresholds: tuple[float, ...], path: PathName
+    ) -> RunResult:
+        start = perf_counter()
+        config = self.manifest.model
+        if self._closed:
+            raise BackendError("the session is closed")
+        mask = batch.attention_mask
+        inputs: dict[str, Array] = {
+            "input_ids": batch.padded(batch.input_ids),
+            "attention_mask": mask.astype(np.int32),
+        }
+        if config.n_token_types:
+            inputs["token_type_ids"] = batch.padded(_types(batch))
+        shape = mask.shape[:1] if config.head.per_sequence else mask.shape
+        output = np.empty((*shape, config.output_width), dtype=np.float32)
+        outputs = {"output": output}
+        if path == "masked":
+            inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
+            outputs["scores"] = np.empty(mask.shape, dtype=np.float32)
+        self.backend.graph(path).run(inputs, outputs)
+        scores = None
+        depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
+        if path == "masked":
+            scores = outputs["scores"][mask]
+            depths = depths_from_scores(scores, thresholds)
+        return RunResult(
+            output=output if config.head.per_sequence else output[mask],
+            depths=depths,
+            scores=scores,
+            cu_seqlens=batch.cu_seqlens.copy(),
+            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
+            timings=Timings(total_ms=(perf_counter() - start) * 1e3),
+            path=path,
+        )
+
+
+def _types(batch: TokenBatch) -> Array:
+    if batch.token_type_ids is None:
+        return np.zeros(batch.n_tokens, dtype=np.int32)
+    return batch.token_type_ids

@@ -1,0 +1,100 @@
+"""Texts to packed token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from sdt_deploy.errors import CheckpointError, InputError
+from sdt_deploy.extras import require
+
+Overflow = Literal["error", "truncate"]
+
+
+class TextTokenizer:
+    """A ``tokenizer.json``, with its own padding and truncation switched off."""
+
+    def __init__(self, path: Path) -> None:
+        tokenizers = require("tokenizers", extra="cpu", purpose="Reading texts")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path} is not a tokenizer.json: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        max_length: int | None = None,
+        overflow: Overflow = "error",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenize ``texts``, special tokens included.
+
+        Args:
+            texts: at least one.
+            max_length: the longest sequence allowed, in tokens.
+            overflow: what to do with longer ones; ``truncate`` keeps the special tokens.
+
+        Returns:
+            ``input_ids [n_tokens]`` and ``cu_seqlens [batch + 1]``, int32.
+
+        Raises:
+            InputError: if a text is no string, gives no token, or is too long.
+        """
+        texts = list(texts)
+        if not texts:
+            raise InputError("no texts were given")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"text {i} is {type(text).__name__}, not a string")
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        for i, row in enumerate(ids):
+            if not row:
+                raise InputError(f"text {i} gives no token: {texts[i]!r}")
+            if max_length is not None and len(row) > max_length:
+                if overflow == "error":
+                    raise InputError(
+                        f"text {i} has {len(row)} tokens, {max_length} are allowed: shorten it or "
+                        'pass overflow="truncate"'
+                    )
+                ids[i] = self._truncated(texts[i], max_length)
+        cu_seqlens = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+        return np.concatenate([np.asarray(row, dtype=np.int32) for row in ids]), cu_seqlens
+
+    def _truncated(self, text: str, max_length: int) -> list[int]:
+        encoding = self._tokenizer.encode(text)
+        special = [i for i, flag in enumerate(encoding.special_tokens_mask) if flag]
+        ids: list[int] = encoding.ids
+        tail = [i for i in special if i > len(ids) // 2]
+        return ids[: max_length - len(tail)] + [ids[i] for i in tail]
+
+    def tokens(self, input_ids: np.ndarray) -> list[str]:
+        """Return the token of each id, as written in the vocabulary."""
+        return [self._tokenizer.id_to_token(int(i)) or f"<{int(i)}>" for i in input_ids]
+
+    def ends(self) -> tuple[list[int], list[int]]:
+        """Return the special ids that are put before and after every text."""
+        encoding = self._tokenizer.encode("a")
+        inner = [i for i, flag in enumerate(encoding.special_tokens_mask) if not flag]
+        return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text file that hold more than white space.
+
+    Raises:
+        InputError: if the file cannot be read or holds no such line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise InputError(f"{path} holds no text; one text per line is expected")
+    return lines
