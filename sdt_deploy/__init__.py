@@ -1,0 +1,82 @@
+"""Deploy depth-sparse transformers: score, route, compact, run.
+
+::
+
+    with sdt_deploy.Session.open("bundle") as session:
+        result = session.run(input_ids, cu_seqlens)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sdt_deploy.errors import (
+    BackendError,
+    BundleError,
+    BundleFormatError,
+    BundleIntegrityError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    InputError,
+    MissingExtraError,
+    MissingProviderError,
+    OutputError,
+    SdtDeployError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from sdt_deploy.bundle import Bundle, Manifest
+    from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
+    from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
+    from sdt_deploy.runtime.session import Session
+
+_LAZY = {
+    "Bundle": "sdt_deploy.bundle",
+    "Manifest": "sdt_deploy.bundle",
+    "ExportConfig": "sdt_deploy.config",
+    "HeadConfig": "sdt_deploy.config",
+    "ModelConfig": "sdt_deploy.config",
+    "LayerUsage": "sdt_deploy.runtime.result",
+    "RunResult": "sdt_deploy.runtime.result",
+    "Session": "sdt_deploy.runtime.session",
+    "Timings": "sdt_deploy.runtime.result",
+}
+
+__all__ = [
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "BundleFormatError",
+    "BundleIntegrityError",
+    "CheckpointError",
+    "ConfigError",
+    "ExportConfig",
+    "ExportError",
+    "HeadConfig",
+    "InputError",
+    "LayerUsage",
+    "Manifest",
+    "MissingExtraError",
+    "MissingProviderError",
+    "ModelConfig",
+    "OutputError",
+    "RunResult",
+    "SdtDeployError",
+    "Session",
+    "Timings",
+    "VerificationError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

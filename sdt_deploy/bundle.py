@@ -116,7 +116,7 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise BundleFormatError(
                 f"{where} has format version {version!r}; this release of sdt-deploy reads "
-                f"version {FORMAT_VERSION}. Export the model again, or use the release that wrote it"
+                f"version {FORMAT_VERSION}. Export again, or use the release that wrote it"
             )
         if body.pop("digest", None) != _digest(body):
             raise BundleIntegrityError(f"{where} was altered after the export: digest mismatch")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Self, get_args
 
 from sdt_deploy.errors import ConfigError
@@ -57,7 +58,7 @@ def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
             isinstance(value, (int, float)) and math.isfinite(value),
             f"thresholds[{i}] must be a finite number, not {value!r}",
         )
-    for i, (low, high) in enumerate(zip(thresholds, thresholds[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(thresholds)):
         _check(
             low <= high,
             f"thresholds must not fall, or the sets of active tokens would not be nested: "
@@ -166,7 +167,7 @@ class ModelConfig:
             object.__setattr__(self, "thresholds", even)
         check_thresholds(self.thresholds, self.n_layers)
         _check(
-            0.0 <= self.thresholds[0] and self.thresholds[-1] < 1.0,
+            self.thresholds[0] >= 0.0 and self.thresholds[-1] < 1.0,
             "thresholds must be at least 0 and below 1, the score of pinned tokens; "
             f"given: {self.thresholds}",
         )

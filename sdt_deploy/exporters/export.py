@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import torch
 
 from sdt_deploy.bundle import (
     REFERENCE,
@@ -26,6 +26,7 @@ from sdt_deploy.exporters.partition import GraphPart, partition
 from sdt_deploy.exporters.verify import assert_dynamic, verify_graph
 from sdt_deploy.files import new_directory
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
+from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 Progress = Callable[[str, int, int], None]
@@ -83,14 +84,13 @@ def export(
                 layers=layers.get(part.name),
             )
         progress("write manifest", 2 * len(parts), 2 * len(parts))
-        np.savez(directory / REFERENCE, **reference_arrays(model, checkpoint.sample))
+        arrays: dict[str, Any] = reference_arrays(model, checkpoint.sample)
+        np.savez(directory / REFERENCE, **arrays)
         if checkpoint.tokenizer is not None:
             (directory / TOKENIZER).write_bytes(checkpoint.tokenizer)
         if checkpoint.sample is not None:
             sample = checkpoint.sample
-            np.savez(
-                directory / SAMPLE, input_ids=sample.input_ids, cu_seqlens=sample.cu_seqlens
-            )
+            np.savez(directory / SAMPLE, input_ids=sample.input_ids, cu_seqlens=sample.cu_seqlens)
         tools = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
         manifest = Manifest(
             model=model.config,
@@ -127,7 +127,6 @@ def _write_graphs(
 REFERENCE_LENGTHS = ((7,), (1, 12, 5), (9, 9))
 
 
-@torch.no_grad()
 def reference_arrays(
     model: SparseDepthTransformer, sample: TokenSample | None
 ) -> dict[str, np.ndarray]:
@@ -145,21 +144,15 @@ def reference_arrays(
     if sample is not None:
         cu = sample.cu_seqlens[:5]
         batches.append((sample.input_ids[: cu[-1]], cu))
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for case, (ids, cu) in enumerate(batches):
-        lengths = np.diff(cu)
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        padded = np.zeros(mask.shape, dtype=np.int64)
-        padded[mask] = ids
-        tokens, present = torch.from_numpy(padded), torch.from_numpy(mask)
-        sparse, dense = model(tokens, present), model.as_dense()(tokens, present)
-        rows = slice(None) if config.head.per_sequence else present
+        sparse, dense = oracle_output(model, ids, cu), oracle_output(model.as_dense(), ids, cu)
         answers = {
-            "output": sparse.output[rows],
-            "dense_output": dense.output[rows],
-            "scores": sparse.scores[present],
-            "depths": sparse.depths[present],
+            "output": sparse.output,
+            "dense_output": dense.output,
+            "scores": sparse.scores,
+            "depths": sparse.depths,
         }
         arrays |= {f"{case}/input_ids": ids, f"{case}/cu_seqlens": cu}
-        arrays |= {f"{case}/{name}": tensor.numpy() for name, tensor in answers.items()}
+        arrays |= {f"{case}/{name}": array for name, array in answers.items()}
     return arrays

@@ -27,7 +27,7 @@ class PaddedLayout:
     Without indices the rows already are a padded batch, flattened.
     """
 
-    shape: tuple[int | torch.SymInt, int | torch.SymInt]
+    shape: tuple[int, int]
     """``(batch, max_seqlen)``."""
     gather_index: Tensor | None = None
     """``[batch, max_seqlen]`` int32, the row at each place; padding holds any valid row."""
@@ -55,7 +55,7 @@ def key_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(visible, 0.0, hidden).to(dtype)[:, None, None, :]
 
 
-def within(lengths: Tensor, max_seqlen: int | torch.SymInt) -> Tensor:
+def within(lengths: Tensor, max_seqlen: int) -> Tensor:
     """Return ``[batch, max_seqlen]`` bool: which places of a padded batch hold a token."""
     return torch.arange(max_seqlen, dtype=torch.int32)[None, :] < lengths[:, None]
 
@@ -138,8 +138,9 @@ class PackedLayer(nn.Module):
     ) -> Tensor:
         """Update ``states [n_tokens, d_model]``.
 
-        Keys and values come from ``context [n_context, d_model]``. Pass the same tensor and layout twice where every token that is seen is also updated.
-        ``bias`` is the :func:`key_bias` of the context.
+        Keys and values come from ``context [n_context, d_model]``, hidden where ``bias``, its
+        :func:`key_bias`, says so. Pass the same tensor and layout twice where every token that is
+        seen is also updated.
         """
         if self.pre_norm:
             queries = self.attention_norm(states)

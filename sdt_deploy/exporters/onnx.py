@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -37,17 +37,19 @@ def trace(module: GraphModule, *, opset: int) -> onnx.ModelProto:
     inputs = example_inputs(module.inputs)
     module = _with_random_parameters(module)
     dims = {
-        axis: torch.export.Dim(axis) for spec in module.inputs for axis in spec.axes if _named(axis)
+        axis: torch.export.Dim(axis)
+        for spec in module.inputs
+        for axis in spec.axes
+        if isinstance(axis, str)
     }
     shapes = [
-        {i: dims[axis] for i, axis in enumerate(spec.axes) if _named(axis)}
+        {i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
         for spec in module.inputs
     ]
     # A *args parameter takes all the shapes that are left as one tuple.
     n_named = module.forward.__code__.co_argcount - 1
-    nested = tuple(shapes[:n_named])
-    if len(shapes) > n_named:
-        nested = (*nested, tuple(shapes[n_named:]))
+    rest = shapes[n_named:]
+    nested: tuple[Any, ...] = (*shapes[:n_named], *([tuple(rest)] if rest else []))
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(module, inputs, dynamic_shapes=nested)
@@ -127,11 +129,15 @@ class WeightsWriter:
         for tensor in filled.graph.initializer:
             if tensor.name not in parameters:
                 if tensor.ByteSize() > _INLINE_BYTES:
-                    raise ExportError(f"constant {tensor.name} of {tensor.ByteSize()} bytes in graph")
+                    raise ExportError(
+                        f"constant {tensor.name} of {tensor.ByteSize()} bytes in graph"
+                    )
                 continue
             array = parameters[tensor.name]
             if tuple(tensor.dims) != array.shape:
-                raise ExportError(f"{tensor.name}: {tuple(tensor.dims)} in graph, {array.shape} given")
+                raise ExportError(
+                    f"{tensor.name}: {tuple(tensor.dims)} in graph, {array.shape} given"
+                )
             offset, length = self.add(array)
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -166,10 +172,6 @@ def _with_random_parameters(module: GraphModule) -> GraphModule:
         for parameter in copied.parameters():
             parameter.normal_(generator=generator)
     return copied
-
-
-def _named(axis: str | int) -> bool:
-    return isinstance(axis, str)
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -1,7 +1,7 @@
 """The model cut into the modules that become ONNX graphs.
 
-Every module names its inputs and outputs with their axes in a :class:`~sdt_deploy.bundle.TensorSpec`
-list; exporter, manifest and runtime all read that one list. Parameters are copies of the oracle's;
+Every module names its inputs and outputs with their axes as
+:class:`~sdt_deploy.bundle.TensorSpec`; exporter, manifest and runtime all read that one list. Parameters are copies of the oracle's;
 only the form of the computation differs (see :mod:`sdt_deploy.exporters.layers`).
 """
 
@@ -33,6 +33,10 @@ def _int32(name: str, *axes: str | int) -> TensorSpec:
 
 def _float32(name: str, *axes: str | int) -> TensorSpec:
     return TensorSpec(name=name, axes=axes, dtype="float32")
+
+
+def _shape(index: Tensor) -> tuple[int, int]:
+    return index.shape[0], index.shape[1]
 
 
 class PackedHead(nn.Module):
@@ -84,6 +88,7 @@ class EntryGraph(GraphModule):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Embed and score packed tokens."""
         embedded = self.embeddings(input_ids, position_ids, token_type_ids)
         return embedded, self.scorer(input_ids, embedded)
 
@@ -110,8 +115,9 @@ class ActiveStageGraph(GraphModule):
         scatter_index: Tensor,
         remaining_depth: Tensor | None = None,
     ) -> Tensor:
+        """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states = hidden_states
-        layout = PaddedLayout(tuple(gather_index.shape), gather_index, scatter_index)
+        layout = PaddedLayout(_shape(gather_index), gather_index, scatter_index)
         present = within(lengths, gather_index.shape[1])
         bias = key_bias(present, states.dtype)
         for i, layer in enumerate(self.layers):
@@ -156,9 +162,10 @@ class AllStageGraph(GraphModule):
         remaining_depth: Tensor | None = None,
         refresh_index: Tensor | None = None,
     ) -> Tensor:
+        """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, context = hidden_states, context_states
-        layout = PaddedLayout(tuple(gather_index.shape), gather_index, scatter_index)
-        context_layout = PaddedLayout(tuple(context_gather_index.shape), context_gather_index)
+        layout = PaddedLayout(_shape(gather_index), gather_index, scatter_index)
+        context_layout = PaddedLayout(_shape(context_gather_index), context_gather_index)
         present = within(context_lengths, context_gather_index.shape[1])
         bias = key_bias(present, states.dtype)
         for i, layer in enumerate(self.layers):
@@ -194,11 +201,12 @@ class HeadGraph(GraphModule):
     def forward(
         self, hidden_states: Tensor, index: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
+        """Compute outputs; ``index`` gathers a sequence's rows, or its first row for CLS pooling."""
         if index is None:
             return self.head.project(self.head.normed(hidden_states))
         if lengths is None:
             return self.head.project(self.head.normed(hidden_states.index_select(0, index)))
-        padded = PaddedLayout(tuple(index.shape), index).spread(self.head.normed(hidden_states))
+        padded = PaddedLayout(_shape(index), index).spread(self.head.normed(hidden_states))
         return self.head.project(self.head.pool(padded, within(lengths, index.shape[1])))
 
 
@@ -242,8 +250,9 @@ class DenseGraph(_PaddedGraph):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
+        """Run the dense model on a padded batch."""
         mask = attention_mask > 0
-        layout = PaddedLayout(tuple(input_ids.shape))
+        layout = PaddedLayout(_shape(input_ids))
         states = self.embed(input_ids, token_type_ids)
         bias = key_bias(mask, states.dtype)
         for layer in self.layers:
@@ -263,10 +272,13 @@ class MaskedGraph(_PaddedGraph):
         self.inputs = (*self.inputs, _float32("thresholds", model.config.n_layers))
         self.outputs = (*self.outputs, _float32("scores", "batch", "seq"))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run the sparse model on a padded batch; ``rest`` is token types, if any, and thresholds."""
         *types, thresholds = rest
         mask = attention_mask > 0
-        layout = PaddedLayout(tuple(input_ids.shape))
+        layout = PaddedLayout(_shape(input_ids))
         states = self.embed(input_ids, types[0] if types else None)
         scores = self.scorer(input_ids.reshape(-1), states).reshape(input_ids.shape)
         bias = key_bias(mask, states.dtype)
@@ -291,7 +303,7 @@ class GraphPart:
 
 def partition(model: SparseDepthTransformer, config: ExportConfig) -> Iterator[GraphPart]:
     """Yield the parts of ``model`` in the order of the manifest: entry, stages, head, baselines."""
-    layers = [PackedLayer(layer) for layer in model.layers]
+    layers = [PackedLayer(layer) for layer in model.blocks]
     head = PackedHead(model.head)
     yield GraphPart(name="entry", module=EntryGraph(model), topology="entry")
     stage = ActiveStageGraph if model.config.context == "active" else AllStageGraph

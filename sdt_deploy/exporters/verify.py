@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import VerificationError
-from sdt_deploy.model.blocks import TransformerLayer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.ort import open_session
 
@@ -78,7 +77,10 @@ def _case(
     if layers is not None:
         return _stage_case(model, layers, lengths, rng)
     makers: dict[str, Callable[..., Any]] = {
-        "entry": _entry_case, "head": _head_case, "dense": _dense_case, "masked": _masked_case
+        "entry": _entry_case,
+        "head": _head_case,
+        "dense": _dense_case,
+        "masked": _masked_case,
     }
     made: tuple[dict[str, np.ndarray], dict[str, Tensor]] = makers[name](model, lengths, rng)
     return made
@@ -111,9 +113,7 @@ def _entry_case(
     model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
     batch = _Padded(model.config, lengths, rng)
-    inputs = {
-        "input_ids": batch.packed(batch.ids), "position_ids": batch.packed(batch.positions)
-    }
+    inputs = {"input_ids": batch.packed(batch.ids), "position_ids": batch.packed(batch.positions)}
     if batch.types is not None:
         inputs["token_type_ids"] = batch.packed(batch.types)
     ids, mask, types = batch.torch()
@@ -127,7 +127,7 @@ def _head_case(
 ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
     batch = _Padded(model.config, lengths, rng)
     states = rng.standard_normal((*batch.mask.shape, model.config.d_model)).astype(np.float32)
-    inputs = {"hidden_states": states[batch.mask]}
+    inputs: dict[str, np.ndarray] = {"hidden_states": states[batch.mask]}
     head = model.config.head
     if head.per_sequence and head.pooling == "cls":
         inputs["first_index"] = batch.index[:, 0].copy()
@@ -161,7 +161,8 @@ def _masked_case(
 
 def _padded_inputs(batch: _Padded) -> dict[str, np.ndarray]:
     inputs = {
-        "input_ids": batch.ids.astype(np.int32), "attention_mask": batch.mask.astype(np.int32)
+        "input_ids": batch.ids.astype(np.int32),
+        "attention_mask": batch.mask.astype(np.int32),
     }
     if batch.types is not None:
         inputs["token_type_ids"] = batch.types.astype(np.int32)
@@ -197,7 +198,7 @@ def _stage_case(
     places = np.arange(counts.max()) < counts[:, None]
     gather = np.zeros(places.shape, dtype=np.int32)
     gather[places] = np.arange(counts.sum())
-    inputs = {
+    inputs: dict[str, np.ndarray] = {
         "hidden_states": states[active],
         "gather_index": gather,
         "scatter_index": np.flatnonzero(places).astype(np.int32),
@@ -218,16 +219,8 @@ def _stage_case(
             inputs["refresh_index"] = refresh
 
     hidden, visible = torch.from_numpy(states), torch.from_numpy(mask)
-    for i, layer in _numbered(model, layers):
+    for i, layer in enumerate(model.blocks[first:stop]):
         turn = torch.from_numpy(depth > i)
         updated = layer(hidden, turn if config.context == "active" else visible)
         hidden = torch.where(turn[..., None], updated, hidden)
     return inputs, {"updated_states": hidden[torch.from_numpy(active)]}
-
-
-def _numbered(
-    model: SparseDepthTransformer, layers: tuple[int, int]
-) -> Iterator[tuple[int, TransformerLayer]]:
-    for i, layer in enumerate(model.layers[slice(*layers)]):
-        assert isinstance(layer, TransformerLayer)
-        yield i, layer

@@ -1,0 +1,1 @@
+"""The reference model in PyTorch: the oracle, its checkpoints and conversion."""

@@ -1,4 +1,4 @@
-"""The native model directory: ``config.json``, ``model.safetensors``, optional tokenizer and sample.
+"""The native model directory: config, safetensors, optional tokenizer and text sample.
 
 ``sample.npz`` holds packed token ids of real text (``input_ids``, ``cu_seqlens``), so that exports
 can be verified and bundles benchmarked on it.
@@ -148,7 +148,9 @@ def load_weights(
         elif not given.is_floating_point() or not bool(given.isfinite().all()):
             problems.append(f"{name} holds values that are not finite numbers")
     if problems:
-        raise CheckpointError(f"{where} does not fit its config:\n  " + "\n  ".join(sorted(problems)))
+        raise CheckpointError(
+            f"{where} does not fit its config:\n  " + "\n  ".join(sorted(problems))
+        )
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     model.eval()
 

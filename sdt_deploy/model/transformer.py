@@ -36,6 +36,11 @@ class DenseTransformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.n_layers))
         self.head = Head(config)
 
+    @property
+    def blocks(self) -> list[TransformerLayer]:
+        """The layers in order."""
+        return [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
+
     def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Embed right-padded ``input_ids [batch, seq]``; returns ``[batch, seq, d_model]``."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -52,7 +57,7 @@ class DenseTransformer(nn.Module):
             token_type_ids: ``[batch, seq]`` integers, or None for zeros.
         """
         hidden = self.embed(input_ids, token_type_ids)
-        for layer in self.layers:
+        for layer in self.blocks:
             hidden = layer(hidden, attention_mask)
         return ModelOutput(
             output=self.head(hidden, attention_mask),
@@ -102,7 +107,7 @@ class SparseDepthTransformer(DenseTransformer):
         depths = torch.where(attention_mask, depths, 0).int()
 
         hidden = embedded
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks):
             active = depths > i
             visible = active if self.config.context == "active" else attention_mask
             hidden = torch.where(active[..., None], layer(hidden, visible), hidden)

@@ -59,7 +59,9 @@ def expected_flops(
     config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
 ) -> float:
     """Return the operations of the sparse path if every sequence had the expected shares."""
-    active = [[max(1, round(n * share)) if share else 0 for n in lengths] for share in active_shares]
+    active = [
+        [max(1, round(n * share)) if share else 0 for n in lengths] for share in active_shares
+    ]
     return sparse_flops(config, lengths, active)
 
 

@@ -79,9 +79,7 @@ def run_stages(
     return full
 
 
-def stage_inputs(
-    spec: GraphSpec, step: RouteStep, rows: Array, full: Array
-) -> dict[str, Array]:
+def stage_inputs(spec: GraphSpec, step: RouteStep, rows: Array, full: Array) -> dict[str, Array]:
     """Name the arrays that the graph of ``spec`` takes in ``step``."""
     available: dict[str, Array | None] = {
         "hidden_states": rows,

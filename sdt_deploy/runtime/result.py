@@ -74,6 +74,8 @@ class RunResult:
     """``[n_tokens]``, layers each token passed through."""
     scores: npt.NDArray[np.float32] | None
     """``[n_tokens]``; None on the dense path, which does not score."""
+    input_ids: Int32
+    """``[n_tokens]``, the ids that were run, packed."""
     cu_seqlens: Int32
     """``[batch + 1]``, where each sequence starts in packed arrays."""
     layer_usage: LayerUsage

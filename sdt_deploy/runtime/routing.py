@@ -190,11 +190,11 @@ def _context_layout(
     sequence_of: Int32,
     everyone: Int32,
 ) -> PaddedLayout:
-    """Lay out all tokens of the sequences that are alive; reuse the last layout if it still fits."""
+    """Lay out all tokens of the sequences that are alive; reuse the last layout if it fits."""
     n_alive = int(np.count_nonzero(alive))
-    if previous is not None and previous.context is not None:
-        if len(previous.context.lengths) == n_alive:
-            return previous.context
+    last = None if previous is None else previous.context
+    if last is not None and len(last.lengths) == n_alive:
+        return last
     if n_alive == len(lengths):
         return padded_layout(lengths)
     return padded_layout(lengths[alive], everyone[alive[sequence_of]])

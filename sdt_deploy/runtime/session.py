@@ -116,21 +116,24 @@ class Session:
 
     def run(
         self,
-        input_ids: npt.ArrayLike,
+        inputs: npt.ArrayLike | str | Sequence[str],
         cu_seqlens: npt.ArrayLike | None = None,
         *,
         attention_mask: npt.ArrayLike | None = None,
         token_type_ids: npt.ArrayLike | None = None,
+        overflow: Overflow = "error",
         thresholds: Sequence[float] | None = None,
         path: PathChoice = "auto",
     ) -> RunResult:
         """Run a batch.
 
         Args:
-            input_ids: packed ``[n_tokens]`` with ``cu_seqlens``, or padded ``[batch, seq]``.
+            inputs: token ids, packed ``[n_tokens]`` with ``cu_seqlens`` or padded ``[batch, seq]``;
+                or texts, one sequence each.
             cu_seqlens: ``[batch + 1]``, cumulative sequence lengths.
             attention_mask: ``[batch, seq]`` for padded ids; None: nothing is padding.
-            token_type_ids: shaped as ``input_ids``; None: zeros.
+            token_type_ids: shaped as the ids; None: zeros.
+            overflow: what to do with texts that are longer than the model's positions.
             thresholds: one per layer, instead of the model's.
             path: ``sparse`` compacts between stages; ``masked`` computes the same function in one
                 graph; ``auto`` picks the faster of the two by a cost model that is calibrated when
@@ -144,37 +147,21 @@ class Session:
             ConfigError: if ``thresholds`` are not one per layer and nondecreasing.
             BackendError: if the engine fails or the session is closed.
         """
-        if cu_seqlens is not None:
-            if attention_mask is not None:
-                raise InputError("pass cu_seqlens with packed ids or attention_mask with padded")
-            batch = TokenBatch.from_packed(
-                input_ids, cu_seqlens, token_type_ids, config=self.manifest.model
-            )
-        else:
-            batch = TokenBatch.from_padded(
-                input_ids, attention_mask, token_type_ids, config=self.manifest.model
-            )
-        return self.run_batch(batch, thresholds=thresholds, path=path)
-
-    def run_texts(
-        self,
-        texts: Sequence[str],
-        *,
-        overflow: Overflow = "error",
-        thresholds: Sequence[float] | None = None,
-        path: PathChoice = "auto",
-    ) -> RunResult:
-        """Tokenize ``texts`` and run them; see :meth:`run`.
-
-        Args:
-            texts: one sequence each.
-            overflow: what to do with texts longer than the model's positions.
-            thresholds: see :meth:`run`.
-            path: see :meth:`run`.
-        """
         config = self.manifest.model
-        ids, cu = self.tokenizer.encode(texts, max_length=config.max_positions, overflow=overflow)
-        batch = TokenBatch.from_packed(ids, cu, config=config)
+        texts = _as_texts(inputs)
+        if texts is not None:
+            if cu_seqlens is not None or attention_mask is not None or token_type_ids is not None:
+                raise InputError("texts come alone; cu_seqlens and masks belong to token ids")
+            inputs, cu_seqlens = self.tokenizer.encode(
+                texts, max_length=config.max_positions, overflow=overflow
+            )
+        ids: npt.ArrayLike = inputs
+        if cu_seqlens is None:
+            batch = TokenBatch.from_padded(ids, attention_mask, token_type_ids, config=config)
+        elif attention_mask is None:
+            batch = TokenBatch.from_packed(ids, cu_seqlens, token_type_ids, config=config)
+        else:
+            raise InputError("pass cu_seqlens with packed ids or attention_mask with padded ones")
         return self.run_batch(batch, thresholds=thresholds, path=path)
 
     def run_batch(
@@ -235,7 +222,9 @@ class Session:
             if self._closed:
                 raise BackendError("the session is closed")
             idle = self._idle_buffers
-            buffers = idle.pop() if idle else StateBuffers(self.backend, self.manifest.model.d_model)
+            buffers = (
+                idle.pop() if idle else StateBuffers(self.backend, self.manifest.model.d_model)
+            )
         try:
             buffers.reserve(n_tokens)
             yield buffers
@@ -271,6 +260,7 @@ class Session:
             output=output,
             depths=depths,
             scores=scores,
+            input_ids=batch.input_ids.copy(),
             cu_seqlens=batch.cu_seqlens.copy(),
             layer_usage=LayerUsage.from_depths(depths, config.n_layers),
             timings=Timings(
@@ -294,13 +284,11 @@ class Session:
             inputs["gather_index"], inputs["lengths"] = layout.gather_index, layout.lengths
         return inputs
 
-    def _run_padded(
-        self, batch: TokenBatch, thresholds: tuple[float, ...], path: PathName
-    ) -> RunResult:
-        start = perf_counter()
+    def padded_arrays(
+        self, batch: TokenBatch, thresholds: Sequence[float], path: str
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Make the inputs and the empty outputs of a whole-model graph, ``masked`` or ``dense``."""
         config = self.manifest.model
-        if self._closed:
-            raise BackendError("the session is closed")
         mask = batch.attention_mask
         inputs: dict[str, Array] = {
             "input_ids": batch.padded(batch.input_ids),
@@ -309,13 +297,23 @@ class Session:
         if config.n_token_types:
             inputs["token_type_ids"] = batch.padded(_types(batch))
         shape = mask.shape[:1] if config.head.per_sequence else mask.shape
-        output = np.empty((*shape, config.output_width), dtype=np.float32)
-        outputs = {"output": output}
+        outputs = {"output": np.empty((*shape, config.output_width), dtype=np.float32)}
         if path == "masked":
             inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
             outputs["scores"] = np.empty(mask.shape, dtype=np.float32)
+        return inputs, outputs
+
+    def _run_padded(
+        self, batch: TokenBatch, thresholds: tuple[float, ...], path: PathName
+    ) -> RunResult:
+        start = perf_counter()
+        config = self.manifest.model
+        if self._closed:
+            raise BackendError("the session is closed")
+        inputs, outputs = self.padded_arrays(batch, thresholds, path)
         self.backend.graph(path).run(inputs, outputs)
-        scores = None
+        mask = inputs["attention_mask"] > 0
+        output, scores = outputs["output"], None
         depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
         if path == "masked":
             scores = outputs["scores"][mask]
@@ -324,11 +322,21 @@ class Session:
             output=output if config.head.per_sequence else output[mask],
             depths=depths,
             scores=scores,
+            input_ids=batch.input_ids.copy(),
             cu_seqlens=batch.cu_seqlens.copy(),
             layer_usage=LayerUsage.from_depths(depths, config.n_layers),
             timings=Timings(total_ms=(perf_counter() - start) * 1e3),
             path=path,
         )
+
+
+def _as_texts(inputs: object) -> list[str] | None:
+    """Return ``inputs`` as texts, or None if they are token ids."""
+    if isinstance(inputs, str):
+        return [inputs]
+    if isinstance(inputs, (list, tuple)) and inputs and isinstance(inputs[0], str):
+        return list(inputs)
+    return None
 
 
 def _types(batch: TokenBatch) -> Array:

@@ -1,0 +1,5 @@
+"""Test kit: an engine made of the reference model, for our tests and for those of embedders."""
+
+from sdt_deploy.testing.oracle import OracleBackend, StageCall, memory_bundle
+
+__all__ = ["OracleBackend", "StageCall", "memory_bundle"]

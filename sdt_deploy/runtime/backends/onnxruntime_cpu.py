@@ -47,9 +47,7 @@ class OnnxRuntimeCpuBackend(HostMemory):
                 raise BackendError("the session is closed")
             if name not in self._graphs:
                 path = self._bundle.file(self._bundle.manifest.graphs[name].file)
-                self._graphs[name] = OnnxRuntimeGraph(
-                    open_session(path, n_threads=self._n_threads)
-                )
+                self._graphs[name] = OnnxRuntimeGraph(open_session(path, n_threads=self._n_threads))
             return self._graphs[name]
 
     def close(self) -> None:

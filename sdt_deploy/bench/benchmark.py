@@ -1,0 +1,294 @@
+"""Sparse against dense: same backend, same threads, one process, interleaved run by run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdt_deploy.bench.cases import TokenSource
+from sdt_deploy.bench.memory import peak_bytes
+from sdt_deploy.bench.timing import interleave
+from sdt_deploy.costs import dense_flops, sparse_flops
+from sdt_deploy.ort import pool_threads
+from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.result import RunResult
+from sdt_deploy.runtime.session import Session
+
+Oracle = Callable[[TokenBatch, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Takes a batch and depths ``[n_tokens]``; returns the oracle's output at these depths, packed, and
+the depths that the oracle itself would choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseResult:
+    """One row of the benchmark; times are medians in milliseconds."""
+
+    batch: int
+    seq: int
+    n_tokens: int
+    backend: str
+    precision: str
+    n_stages: int
+    mean_depth: float
+    depth_histogram: tuple[int, ...]
+    ideal_ratio: float
+    """Active layer-tokens over all."""
+    flops_ratio: float
+    """Operations of the sparse over the dense function, attention, entry and head included."""
+    dense_ms: float
+    masked_ms: float
+    sparse_ms: float
+    full_depth_ms: float
+    """The sparse path with every token at full depth."""
+    auto_ms: float
+    auto_path: str
+    ratio: float
+    """``sparse_ms / dense_ms``"""
+    auto_ratio: float
+    efficiency: float
+    """``flops_ratio / ratio``"""
+    spread_ms: dict[str, float]
+    """Interquartile range of each path's times."""
+    n_runs: int
+    dense_peak_bytes: int | None
+    sparse_peak_bytes: int | None
+    max_abs_error: float | None
+    """Against the oracle at equal depths; None where torch is not installed."""
+    routing_flips: int | None
+    """Tokens whose depth differs from the oracle's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextsResult:
+    """Real lengths: the whole file in batches, times are medians in milliseconds."""
+
+    n_texts: int
+    n_tokens: int
+    batch: int
+    mean_depth: float
+    flops_ratio: float
+    """Against dense without any padding."""
+    dense_padded_ms: float
+    """Dense, batches in the file's order, padded to the longest."""
+    dense_sorted_ms: float
+    """Dense, batches of similar length."""
+    sparse_ms: float
+    """Sparse, batches in the file's order."""
+    sparse_sorted_ms: float
+    """Sparse, batches of similar length."""
+    ratio_padded: float
+    """``sparse_ms / dense_padded_ms``"""
+    ratio_sorted: float
+    """``sparse_sorted_ms / dense_sorted_ms``"""
+
+
+def measure_case(
+    session: Session,
+    source: TokenSource,
+    size: tuple[int, int],
+    *,
+    budget_s: float,
+    oracle: Oracle | None,
+    with_memory: bool,
+    n_threads: int | None,
+) -> CaseResult:
+    """Measure one size.
+
+    Args:
+        session: opened on the bundle.
+        source: tokens to fill the case with.
+        size: ``(batch, seq)``.
+        budget_s: see :func:`sdt_deploy.bench.timing.interleave`.
+        oracle: None leaves accuracy out.
+        with_memory: start a process per path to measure its peak memory.
+        n_threads: as the session was opened with.
+    """
+    manifest = session.manifest
+    config = manifest.model
+    batch = source.batch(*size, session.bundle)
+    full = (-1.0,) * config.n_layers
+    dense, masked = (padded_call(session, batch, path) for path in ("dense", "masked"))
+    auto_path = session.run_batch(batch).path
+    times = interleave(
+        {
+            "dense": dense,
+            "masked": masked,
+            "sparse": lambda: session.run_batch(batch, path="sparse"),
+            "full_depth": lambda: session.run_batch(batch, path="sparse", thresholds=full),
+            "auto": lambda: session.run_batch(batch),
+        },
+        budget_s=budget_s,
+    )
+    result = session.run_batch(batch, path="sparse")
+    error, flips = None, None
+    if oracle is not None:
+        expected, chosen = oracle(batch, result.depths)
+        error = float(np.abs(result.output - expected).max())
+        flips = int((result.depths != chosen).sum())
+    dense_ms, sparse_ms = times["dense"].median_ms, times["sparse"].median_ms
+    flops_ratio = needed_flops(session, batch, result) / dense_flops(config, batch.lengths.tolist())
+    peaks = {
+        path: peak_bytes(session.bundle.path, path, batch, n_threads) if with_memory else None
+        for path in ("dense", "sparse")
+    }
+    return CaseResult(
+        batch=size[0],
+        seq=size[1],
+        n_tokens=batch.n_tokens,
+        backend=session.backend.name,
+        precision=manifest.export.precision,
+        n_stages=len(manifest.stages),
+        mean_depth=result.layer_usage.mean_depth,
+        depth_histogram=result.layer_usage.depth_histogram,
+        ideal_ratio=result.layer_usage.ideal_ratio,
+        flops_ratio=flops_ratio,
+        dense_ms=dense_ms,
+        masked_ms=times["masked"].median_ms,
+        sparse_ms=sparse_ms,
+        full_depth_ms=times["full_depth"].median_ms,
+        auto_ms=times["auto"].median_ms,
+        auto_path=auto_path,
+        ratio=sparse_ms / dense_ms,
+        auto_ratio=times["auto"].median_ms / dense_ms,
+        efficiency=flops_ratio * dense_ms / sparse_ms,
+        spread_ms={name: timed.spread_ms for name, timed in times.items()},
+        n_runs=times["sparse"].n_runs,
+        dense_peak_bytes=peaks["dense"],
+        sparse_peak_bytes=peaks["sparse"],
+        max_abs_error=error,
+        routing_flips=flips,
+    )
+
+
+def measure_texts(
+    session: Session, texts: tuple[np.ndarray, np.ndarray], *, batch: int, budget_s: float
+) -> TextsResult:
+    """Measure the lengths of real texts.
+
+    Args:
+        session: opened on the bundle.
+        texts: packed ids ``[n_tokens]`` and ``cu_seqlens [n_texts + 1]``.
+        batch: texts in a batch.
+        budget_s: see :func:`sdt_deploy.bench.timing.interleave`.
+    """
+    config = session.manifest.model
+    ids, cu_seqlens = texts
+    lengths = np.diff(cu_seqlens)
+    in_order = list(_batches(session, ids, cu_seqlens, np.arange(len(lengths)), batch))
+    by_length = list(_batches(session, ids, cu_seqlens, np.argsort(lengths, kind="stable"), batch))
+
+    def dense(batches: list[TokenBatch]) -> Callable[[], None]:
+        calls = [padded_call(session, one, "dense") for one in batches]
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    def sparse(batches: list[TokenBatch]) -> Callable[[], list[RunResult]]:
+        return lambda: [session.run_batch(one, path="sparse") for one in batches]
+
+    times = interleave(
+        {
+            "dense_padded": dense(in_order),
+            "dense_sorted": dense(by_length),
+            "sparse": sparse(in_order),
+            "sparse_sorted": sparse(by_length),
+        },
+        budget_s=budget_s,
+    )
+    results = sparse(in_order)()
+    needed = sum(
+        needed_flops(session, one, result) for one, result in zip(in_order, results, strict=True)
+    )
+    ms = {name: timed.median_ms for name, timed in times.items()}
+    depth_sum = sum(int(result.depths.sum()) for result in results)
+    return TextsResult(
+        n_texts=len(lengths),
+        n_tokens=int(lengths.sum()),
+        batch=batch,
+        mean_depth=depth_sum / int(lengths.sum()),
+        flops_ratio=needed / dense_flops(config, lengths.tolist()),
+        dense_padded_ms=ms["dense_padded"],
+        dense_sorted_ms=ms["dense_sorted"],
+        sparse_ms=ms["sparse"],
+        sparse_sorted_ms=ms["sparse_sorted"],
+        ratio_padded=ms["sparse"] / ms["dense_padded"],
+        ratio_sorted=ms["sparse_sorted"] / ms["dense_sorted"],
+    )
+
+
+def padded_call(session: Session, batch: TokenBatch, path: str) -> Callable[[], None]:
+    """Return a call of a whole-model graph with inputs and outputs bound beforehand."""
+    inputs, outputs = session.padded_arrays(batch, session.manifest.model.thresholds, path)
+    graph = session.backend.graph(path)
+    return lambda: graph.run(inputs, outputs)
+
+
+def needed_flops(session: Session, batch: TokenBatch, result: RunResult) -> float:
+    """Return the operations that the depths of ``result`` need."""
+    config = session.manifest.model
+    starts = batch.cu_seqlens[:-1]
+    active = [np.add.reduceat(result.depths > i, starts).tolist() for i in range(config.n_layers)]
+    return sparse_flops(config, batch.lengths.tolist(), active)
+
+
+def environment() -> dict[str, Any]:
+    """Describe what a measurement depends on."""
+    packages: dict[str, str | None] = {}
+    for name in ("sdt-deploy", "onnxruntime", "numpy", "torch"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "n_cores": len(os.sched_getaffinity(0)),
+        "n_threads": pool_threads(),
+        "packages": packages,
+    }
+
+
+def document(
+    env: dict[str, Any], tokens: str, cases: Sequence[CaseResult], texts: TextsResult | None
+) -> dict[str, Any]:
+    """Return what ``bench --json`` writes."""
+    return {
+        "environment": {**env, "tokens": tokens},
+        "cases": [asdict(case) for case in cases],
+        "texts": None if texts is None else asdict(texts),
+    }
+
+
+def _batches(
+    session: Session, ids: np.ndarray, cu_seqlens: np.ndarray, order: np.ndarray, size: int
+) -> Iterator[TokenBatch]:
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        pieces = [ids[cu_seqlens[i] : cu_seqlens[i + 1]] for i in chosen]
+        cu = np.cumsum([0, *map(len, pieces)])
+        yield TokenBatch.from_packed(np.concatenate(pieces), cu, config=session.manifest.model)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,105 @@
+"""What is measured: batches of real tokens at stated sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdt_deploy.bundle import SAMPLE, Bundle
+from sdt_deploy.errors import InputError
+from sdt_deploy.runtime.batch import TokenBatch
+
+GRID_BATCH = (2, 8, 16)
+GRID_SEQ = (20, 64, 128, 256, 512, 1024)
+"""The grid of the original research benchmark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSource:
+    """A stream of token ids that fills the cases."""
+
+    stream: np.ndarray
+    """``[n]`` int32, without the special tokens at the ends of texts."""
+    before: tuple[int, ...]
+    """Special ids in front of every sequence."""
+    after: tuple[int, ...]
+    """Special ids behind every sequence."""
+    description: str
+
+    def batch(self, batch: int, seq: int, bundle: Bundle) -> TokenBatch:
+        """Fill ``batch`` sequences of ``seq`` tokens each; a short stream is repeated."""
+        inner = max(0, seq - len(self.before) - len(self.after))
+        needed = np.resize(self.stream, batch * inner).reshape(batch, inner)
+        ids = np.concatenate(
+            [
+                np.tile(np.asarray(self.before, dtype=np.int32), (batch, 1)),
+                needed,
+                np.tile(np.asarray(self.after, dtype=np.int32), (batch, 1)),
+            ],
+            axis=1,
+        )[:, :seq]
+        return TokenBatch.from_padded(ids, config=bundle.manifest.model)
+
+
+def token_source(bundle: Bundle, texts: tuple[np.ndarray, np.ndarray] | None = None) -> TokenSource:
+    """Return the tokens to measure on.
+
+    Args:
+        bundle: its text sample is used, or, where it has none, uniformly random ids.
+        texts: packed ids and ``cu_seqlens`` to use instead.
+    """
+    config = bundle.manifest.model
+    if texts is None and not bundle.has(SAMPLE):
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, 16384, dtype=np.int32)
+        return TokenSource(stream=ids, before=(), after=(), description="random token ids")
+    description = "tokens of the given texts"
+    if texts is None:
+        with np.load(bundle.file(SAMPLE), allow_pickle=False) as arrays:
+            texts = arrays["input_ids"], arrays["cu_seqlens"]
+        description = "tokens of the text sample in the bundle"
+    ids, cu_seqlens = texts
+    pinned = np.isin(ids, config.pinned_token_ids)
+    first, is_end = ids[: cu_seqlens[1]], pinned[: cu_seqlens[1]]
+    n_before = int(np.argmin(is_end)) if not is_end.all() else 0
+    n_after = int(np.argmin(is_end[::-1])) if not is_end.all() else 0
+    return TokenSource(
+        stream=ids[~pinned],
+        before=tuple(int(i) for i in first[:n_before]),
+        after=tuple(int(i) for i in first[len(first) - n_after :]),
+        description=description,
+    )
+
+
+def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
+    """Parse ``2x20,8x64``.
+
+    Raises:
+        InputError: if it reads otherwise.
+    """
+    cases = []
+    for item in text.split(","):
+        batch, cross, seq = item.strip().lower().partition("x")
+        if not (cross and batch.isdigit() and seq.isdigit() and int(batch) and int(seq)):
+            raise InputError(f"cases are given as BATCHxSEQ,BATCHxSEQ (2x20,8x64), not {item!r}")
+        cases.append((int(batch), int(seq)))
+    return tuple(cases)
+
+
+def default_cases(max_positions: int) -> tuple[tuple[int, int], ...]:
+    """Return the default grid as far as the positions reach."""
+    return tuple((b, s) for b in GRID_BATCH for s in GRID_SEQ if s <= max_positions)
+
+
+def check_cases(cases: Sequence[tuple[int, int]], max_positions: int) -> None:
+    """Check that the positions reach.
+
+    Raises:
+        InputError: if a case is longer.
+    """
+    for batch, seq in cases:
+        if seq > max_positions:
+            raise InputError(
+                f"case {batch}x{seq}: the model's positions reach {max_positions} tokens"
+            )

@@ -1,0 +1,75 @@
+"""Peak memory of one run above the loaded weights, each path in a process of its own (Linux).
+
+``python -m sdt_deploy.bench.memory BUNDLE PATH IDS.npz`` prints the bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from sdt_deploy.errors import BackendError
+from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.session import Session
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def available() -> bool:
+    """Tell whether this system lets a process read and reset its peak memory."""
+    return _STATUS.exists() and _CLEAR.exists()
+
+
+def peak_bytes(
+    bundle: Path, path: Literal["sparse", "dense"], batch: TokenBatch, n_threads: int | None
+) -> int | None:
+    """Return the peak memory of one run in a new process, or None where it cannot be read.
+
+    Raises:
+        BackendError: if the process fails.
+    """
+    if not available():
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        ids = Path(directory) / "ids.npz"
+        np.savez(ids, input_ids=batch.input_ids, cu_seqlens=batch.cu_seqlens)
+        command = [sys.executable, "-m", "sdt_deploy.bench.memory", str(bundle), path, str(ids)]
+        command += [] if n_threads is None else [str(n_threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackendError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return int(done.stdout)
+
+
+def _status(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def _measure(arguments: list[str]) -> int:
+    bundle, path, ids = arguments[:3]
+    n_threads = int(arguments[3]) if len(arguments) > 3 else None
+    with np.load(ids) as arrays:
+        batch = arrays["input_ids"], arrays["cu_seqlens"]
+    with Session.open(bundle, n_threads=n_threads, check_files=False) as session:
+        tiny = batch[0][:1], np.array([0, 1])
+        choice: Literal["sparse", "dense"] = "dense" if path == "dense" else "sparse"
+        session.run(*tiny, path=choice)
+        gc.collect()
+        _CLEAR.write_text("5")  # resets the peak to what is resident now
+        before = _status("VmRSS")
+        session.run(*batch, path=choice)
+        return _status("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(_measure(sys.argv[1:]))

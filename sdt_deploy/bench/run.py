@@ -1,0 +1,136 @@
+"""One call behind ``sdt-deploy bench``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from sdt_deploy.bench.benchmark import (
+    CaseResult,
+    Oracle,
+    TextsResult,
+    document,
+    environment,
+    measure_case,
+    measure_texts,
+)
+from sdt_deploy.bench.cases import check_cases, default_cases, parse_cases, token_source
+from sdt_deploy.bench.report import plot, remarks, table
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.errors import MissingExtraError
+from sdt_deploy.extras import require
+from sdt_deploy.files import write_file
+from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.session import Session
+from sdt_deploy.tokenization import read_lines
+
+TEXTS_BATCH = 32
+MAX_TEXTS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to measure and where to write it."""
+
+    cases: str | None = None
+    """``2x20,8x64``; None: the default grid."""
+    texts: Path | None = None
+    """Measure the lengths of these texts as well, and fill the cases with their tokens."""
+    json_file: Path | None = None
+    plot_file: Path | None = None
+    budget_s: float = 4.0
+    """Seconds of timing per case, at least seven rounds."""
+    with_memory: bool = True
+    n_threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOutcome:
+    """What was measured."""
+
+    cases: tuple[CaseResult, ...]
+    texts: TextsResult | None
+    table: Table
+    remarks: tuple[str, ...]
+
+
+def run_bench(
+    bundle_path: Path,
+    options: BenchOptions,
+    *,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> BenchOutcome:
+    """Measure a bundle and write the files that ``options`` name.
+
+    Raises:
+        SdtDeployError: if the bundle, a case or a target cannot be used.
+    """
+    if options.plot_file is not None:
+        require("matplotlib", extra="demo", purpose="Drawing the plot")
+    bundle = Bundle.open(bundle_path)
+    longest = bundle.manifest.model.max_positions
+    sizes = parse_cases(options.cases) if options.cases else default_cases(longest)
+    check_cases(sizes, longest)
+    oracle = _oracle(bundle)
+    results: list[CaseResult] = []
+    texts_result = None
+    with Session.open(bundle, n_threads=options.n_threads, check_files=False) as session:
+        texts = None
+        if options.texts is not None:
+            lines = read_lines(options.texts)[:MAX_TEXTS]
+            texts = session.tokenizer.encode(lines, max_length=longest, overflow="truncate")
+        source = token_source(bundle, texts)
+        for i, size in enumerate(sizes):
+            progress(f"{size[0]}x{size[1]}", i, len(sizes) + 1)
+            results.append(
+                measure_case(
+                    session,
+                    source,
+                    size,
+                    budget_s=options.budget_s,
+                    oracle=oracle,
+                    with_memory=options.with_memory,
+                    n_threads=options.n_threads,
+                )
+            )
+        if texts is not None:
+            progress("real lengths", len(sizes), len(sizes) + 1)
+            texts_result = measure_texts(
+                session, texts, batch=TEXTS_BATCH, budget_s=options.budget_s
+            )
+    if options.json_file is not None:
+        content = document(environment(), source.description, results, texts_result)
+        write_file(options.json_file, (json.dumps(content, indent=1) + "\n").encode())
+    if options.plot_file is not None:
+        plot(results, options.plot_file)
+    return BenchOutcome(
+        cases=tuple(results),
+        texts=texts_result,
+        table=table(results),
+        remarks=tuple(remarks(results, texts_result)),
+    )
+
+
+def _oracle(bundle: Bundle) -> Oracle | None:
+    """Rebuild the PyTorch model from the bundle; None where torch or onnx is not installed."""
+    try:
+        require("torch", extra="export", purpose="Comparing with the PyTorch model")
+        require("onnx", extra="export", purpose="Comparing with the PyTorch model")
+    except MissingExtraError:
+        return None
+    from sdt_deploy.exporters.restore import restore
+    from sdt_deploy.model.inference import oracle_output
+
+    model = restore(bundle)
+
+    def evaluate(batch: TokenBatch, depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chosen = oracle_output(model, batch.input_ids, batch.cu_seqlens).depths
+        expected = oracle_output(model, batch.input_ids, batch.cu_seqlens, depths=depths)
+        return expected.output, chosen
+
+    return evaluate

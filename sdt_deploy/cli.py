@@ -1,0 +1,427 @@
+"""The command line: each command parses, calls one library function and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from sdt_deploy.errors import InputError, SdtDeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Deploy depth-sparse transformers: per-layer engines with compaction between them.",
+)
+console = Console()
+messages = Console(stderr=True)
+
+
+class ContextChoice(StrEnum):
+    """What active tokens see."""
+
+    active = "active"
+    all = "all"
+
+
+class LevelsChoice(StrEnum):
+    """Which depths thresholds allow."""
+
+    graded = "graded"
+    two_level = "two-level"
+
+
+class ImportanceChoice(StrEnum):
+    """What the probe is fitted to."""
+
+    attention = "attention"
+    stability = "stability"
+    change = "change"
+    rarity = "rarity"
+    random = "random"
+
+
+class HeadChoice(StrEnum):
+    """What is computed from the last hidden states."""
+
+    hidden = "hidden"
+    embedding = "embedding"
+    classify = "classify"
+
+
+class PathChoice(StrEnum):
+    """Which path computes the answer."""
+
+    auto = "auto"
+    sparse = "sparse"
+    masked = "masked"
+    dense = "dense"
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
+BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.print(f"sdt-deploy {version('sdt-deploy')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Native or Hugging Face directory, or the original's .pt file.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Native model directory to make.")],
+    texts: Annotated[
+        Path | None, typer.Option(help="Text to fit a probe on, one sequence per line.")
+    ] = None,
+    target_depth: Annotated[
+        float | None, typer.Option(help="Mean layers per token; default: 60 % of the layers.")
+    ] = None,
+    levels: Annotated[LevelsChoice, typer.Option(help="Depths to use.")] = LevelsChoice.graded,
+    importance: Annotated[
+        ImportanceChoice, typer.Option(help="What the probe is fitted to.")
+    ] = ImportanceChoice.attention,
+    context: Annotated[
+        ContextChoice | None, typer.Option(help="What active tokens see; default: as in SOURCE.")
+    ] = None,
+    head: Annotated[
+        HeadChoice | None, typer.Option(help="Output of a Hugging Face model; default: its own.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a checkpoint into a native model directory and fit a probe.
+
+    Example: sdt-deploy convert ./all-MiniLM-L6-v2 model --texts texts.txt
+    """
+    from sdt_deploy.extras import require
+
+    require("torch", extra="export", purpose="Converting a model")
+    require("safetensors", extra="export", purpose="Converting a model")
+    from sdt_deploy.model.conversion import ProbeFit
+    from sdt_deploy.model.conversion import convert as convert_model
+    from sdt_deploy.tokenization import read_lines
+
+    fit = None
+    if texts is not None:
+        fit = ProbeFit(
+            texts=read_lines(texts),
+            target_depth=target_depth,
+            levels=levels.value,
+            importance=importance.value,
+        )
+    with _progress("fit the probe") as advance:
+        checkpoint, report = convert_model(
+            source,
+            out,
+            fit=fit,
+            context=context.value if context else None,
+            head=head.value if head else None,
+            overwrite=overwrite,
+            progress=lambda n_tokens: advance(f"fit the probe ({n_tokens} tokens)", 0, 0),
+        )
+    config = checkpoint.model.config
+    console.print(
+        f"[bold]{escape(str(out))}[/bold]: {config.n_layers} layers, d_model {config.d_model}, "
+        f"head {config.head.kind}, context {config.context}, probe {config.probe}, "
+        f"licence {checkpoint.provenance.get('license') or 'unknown'}"
+    )
+    if report is not None:
+        console.print(
+            f"depth on {report.n_held_out_tokens} held-out tokens: {report.mean_depth:.2f} of "
+            f"{config.n_layers} layers"
+        )
+        _print_histogram(report.depth_histogram)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Native model directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory to make.")],
+    layers_per_stage: Annotated[int, typer.Option(min=1, help="Layers in one graph.")] = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export a model as a bundle of ONNX graphs and check each of them.
+
+    Example: sdt-deploy export model bundle
+    """
+    from sdt_deploy.extras import require
+
+    for module in ("torch", "onnx", "onnxscript", "safetensors"):
+        require(module, extra="export", purpose="Exporting a model")
+    require("onnxruntime", extra="cpu", purpose="Checking the exported graphs")
+    from sdt_deploy.config import ExportConfig
+    from sdt_deploy.exporters.export import export as export_model
+    from sdt_deploy.model.checkpoints import load
+
+    checkpoint = load(model)
+    with _progress("export") as advance:
+        manifest = export_model(
+            checkpoint,
+            bundle,
+            ExportConfig(layers_per_stage=layers_per_stage),
+            overwrite=overwrite,
+            progress=advance,
+        )
+    _print_graphs(manifest.graphs.values())
+    console.print(f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files")
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+) -> None:
+    """Show what is in a bundle.
+
+    Example: sdt-deploy inspect bundle
+    """
+    from sdt_deploy.bundle import Bundle
+
+    manifest = Bundle.open(bundle, check_files=False).manifest
+    if as_json:
+        sys.stdout.write(manifest.to_json().decode())
+        return
+    config = manifest.model
+    facts = {
+        "model": f"{config.n_layers} layers, d_model {config.d_model}, {config.n_heads} heads, "
+        f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
+        "head": config.head.kind,
+        "context": config.context,
+        "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
+        "source": manifest.provenance.get("source", "unknown"),
+        "licence": manifest.provenance.get("license") or "unknown",
+        "quality": "not evaluated" if manifest.quality is None else json.dumps(manifest.quality),
+        "made with": ", ".join(f"{k} {v}" for k, v in manifest.created_by.items()),
+        "size": f"{sum(f['size_bytes'] for f in manifest.files.values()) / 1e6:.1f} MB",
+    }
+    for name, value in facts.items():
+        console.print(f"[bold]{name:<11}[/bold]{escape(str(value))}", highlight=False)
+    _print_graphs(manifest.graphs.values())
+
+
+@app.command()
+def verify(bundle: BundleArgument, n_threads: Threads = None) -> None:
+    """Check every file of a bundle and its outputs against the reference in it.
+
+    Example: sdt-deploy verify bundle
+    """
+    from sdt_deploy.bundle import Bundle
+    from sdt_deploy.runtime.session import Session
+    from sdt_deploy.runtime.verification import verify_bundle
+
+    opened = Bundle.open(bundle)
+    with Session.open(opened, n_threads=n_threads) as session:
+        checks = verify_bundle(opened, session)
+    console.print(f"{len(opened.manifest.files)} files are as they were exported")
+    for check in checks:
+        console.print(
+            f"{check.path:<7} {check.n_cases} cases, largest error {check.max_abs_error:.2g}, "
+            f"{check.routing_flips} routing flips"
+        )
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    text: Annotated[list[str] | None, typer.Option(help="A text; may be given again.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="File with one text per line.")] = None,
+    ids: Annotated[Path | None, typer.Option(help=".npy with token ids [batch, seq].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Save the outputs as .npy.")] = None,
+    path: Annotated[PathChoice, typer.Option(help="Path to take.")] = PathChoice.auto,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are long.")] = False,
+    show_depth: Annotated[
+        bool, typer.Option("--show-depth", help="Print every token in the colour of its depth.")
+    ] = False,
+    n_threads: Threads = None,
+) -> None:
+    """Run texts or token ids and print or save the outputs.
+
+    Example: sdt-deploy run bundle --text "To be, or not to be" --show-depth
+    """
+    from sdt_deploy.runtime.session import Session
+
+    given = [bool(text), texts is not None, ids is not None]
+    if sum(given) != 1:
+        raise InputError("give one of --text, --texts and --ids")
+    with Session.open(bundle, n_threads=n_threads) as session:
+        result = session.run(
+            _read_inputs(text, texts, ids),
+            path=path.value,
+            overflow="truncate" if truncate else "error",
+        )
+        if show_depth:
+            _print_depths(session, result)
+    if out is not None:
+        _save_npy(out, result.output)
+        console.print(f"[bold]{escape(str(out))}[/bold]: {result.output.shape} float32")
+    else:
+        for row in result.output[:20]:
+            values = " ".join(f"{value:+.4f}" for value in row[:8])
+            console.print(f"{values}{' …' if len(row) > 8 else ''}", highlight=False)
+        if len(result.output) > 20:
+            console.print(f"… {len(result.output) - 20} more rows; save them with --out")
+    console.print(
+        f"output {result.output.shape}, mean depth {result.layer_usage.mean_depth:.2f}, "
+        f"path {result.path}, {result.timings.total_ms:.2f} ms",
+        highlight=False,
+    )
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    cases: Annotated[
+        str | None, typer.Option(help="BATCHxSEQ,…; default: 2,8,16 x 20,64,128,256,512,1024.")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Measure real lengths too, one text per line.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
+    budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
+    n_threads: Threads = None,
+) -> None:
+    """Measure sparse against dense: same backend, same threads, interleaved, medians.
+
+    Example: sdt-deploy bench bundle --cases 2x20,8x128 --json bench.json
+    """
+    from sdt_deploy.bench.run import BenchOptions, run_bench
+
+    options = BenchOptions(
+        cases=cases,
+        texts=texts,
+        json_file=json_file,
+        plot_file=plot_file,
+        budget_s=budget,
+        with_memory=memory,
+        n_threads=n_threads,
+    )
+    with _progress("bench") as advance:
+        outcome = run_bench(bundle, options, progress=advance)
+    console.print(outcome.table)
+    for line in outcome.remarks:
+        console.print(line, highlight=False)
+    for written in (json_file, plot_file):
+        if written is not None:
+            console.print(f"[bold]{escape(str(written))}[/bold]")
+
+
+def main() -> None:
+    """Run the command line; user errors end with one message and exit code 2."""
+    try:
+        app()
+    except SdtDeployError as error:
+        messages.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def _progress(first: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar that vanishes when done, and nothing where there is no terminal."""
+    from rich.progress import Progress
+
+    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as bar:
+        task = bar.add_task(first, total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield advance
+
+
+def _print_histogram(histogram: tuple[int, ...]) -> None:
+    total = sum(histogram)
+    for depth, count in enumerate(histogram):
+        bar = "█" * round(40 * count / max(histogram))
+        console.print(f"{depth:>4} {count / total:>6.1%} {bar}", highlight=False)
+
+
+def _print_graphs(graphs: Any) -> None:
+    """Print a table; graphs of one topology show their inputs once."""
+    from rich.table import Table
+
+    table = Table()
+    for name in ("graph", "layers", "inputs", "max error", "hash"):
+        table.add_column(name)
+    seen: dict[str, str] = {}
+    for spec in graphs:
+        layers = "" if spec.layers is None else f"{spec.layers[0]}–{spec.layers[1] - 1}"
+        inputs = ", ".join(f"{t.name}\\[{', '.join(map(str, t.axes))}]" for t in spec.inputs)
+        if spec.graph_sha256 in seen:
+            inputs = f"as {seen[spec.graph_sha256]}"
+        seen.setdefault(spec.graph_sha256, spec.name)
+        table.add_row(spec.name, layers, inputs, f"{spec.max_abs_error:.1g}", spec.graph_sha256[:8])
+    console.print(table)
+
+
+def _print_depths(session: Any, result: Any) -> None:
+    from rich.text import Text
+
+    n_layers = session.manifest.model.n_layers
+    named = session.bundle.has("tokenizer.json")
+    colours = ("grey50", "blue", "cyan", "green", "yellow", "dark_orange", "red")
+    for ids, depths in zip(
+        result.split(result.input_ids), result.split(result.depths), strict=True
+    ):
+        tokens = session.tokenizer.tokens(ids) if named else [str(i) for i in ids]
+        line = Text()
+        for token, depth in zip(tokens, depths, strict=True):
+            colour = colours[round(int(depth) / n_layers * (len(colours) - 1))]
+            line.append(f"{token}", style=colour).append(f"·{depth} ", style="dim")
+        console.print(line)
+
+
+def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -> Any:
+    if text:
+        return text
+    if texts is not None:
+        from sdt_deploy.tokenization import read_lines
+
+        return read_lines(texts)
+    import numpy as np
+
+    assert ids is not None
+    try:
+        return np.load(ids, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{ids} cannot be read as .npy: {error}") from error
+
+
+def _save_npy(path: Path, array: np.ndarray) -> None:
+    import io
+
+    import numpy as np
+
+    from sdt_deploy.files import write_file
+
+    stream = io.BytesIO()
+    np.save(stream, array)
+    write_file(path, stream.getvalue())

@@ -1,0 +1,1 @@
+"""Quality of a sparse model beside its dense teacher."""

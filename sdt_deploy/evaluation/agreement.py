@@ -1,0 +1,73 @@
+"""How well the embeddings of a sparse model agree with those of the dense one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sdt_deploy.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Agreement over ``n_texts`` texts; 1 is perfect everywhere."""
+
+    n_texts: int
+    mean_cosine: float
+    """Mean cosine of a text's two embeddings."""
+    p5_cosine: float
+    """5th percentile of these."""
+    spearman: float
+    """Rank correlation of all pairwise similarities (Spearman's rho)."""
+    top1_agreement: float
+    """Share of texts whose nearest neighbour is the same."""
+
+    def in_words(self) -> str:
+        """Describe the agreement in one sentence."""
+        verdict = (
+            "good: fit for use"
+            if self.mean_cosine >= 0.95 and self.top1_agreement >= 0.8
+            else "fair: check it on your own task"
+            if self.mean_cosine >= 0.9
+            else "poor: not fit for use without distillation"
+        )
+        return (
+            f"agreement of sparse with dense embeddings over {self.n_texts} texts is {verdict} "
+            f"(cosine {self.mean_cosine:.2f} on average, the nearest neighbour is the same for "
+            f"{self.top1_agreement:.0%})"
+        )
+
+
+def agreement(
+    embeddings: npt.NDArray[np.floating], reference: npt.NDArray[np.floating]
+) -> Agreement:
+    """Compare ``embeddings [n_texts, width]`` with ``reference``, row by row.
+
+    Raises:
+        InputError: if the shapes differ or there are fewer than three texts.
+    """
+    if embeddings.shape != reference.shape or len(reference) < 3:
+        raise InputError(
+            f"two equal shapes of at least 3 rows are needed: {embeddings.shape}, {reference.shape}"
+        )
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (embeddings, reference))
+    cosines = (a * b).sum(axis=1)
+    similar_a, similar_b = a @ a.T, b @ b.T
+    pairs = np.triu_indices(len(a), k=1)
+    for similar in (similar_a, similar_b):
+        np.fill_diagonal(similar, -np.inf)
+    return Agreement(
+        n_texts=len(a),
+        mean_cosine=float(cosines.mean()),
+        p5_cosine=float(np.quantile(cosines, 0.05)),
+        spearman=spearman(similar_a[pairs], similar_b[pairs]),
+        top1_agreement=float((similar_a.argmax(axis=1) == similar_b.argmax(axis=1)).mean()),
+    )
+
+
+def spearman(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
+    """Return Spearman's rho of two vectors; ties take their first rank."""
+    first, second = (np.argsort(np.argsort(x, kind="stable")) for x in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])

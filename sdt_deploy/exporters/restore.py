@@ -1,0 +1,61 @@
+"""A bundle back into the model it was exported from: the oracle, wherever torch is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.extras import require
+from sdt_deploy.model.checkpoints import load_weights
+from sdt_deploy.model.transformer import SparseDepthTransformer
+
+_ATTENTION = ("query", "key", "value", "output")
+
+
+def restore(bundle: Bundle) -> SparseDepthTransformer:
+    """Rebuild the model from the weights in a bundle's entry, stages and head.
+
+    Raises:
+        MissingExtraError: if onnx is not installed.
+        CheckpointError: if the graphs do not hold exactly the model's weights.
+    """
+    model = SparseDepthTransformer(bundle.manifest.model)
+    tensors: dict[str, Tensor] = {}
+    for spec in bundle.manifest.graphs.values():
+        if spec.name in ("dense", "masked"):
+            continue
+        offset = spec.layers[0] if spec.layers is not None else 0
+        for name, array in _initializers(bundle.file(spec.file)):
+            key, transposed = _model_name(name, offset)
+            if key is not None:
+                tensors[key] = torch.from_numpy(array.T.copy() if transposed else array.copy())
+    load_weights(model, tensors, where=str(bundle.path))
+    return model
+
+
+def _initializers(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    onnx = require("onnx", extra="export", purpose="Reading the weights of a bundle")
+    graph = onnx.load(str(path)).graph
+    for tensor in graph.initializer:
+        yield tensor.name, onnx.numpy_helper.to_array(tensor)
+
+
+def _model_name(name: str, first_layer: int) -> tuple[str | None, bool]:
+    """Return the model's name of an initializer, None for constants; is it transposed?"""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        parts[1] = str(int(parts[1]) + first_layer)
+        product = parts[2] in _ATTENTION or parts[2] == "feed_forward"
+        if parts[2] in _ATTENTION:
+            parts.insert(2, "attention")
+        return ".".join(parts), product and parts[-1] == "weight"
+    if parts[0] == "head":
+        return name, parts[1] in ("dense", "projection") and parts[-1] == "weight"
+    if parts[0] == "embeddings" or name in ("scorer.weight", "scorer.bias"):
+        return name, False
+    return None, False

@@ -1,0 +1,217 @@
+"""Any supported checkpoint becomes a native model, with a probe fitted on a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import numpy as np
+import torch
+
+from sdt_deploy.config import Context
+from sdt_deploy.errors import CheckpointError
+from sdt_deploy.model import checkpoints
+from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
+from sdt_deploy.model.huggingface import load_huggingface
+from sdt_deploy.model.original import load_original
+from sdt_deploy.model.probe import (
+    Importance,
+    Levels,
+    fit_probe,
+    padded_batches,
+    quantiles,
+    set_thresholds,
+    token_features,
+)
+from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.tokenization import TextTokenizer
+
+HELD_OUT_EVERY = 5
+FIT_TOKENS = 60_000
+SAMPLE_TOKENS = 32_768
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeFit:
+    """How a probe is made."""
+
+    texts: Sequence[str]
+    """Real text, one sequence each; every fifth is held out."""
+    target_depth: float | None = None
+    """Layers per token, pinned tokens included; None: 60 % of the layers."""
+    levels: Levels = "graded"
+    importance: Importance = "stability"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """What came out of a fit, on the held-out texts."""
+
+    n_fit_tokens: int
+    n_held_out_tokens: int
+    mean_depth: float
+    depth_histogram: tuple[int, ...]
+    """Tokens at depth 0, 1, …, n_layers."""
+
+
+def load_any(source: Path, *, head: str | None = None) -> Checkpoint:
+    """Read any supported checkpoint.
+
+    Args:
+        source: a native directory, a Hugging Face directory, or a ``.pt`` file of the original.
+        head: for Hugging Face directories, see :func:`load_huggingface`.
+
+    Raises:
+        CheckpointError: if it is none of these or cannot be used.
+    """
+    if source.is_file():
+        return load_original(source)
+    config = source / "config.json"
+    if not config.exists():
+        raise CheckpointError(
+            f"{source} is not a checkpoint: expected a native or Hugging Face directory with "
+            "config.json, or a .pt file of the original research code"
+        )
+    try:
+        native = checkpoints.is_native_config(json.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} cannot be read: {error}") from error
+    return checkpoints.load(source) if native else load_huggingface(source, head=head)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    fit: ProbeFit | None = None,
+    context: Context | None = None,
+    head: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda n_tokens: None,
+) -> tuple[Checkpoint, FitReport | None]:
+    """Turn ``source`` into the native directory ``target``.
+
+    Args:
+        source: see :func:`load_any`.
+        target: directory to make.
+        fit: fit a probe, replacing one that the model may have; None: keep the model as it is.
+        context: what active tokens see; None: as in the checkpoint (Hugging Face: ``all``).
+        head: see :func:`load_any`.
+        overwrite: replace ``target`` if it exists.
+        progress: called with the number of tokens after each batch of the fit.
+
+    Raises:
+        CheckpointError: if ``source`` cannot be used.
+        ConfigError: if the target depth cannot be reached.
+        OutputError: if ``target`` exists or cannot be written.
+    """
+    checkpoint = load_any(source, head=head)
+    if context is not None:
+        model = _rebuilt(checkpoint.model, context=context)
+        checkpoint = dataclasses.replace(checkpoint, model=model)
+    report = None
+    if fit is not None:
+        checkpoint, report = with_probe(checkpoint, fit, progress=progress)
+    checkpoints.save(checkpoint, target, overwrite=overwrite)
+    return checkpoint, report
+
+
+def with_probe(
+    checkpoint: Checkpoint,
+    fit: ProbeFit,
+    *,
+    progress: Callable[[int], None] = lambda n_tokens: None,
+) -> tuple[Checkpoint, FitReport]:
+    """Return ``checkpoint`` with a fitted probe, thresholds, score quantiles and a text sample.
+
+    The special tokens that the tokenizer puts around a text are pinned to full depth.
+    """
+    if checkpoint.tokenizer is None:
+        raise CheckpointError("a probe is fitted on texts, and this checkpoint has no tokenizer")
+    tokenizer = _tokenizer(checkpoint.tokenizer)
+    before, after = tokenizer.ends()
+    pinned = tuple(sorted({*before, *after}))
+    model = _rebuilt(checkpoint.model, pinned_token_ids=pinned, probe="linear")
+    n_layers = model.config.n_layers
+    held_out = fit.texts[::HELD_OUT_EVERY]
+    fitted = [text for i, text in enumerate(fit.texts) if i % HELD_OUT_EVERY]
+    if not fitted:
+        raise CheckpointError("the text has a single line; a probe needs at least two")
+    longest = model.config.max_positions
+    fit_sample, held_sample = (
+        TokenSample(input_ids=ids, cu_seqlens=cu)
+        for ids, cu in (
+            tokenizer.encode(texts, max_length=longest, overflow="truncate")
+            for texts in (fitted, held_out)
+        )
+    )
+    features = token_features(
+        model, fit_sample, fit.importance, max_tokens=FIT_TOKENS, progress=progress
+    )
+    weight, bias = fit_probe(features)
+    with torch.no_grad():
+        model.scorer.weight.copy_(weight)
+        model.scorer.bias.copy_(bias)
+        ids = torch.full(features.embedded.shape[:1], -1)
+        scores = model.scorer(ids, features.embedded).numpy()
+    target_depth = fit.target_depth or 0.6 * n_layers
+    thresholds = set_thresholds(
+        scores, features.pinned_share, model.config, target_depth, fit.levels
+    )
+    model = _rebuilt(model, thresholds=thresholds)
+    made = {
+        "importance": fit.importance,
+        "levels": fit.levels,
+        "target_depth": target_depth,
+        "n_tokens": len(scores),
+    }
+    fitted_checkpoint = dataclasses.replace(
+        checkpoint,
+        model=model,
+        provenance={**checkpoint.provenance, "probe": made},
+        score_quantiles=quantiles(scores),
+        pinned_share=features.pinned_share,
+        sample=_head_of(held_sample, SAMPLE_TOKENS),
+    )
+    return fitted_checkpoint, _report(model, held_sample, len(scores))
+
+
+@torch.no_grad()
+def _report(model: SparseDepthTransformer, held_out: TokenSample, n_fit: int) -> FitReport:
+    n_layers = model.config.n_layers
+    limits = torch.tensor(model.config.thresholds)
+    histogram = np.zeros(n_layers + 1, dtype=np.int64)
+    for ids, mask in padded_batches(held_out, FIT_TOKENS):
+        scores = model.scorer(ids, model.embed(ids))[mask]
+        depths = (scores[:, None] > limits).sum(dim=1).numpy()
+        histogram += np.bincount(depths, minlength=n_layers + 1)
+    return FitReport(
+        n_fit_tokens=n_fit,
+        n_held_out_tokens=int(histogram.sum()),
+        mean_depth=float(histogram @ np.arange(n_layers + 1) / histogram.sum()),
+        depth_histogram=tuple(int(count) for count in histogram),
+    )
+
+
+def _rebuilt(model: SparseDepthTransformer, **changes: object) -> SparseDepthTransformer:
+    """Return a model of the changed config that holds the same weights."""
+    rebuilt = SparseDepthTransformer(model.config.replace(**changes))
+    rebuilt.load_state_dict({**rebuilt.state_dict(), **model.state_dict()})
+    return rebuilt.eval()
+
+
+def _tokenizer(content: bytes) -> TextTokenizer:
+    with NamedTemporaryFile(suffix=".json") as file:
+        file.write(content)
+        file.flush()
+        return TextTokenizer(Path(file.name))
+
+
+def _head_of(sample: TokenSample, max_tokens: int) -> TokenSample:
+    stop = max(1, int(np.searchsorted(sample.cu_seqlens, max_tokens, side="right")) - 1)
+    cu_seqlens = sample.cu_seqlens[: stop + 1]
+    return TokenSample(input_ids=sample.input_ids[: cu_seqlens[-1]], cu_seqlens=cu_seqlens)

@@ -1,0 +1,215 @@
+"""Hugging Face directories of the BERT family: BERT, MiniLM, RoBERTa.
+
+Read straight from ``config.json`` and the safetensors file; transformers is not needed. A directory
+of sentence-transformers also tells the pooling and whether embeddings are normalised.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdt_deploy.config import HeadConfig, ModelConfig
+from sdt_deploy.errors import CheckpointError, ConfigError
+from sdt_deploy.model.checkpoints import Checkpoint, load_weights, read_safetensors
+from sdt_deploy.model.transformer import SparseDepthTransformer
+
+_PREFIXES = ("bert.", "roberta.")
+_LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
+_LAYER_NAMES = {
+    "attention.self.query": "attention.query",
+    "attention.self.key": "attention.key",
+    "attention.self.value": "attention.value",
+    "attention.output.dense": "attention.output",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "feed_forward.up",
+    "output.dense": "feed_forward.down",
+    "output.LayerNorm": "feed_forward_norm",
+}
+_EMBEDDINGS = {
+    "embeddings.word_embeddings.weight": "embeddings.token.weight",
+    "embeddings.position_embeddings.weight": "embeddings.position.weight",
+    "embeddings.token_type_embeddings.weight": "embeddings.token_type.weight",
+    "embeddings.LayerNorm.weight": "embeddings.norm.weight",
+    "embeddings.LayerNorm.bias": "embeddings.norm.bias",
+}
+_POOLER = {"pooler.dense": "head.dense", "classifier": "head.projection"}
+_ROBERTA_CLASSIFIER = {"classifier.dense": "head.dense", "classifier.out_proj": "head.projection"}
+
+
+def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
+    """Read a dense encoder.
+
+    Args:
+        source: directory with ``config.json`` and ``model.safetensors``.
+        head: ``hidden``, ``embedding`` or ``classify``; None: ``classify`` for a sequence
+            classifier, ``embedding`` where the directory names a pooling, else ``hidden``.
+
+    Raises:
+        CheckpointError: if the directory is incomplete or the architecture is not supported.
+    """
+    config = read_json(source / "config.json")
+    kind = config.get("model_type")
+    if kind not in ("bert", "roberta"):
+        raise CheckpointError(
+            f"{source}: model_type {kind!r} is not supported; supported are 'bert' (with MiniLM) "
+            "and 'roberta'"
+        )
+    weights = source / "model.safetensors"
+    if not weights.exists():
+        raise CheckpointError(
+            f"{source} has no model.safetensors (other formats are not read, since they can run "
+            "code); save the model again with safe_serialization=True"
+        )
+    tensors = {_unprefixed(name): value for name, value in read_safetensors(weights).items()}
+    try:
+        model_config = _model_config(source, config, tensors, head)
+    except KeyError as error:
+        raise CheckpointError(f"{source / 'config.json'} has no {error}") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{source / 'config.json'}: {error}") from error
+    model = SparseDepthTransformer(model_config)
+    load_weights(model, _rename(tensors, model_config, kind), where=str(weights))
+    tokenizer = source / "tokenizer.json"
+    return Checkpoint(
+        model=model,
+        provenance={
+            "source": config.get("_name_or_path") or source.name,
+            "source_format": f"Hugging Face {kind}",
+            "license": _license(source),
+        },
+        tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: if ``path`` cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _unprefixed(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _model_config(
+    source: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], head: str | None
+) -> ModelConfig:
+    activation = config["hidden_act"]
+    if activation not in ("gelu", "relu"):
+        raise ConfigError(f"hidden_act {activation!r} is not supported; supported: gelu, relu")
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise ConfigError("only absolute position embeddings are supported")
+    offset = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
+    return ModelConfig(
+        vocab_size=config["vocab_size"],
+        d_model=config["hidden_size"],
+        n_heads=config["num_attention_heads"],
+        n_layers=config["num_hidden_layers"],
+        d_ff=config["intermediate_size"],
+        max_positions=config["max_position_embeddings"] - offset,
+        position_offset=offset,
+        n_token_types=config["type_vocab_size"],
+        activation=activation,
+        norm_placement="post",
+        embedding_norm=True,
+        final_norm=False,
+        eps=config["layer_norm_eps"],
+        context="all",
+        probe="none",
+        head=_head(source, config, tensors, head),
+    )
+
+
+def _head(
+    source: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: str | None
+) -> HeadConfig:
+    classifiers = [n for n in ("classifier.weight", "classifier.out_proj.weight") if n in tensors]
+    pooling = source / "1_Pooling" / "config.json"
+    if wanted is None:
+        wanted = "classify" if classifiers else "embedding" if pooling.exists() else "hidden"
+    if wanted == "hidden":
+        return HeadConfig(kind="hidden")
+    if wanted == "classify":
+        if not classifiers:
+            raise ConfigError("the checkpoint has no classifier")
+        return HeadConfig(
+            kind="classify",
+            pooling="cls",
+            n_classes=tensors[classifiers[0]].shape[0],
+            dense_tanh=True,
+        )
+    if wanted != "embedding":
+        raise ConfigError(f"head {wanted!r} is not one of hidden, embedding, classify")
+    if not pooling.exists():
+        return HeadConfig(kind="embedding", pooling="mean")
+    modes = read_json(pooling)
+    modules = (
+        json.loads((source / "modules.json").read_text())
+        if (source / "modules.json").exists()
+        else []
+    )
+    chosen = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(chosen) != 1 or chosen[0] not in known:
+        raise ConfigError(f"pooling {chosen} is not supported; supported: {', '.join(known)}")
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ConfigError(f"sentence-transformers modules not supported: {sorted(unknown)}")
+    return HeadConfig(
+        kind="embedding",
+        pooling="mean" if known[chosen[0]] == "mean" else "cls",
+        normalize="Normalize" in kinds,
+    )
+
+
+def _rename(tensors: Mapping[str, Tensor], config: ModelConfig, kind: str) -> dict[str, Tensor]:
+    """Give the tensors their names here.
+
+    Left out are a pooler or a classifier that the chosen head does not use, masked-language-model
+    heads, and position ids, which are not weights.
+    """
+    heads: dict[str, str] = {}
+    if config.head.kind == "classify":
+        heads = _ROBERTA_CLASSIFIER if kind == "roberta" else _POOLER
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        base, _, leaf = name.rpartition(".")
+        match = _LAYER.fullmatch(name)
+        if match and match[2] in _LAYER_NAMES:
+            renamed[f"layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"] = tensor
+        elif name in _EMBEDDINGS:
+            renamed[_EMBEDDINGS[name]] = tensor
+        elif base in heads:
+            renamed[f"{heads[base]}.{leaf}"] = tensor
+        elif leaf != "position_ids" and not name.startswith(
+            ("pooler.", "classifier.", "cls.", "lm_head.")
+        ):
+            renamed[name] = tensor
+    return renamed
+
+
+def _license(source: Path) -> str | None:
+    """Return the licence named in the front matter of the model card."""
+    card = source / "README.md"
+    if not card.exists():
+        return None
+    match = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)
+    return match[1] if match else None

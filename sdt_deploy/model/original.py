@@ -1,0 +1,118 @@
+"""Checkpoints of the original research code: a ``state_dict`` in a ``.pt`` file.
+
+Its model is pre-norm with ReLU and two heads, a learned position table, thresholds ``i / n_layers``
+compared with a strict ``>``, and active tokens that see each other only. The dense twin has the
+same tensors without the scorer. The original lets the kept tokens of a whole batch attend to each
+other; here attention stays inside each sequence, so outputs agree at batch size 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdt_deploy.config import HeadConfig, ModelConfig
+from sdt_deploy.errors import CheckpointError
+from sdt_deploy.model.checkpoints import Checkpoint, load_weights
+from sdt_deploy.model.transformer import SparseDepthTransformer
+
+N_HEADS = 2
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_LAYER_NAMES = {
+    "ln1.weight": "attention_norm.weight",
+    "ln1.bias": "attention_norm.bias",
+    "attn.out_proj.weight": "attention.output.weight",
+    "attn.out_proj.bias": "attention.output.bias",
+    "ln2.weight": "feed_forward_norm.weight",
+    "ln2.bias": "feed_forward_norm.bias",
+    "ff.0.weight": "feed_forward.up.weight",
+    "ff.0.bias": "feed_forward.up.bias",
+    "ff.2.weight": "feed_forward.down.weight",
+    "ff.2.bias": "feed_forward.down.bias",
+}
+_NAMES = {
+    "embed.weight": "embeddings.token.weight",
+    "pos_embed.weight": "embeddings.position.weight",
+    "ln_final.weight": "head.norm.weight",
+    "ln_final.bias": "head.norm.bias",
+    "head.weight": "head.projection.weight",
+    "head.bias": "head.projection.bias",
+}
+
+
+def load_original(path: Path) -> Checkpoint:
+    """Read a ``state_dict`` of the original research code.
+
+    The file is read with ``weights_only=True``: pickled code in it is never run.
+
+    Raises:
+        CheckpointError: if it cannot be read safely or the tensors are not the original's.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises whatever the file makes it raise
+        raise CheckpointError(
+            f"{path} cannot be read as a state_dict of tensors (code in it is not run): {error}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} does not hold a state_dict: names with tensors")
+    if "pos_embed" in state:
+        state = {("pos_embed.weight" if k == "pos_embed" else k): v for k, v in state.items()}
+        state["pos_embed.weight"] = state["pos_embed.weight"].flatten(0, -2)
+    model = SparseDepthTransformer(_config(state, path))
+    load_weights(model, _rename(state), where=str(path))
+    return Checkpoint(
+        model=model,
+        provenance={"source": path.name, "source_format": "original research code"},
+    )
+
+
+def _config(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
+    required = ("embed.weight", "pos_embed.weight", "layers.0.ff.0.weight", "head.weight")
+    missing = [name for name in required if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of the original research code: no {', '.join(missing)}"
+        )
+    matches = (_LAYER.fullmatch(name) for name in state)
+    vocab_size, d_model = state["embed.weight"].shape
+    if d_model % N_HEADS:
+        raise CheckpointError(f"{path}: width {d_model} cannot be split into {N_HEADS} heads")
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        n_heads=N_HEADS,
+        n_layers=1 + max(int(match[1]) for match in matches if match),
+        d_ff=state["layers.0.ff.0.weight"].shape[0],
+        max_positions=state["pos_embed.weight"].shape[0],
+        activation="relu",
+        norm_placement="pre",
+        final_norm=True,
+        context="active",
+        probe="linear" if "semantic_scorer.fc.weight" in state else "none",
+        head=HeadConfig(kind="lm", bias="head.bias" in state),
+    )
+
+
+def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the tensors their names here; unknown ones keep theirs, to be reported."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = _LAYER.fullmatch(name)
+        if name == "semantic_scorer.fc.weight":
+            renamed["scorer.weight"] = tensor.flatten()
+        elif name == "semantic_scorer.fc.bias":
+            renamed["scorer.bias"] = tensor.reshape(())
+        elif match is None:
+            renamed[_NAMES.get(name, name)] = tensor
+        elif match[2] in ("attn.in_proj_weight", "attn.in_proj_bias"):
+            kind = match[2].rpartition("_")[2]
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[f"layers.{match[1]}.attention.{part}.{kind}"] = piece
+        else:
+            renamed[f"layers.{match[1]}.{_LAYER_NAMES.get(match[2], match[2])}"] = tensor
+    return renamed

@@ -1,0 +1,248 @@
+"""Fitting a probe in closed form, and setting thresholds for a mean depth.
+
+The probe is a ridge regression from the embedding of a token to an importance target that is read
+off the dense model. Which target is best is an experiment: ``benchmarks/importance_targets.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sdt_deploy.config import ModelConfig
+from sdt_deploy.errors import ConfigError
+from sdt_deploy.model.blocks import TransformerLayer
+from sdt_deploy.model.checkpoints import TokenSample
+from sdt_deploy.model.transformer import SparseDepthTransformer
+
+Importance = Literal["stability", "change", "attention", "rarity", "random"]
+Levels = Literal["graded", "two-level"]
+Float64 = npt.NDArray[np.float64]
+
+RIDGE = 1e-2
+"""Regularisation, relative to the mean variance of an embedding dimension."""
+GAP_WINDOW = 0.0025
+"""A threshold may move by this share of the tokens to reach a wide gap between scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFeatures:
+    """What is known about the unpinned tokens of a text after one pass of the dense model."""
+
+    embedded: Tensor
+    """``[n_tokens, d_model]`` float32"""
+    importance: Tensor
+    """``[n_tokens]`` float32"""
+    pinned_share: float
+    """Pinned tokens over all tokens of the text."""
+
+
+def padded_batches(
+    sample: TokenSample, max_tokens: int, batch_tokens: int = 4096
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``(input_ids, attention_mask)`` ``[batch, seq]`` of sequences of similar length.
+
+    Args:
+        sample: packed sequences.
+        max_tokens: stop after about this many tokens.
+        batch_tokens: tokens in a batch, padding included.
+    """
+    lengths = np.diff(sample.cu_seqlens)
+    n_used = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens)))
+    order = np.argsort(lengths[:n_used], kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= batch_tokens:
+            stop += 1
+        chosen = order[start:stop]
+        mask = np.arange(lengths[chosen].max()) < lengths[chosen][:, None]
+        ids = np.zeros(mask.shape, dtype=np.int64)
+        ids[mask] = np.concatenate(
+            [sample.input_ids[sample.cu_seqlens[i] : sample.cu_seqlens[i + 1]] for i in chosen]
+        )
+        yield torch.from_numpy(ids), torch.from_numpy(mask)
+        start = stop
+
+
+@torch.no_grad()
+def token_features(
+    model: SparseDepthTransformer,
+    sample: TokenSample,
+    importance: Importance,
+    *,
+    max_tokens: int,
+    progress: Callable[[int], None] = lambda n_tokens: None,
+) -> TokenFeatures:
+    """Run the dense model over ``sample`` and measure the importance of every unpinned token.
+
+    Importances: ``change`` is the length of a token's change from the first layer's output to the
+    last; ``stability`` its negative; ``attention`` the attention a token receives, averaged over
+    layers, heads and queries; ``rarity`` the negative log frequency of its id in ``sample``;
+    ``random`` a draw.
+    """
+    pinned = torch.tensor(model.config.pinned_token_ids, dtype=torch.long)
+    counts = np.bincount(sample.input_ids, minlength=model.config.vocab_size)
+    log_count = torch.from_numpy(np.log(np.maximum(counts, 1)).astype(np.float32))
+    generator = torch.Generator().manual_seed(0)
+    embedded_parts, importance_parts = [], []
+    n_all = n_pinned = 0
+    for ids, mask in padded_batches(sample, max_tokens):
+        embedded = model.embed(ids)
+        free = mask & ~torch.isin(ids, pinned)
+        n_all, n_pinned = n_all + int(mask.sum()), n_pinned + int((mask & ~free).sum())
+        if importance == "rarity":
+            value = -log_count[ids]
+        elif importance == "random":
+            value = torch.rand(ids.shape, generator=generator)
+        else:
+            value = _dense_importance(model, embedded, mask, importance)
+        embedded_parts.append(embedded[free])
+        importance_parts.append(value[free])
+        progress(int(mask.sum()))
+    return TokenFeatures(
+        embedded=torch.cat(embedded_parts),
+        importance=torch.cat(importance_parts),
+        pinned_share=n_pinned / n_all,
+    )
+
+
+def _dense_importance(
+    model: SparseDepthTransformer, embedded: Tensor, mask: Tensor, importance: Importance
+) -> Tensor:
+    hidden = first = embedded
+    received = torch.zeros(mask.shape)
+    for i, layer in enumerate(model.blocks):
+        if importance == "attention":
+            received += _attention_received(layer, hidden, mask)
+        hidden = layer(hidden, mask)
+        first = hidden if i == 0 else first
+    if importance == "attention":
+        return received
+    change = (hidden - first).norm(dim=-1)
+    return change if importance == "change" else -change
+
+
+def _attention_received(layer: TransformerLayer, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return ``[batch, seq]``, the mean weight of each key over heads and valid queries."""
+    attention = layer.attention
+    states = layer.attention_norm(hidden) if layer.pre_norm else hidden
+    query, key = (
+        projection(states).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
+        for projection in (attention.query, attention.key)
+    )
+    logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
+    weights = logits.softmax(dim=-1) * mask[:, None, :, None]
+    return weights.sum(dim=2).mean(dim=1)
+
+
+def fit_probe(features: TokenFeatures) -> tuple[Tensor, Tensor]:
+    """Fit ``importance ≈ weight · embedding + bias`` by ridge regression (normal equations).
+
+    The prediction is scaled to mean 0 and variance 1, so that its sigmoid spreads over (0, 1).
+
+    Returns:
+        ``weight [d_model]`` and ``bias []``, float32.
+    """
+    x, y = features.embedded.double(), features.importance.double()
+    mean = x.mean(dim=0)
+    centred = x - mean
+    covariance = centred.T @ centred / len(x)
+    ridge = RIDGE * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(covariance + ridge, centred.T @ (y - y.mean()) / len(x))
+    spread = (centred @ weight).std()
+    if not spread > 0:
+        raise ConfigError("every token of the text has the same importance; give a longer text")
+    weight = weight / spread
+    return weight.float(), -(mean @ weight).float()
+
+
+def depth_shares(n_layers: int, mean_depth: float, levels: Levels) -> Float64:
+    """Return the share of tokens at depth 1, 2, …, n_layers.
+
+    ``two-level`` uses depths 1 and n_layers only; ``graded`` all of them, with the largest entropy
+    that the mean allows (shares proportional to ``exp(λ · depth)``, Jaynes 1957).
+
+    Raises:
+        ConfigError: if the mean cannot be reached.
+    """
+    if not 1.0 <= mean_depth <= n_layers:
+        raise ConfigError(
+            f"a mean depth of {mean_depth:.3g} over unpinned tokens cannot be reached: every token "
+            f"passes through 1 to {n_layers} layers"
+        )
+    shares = np.zeros(n_layers)
+    if n_layers == 1:
+        return np.ones(1)
+    if levels == "two-level":
+        shares[-1] = (mean_depth - 1) / (n_layers - 1)
+        shares[0] = 1 - shares[-1]
+        return shares
+    depths = np.arange(1, n_layers + 1)
+    low, high = -50.0, 50.0
+    for _ in range(200):
+        tilt = (low + high) / 2
+        weights = np.exp(tilt * (depths - depths.mean()) - abs(tilt) * (n_layers - 1) / 2)
+        shares = weights / weights.sum()
+        low, high = (tilt, high) if shares @ depths < mean_depth else (low, tilt)
+    return shares
+
+
+def set_thresholds(
+    scores: npt.NDArray[np.float32],
+    pinned_share: float,
+    config: ModelConfig,
+    target_depth: float,
+    levels: Levels,
+) -> tuple[float, ...]:
+    """Place thresholds so that the mean depth over all tokens is ``target_depth``.
+
+    Each lies in the middle of a gap between distinct scores, the widest within reach of its place.
+
+    Args:
+        scores: ``[n_tokens]`` of the unpinned tokens of a text.
+        pinned_share: share of pinned tokens in that text; they count with full depth.
+        config: the model.
+        target_depth: layers per token, padding excluded, pinned tokens included.
+        levels: see :func:`depth_shares`.
+
+    Raises:
+        ConfigError: if the depth cannot be reached.
+    """
+    n_layers = config.n_layers
+    if not 0.0 < target_depth <= n_layers:
+        raise ConfigError(f"target depth must lie in (0, {n_layers}], not {target_depth}")
+    free_mean = (target_depth - pinned_share * n_layers) / (1 - pinned_share)
+    below = np.cumsum(depth_shares(n_layers, min(free_mean, n_layers), levels))[:-1]
+    ordered = np.sort(scores)
+    cuts = [0.0, *(_cut(ordered, share) for share in below)]
+    return tuple(float(cut) for cut in np.maximum.accumulate(cuts))
+
+
+def _cut(ordered: npt.NDArray[np.float32], share: float) -> float:
+    """Return the middle of the widest gap near the place below which ``share`` of scores lie."""
+    n = len(ordered)
+    place = share * n
+    if place < 0.5:
+        return 0.0
+    reach = max(1.0, GAP_WINDOW * n)
+    low = max(0, int(place - reach))
+    high = min(n - 1, int(place + reach))
+    gaps = np.diff(ordered[low : high + 1])
+    if len(gaps) == 0:
+        return float(np.nextafter(np.float32(1), np.float32(0)))
+    at = low + int(gaps.argmax())
+    return float((np.float64(ordered[at]) + np.float64(ordered[at + 1])) / 2)
+
+
+def quantiles(scores: npt.NDArray[np.float32]) -> tuple[float, ...]:
+    """Return the 101 quantiles of ``scores`` that manifests keep."""
+    return tuple(float(q) for q in np.quantile(scores.astype(np.float64), np.linspace(0, 1, 101)))

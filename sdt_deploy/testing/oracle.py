@@ -1,0 +1,169 @@
+"""A backend that computes with the oracle's own modules, one padded layer at a time.
+
+It needs torch but no engine and no exported graph, so that routing, dispatch and the loop can be
+tested anywhere, and it records which rows every stage really processed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdt_deploy.bundle import Bundle, GraphSpec, Manifest
+from sdt_deploy.config import ExportConfig
+from sdt_deploy.exporters.partition import partition
+from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.runtime.backend import Array, Graph, HostMemory
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCall:
+    """One call of a stage."""
+
+    stage: str
+    n_rows: int
+    """Rows that were processed as queries."""
+
+
+def memory_bundle(model: SparseDepthTransformer, config: ExportConfig | None = None) -> Bundle:
+    """Make a bundle that exists in memory only: a manifest for ``model``, without any file."""
+    config = config or ExportConfig()
+    stage_layers = iter(config.stage_layers(model.config.n_layers))
+    graphs = {
+        part.name: GraphSpec(
+            name=part.name,
+            file=f"{part.name}.onnx",
+            inputs=part.module.inputs,
+            outputs=part.module.outputs,
+            graph_sha256="",
+            max_abs_error=0.0,
+            layers=next(stage_layers) if part.name.startswith("stage-") else None,
+        )
+        for part in partition(model, config)
+    }
+    manifest = Manifest(model=model.config, export=config, graphs=graphs, files={}, created_by={})
+    return Bundle(path=Path("memory"), manifest=manifest)
+
+
+class OracleBackend(HostMemory):
+    """Runs a bundle's graphs with the modules of ``model``.
+
+    ``calls`` lists the stage calls since it was last cleared.
+    """
+
+    name = "oracle"
+
+    def __init__(self, bundle: Bundle, model: SparseDepthTransformer) -> None:
+        self.calls: list[StageCall] = []
+        self._bundle = bundle
+        self._model = model.eval()
+
+    def graph(self, name: str) -> Graph:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
+        return _OracleGraph(self._bundle.manifest.graphs[name], self._model, self.calls)
+
+    def close(self) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
+
+
+class _OracleGraph:
+    def __init__(
+        self, spec: GraphSpec, model: SparseDepthTransformer, calls: list[StageCall]
+    ) -> None:
+        self._spec = spec
+        self._model = model
+        self._calls = calls
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Graph.run`."""
+        for specs, arrays in ((self._spec.inputs, inputs), (self._spec.outputs, outputs)):
+            assert {s.name for s in specs} == set(arrays), f"{self._spec.name}: {sorted(arrays)}"
+            for spec in specs:
+                array = arrays[spec.name]
+                assert array.dtype == spec.dtype, f"{spec.name} is {array.dtype}"
+                assert array.flags.c_contiguous, spec.name
+                assert array.size, f"{self._spec.name} was called with nothing in {spec.name}"
+        if self._spec.layers is not None:
+            found = self._stage(inputs)
+        else:
+            found = getattr(self, f"_{self._spec.name}")(inputs)
+        for name, tensor in found.items():
+            np.copyto(outputs[name], tensor.numpy(), casting="no")
+
+    def _entry(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        ids, positions = _long(inputs["input_ids"]), _long(inputs["position_ids"])
+        types = _long(inputs["token_type_ids"]) if "token_type_ids" in inputs else None
+        embedded = self._model.embeddings(ids, positions, types)
+        return {"hidden_states": embedded, "scores": self._model.scorer(ids, embedded)}
+
+    def _stage(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        assert self._spec.layers is not None
+        first, stop = self._spec.layers
+        states = torch.from_numpy(inputs["hidden_states"])
+        self._calls.append(StageCall(stage=self._spec.name, n_rows=len(states)))
+        sees_all = self._model.config.context == "all"
+        remaining = torch.full(states.shape[:1], stop - first, dtype=torch.int32)
+        if "remaining_depth" in inputs:
+            remaining = torch.from_numpy(inputs["remaining_depth"])
+        places = torch.zeros(inputs["gather_index"].size, dtype=torch.bool)
+        places[_long(inputs["scatter_index"])] = True
+        places = places.reshape(inputs["gather_index"].shape)
+        context = torch.from_numpy(inputs["context_states"]) if sees_all else states
+        for i, layer in enumerate(self._model.blocks[first:stop]):
+            active = remaining > i
+            if i and sees_all:
+                both = torch.cat([torch.from_numpy(inputs["context_states"]), states])
+                context = both[_long(inputs["refresh_index"])]
+            queries = torch.zeros(*places.shape, states.shape[1])
+            queries[places] = states
+            keys, visible = queries, torch.zeros_like(places)
+            visible[places] = active
+            if sees_all:
+                index = _long(inputs["context_gather_index"])
+                keys = context[index]
+                within = torch.arange(index.shape[1])
+                visible = within < torch.from_numpy(inputs["context_lengths"])[:, None]
+            else:
+                lengths = torch.from_numpy(inputs["lengths"])
+                assert torch.equal(places.sum(dim=1).int(), lengths)
+            # The oracle's layer updates all it sees: run it on queries and keys side by side.
+            joined = torch.cat([queries, keys], dim=1)
+            mask = torch.cat([torch.zeros_like(places), visible], dim=1)
+            updated = layer(joined, mask)[:, : places.shape[1]][places]
+            states = torch.where(active[:, None], updated, states)
+        return {"updated_states": states}
+
+    def _head(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        states = torch.from_numpy(inputs["hidden_states"])
+        if "first_index" in inputs:
+            padded, mask = states[_long(inputs["first_index"])][:, None], torch.ones(1, 1).bool()
+        elif "gather_index" in inputs:
+            index = _long(inputs["gather_index"])
+            padded = states[index]
+            mask = torch.arange(index.shape[1]) < torch.from_numpy(inputs["lengths"])[:, None]
+        else:
+            return {"output": self._model.head(states[None], torch.ones(1, 1).bool())[0]}
+        return {"output": self._model.head(padded, mask)}
+
+    def _dense(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        return {"output": self._model.as_dense()(*_padded(inputs)).output}
+
+    def _masked(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        limits = inputs["thresholds"].tolist()
+        found = self._model(*_padded(inputs), thresholds=limits)
+        return {"output": found.output, "scores": found.scores}
+
+
+def _long(array: Array) -> Tensor:
+    return torch.from_numpy(array).long()
+
+
+def _padded(inputs: Mapping[str, Array]) -> tuple[Tensor, Tensor, Tensor | None]:
+    types = _long(inputs["token_type_ids"]) if "token_type_ids" in inputs else None
+    return _long(inputs["input_ids"]), torch.from_numpy(inputs["attention_mask"]) > 0, types
