@@ -1,8 +1,9 @@
 """The model cut into the modules that become ONNX graphs.
 
 Every module names its inputs and outputs with their axes as
-:class:`~sdt_deploy.bundle.TensorSpec`; exporter, manifest and runtime all read that one list. Parameters are copies of the oracle's;
-only the form of the computation differs (see :mod:`sdt_deploy.exporters.layers`).
+:class:`~sdt_deploy.bundle.TensorSpec`; exporter, manifest and runtime all read that one list.
+Parameters are copies of the oracle's; only the form of the computation differs (see
+:mod:`sdt_deploy.exporters.layers`).
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class ActiveStageGraph(GraphModule):
 
 
 class AllStageGraph(GraphModule):
-    """A run of layers with ``context="all"``: active tokens also see the last states of others."""
+    """A run of layers with ``context="all"``: active tokens also see others' last states."""
 
     def __init__(self, layers: Sequence[PackedLayer], config: ModelConfig) -> None:
         super().__init__()
@@ -201,7 +202,7 @@ class HeadGraph(GraphModule):
     def forward(
         self, hidden_states: Tensor, index: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
-        """Compute outputs; ``index`` gathers a sequence's rows, or its first row for CLS pooling."""
+        """Compute outputs; ``index`` gathers a sequence's rows, or its first one for CLS."""
         if index is None:
             return self.head.project(self.head.normed(hidden_states))
         if lengths is None:
@@ -275,7 +276,7 @@ class MaskedGraph(_PaddedGraph):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        """Run the sparse model on a padded batch; ``rest`` is token types, if any, and thresholds."""
+        """Run the sparse model on a padded batch; ``rest``: token types, if any, thresholds."""
         *types, thresholds = rest
         mask = attention_mask > 0
         layout = PaddedLayout(_shape(input_ids))

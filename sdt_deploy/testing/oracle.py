@@ -111,31 +111,24 @@ class _OracleGraph:
         remaining = torch.full(states.shape[:1], stop - first, dtype=torch.int32)
         if "remaining_depth" in inputs:
             remaining = torch.from_numpy(inputs["remaining_depth"])
-        places = torch.zeros(inputs["gather_index"].size, dtype=torch.bool)
-        places[_long(inputs["scatter_index"])] = True
-        places = places.reshape(inputs["gather_index"].shape)
+        gather, scatter = _long(inputs["gather_index"]), _long(inputs["scatter_index"])
         context = torch.from_numpy(inputs["context_states"]) if sees_all else states
         for i, layer in enumerate(self._model.blocks[first:stop]):
             active = remaining > i
             if i and sees_all:
                 both = torch.cat([torch.from_numpy(inputs["context_states"]), states])
                 context = both[_long(inputs["refresh_index"])]
-            queries = torch.zeros(*places.shape, states.shape[1])
-            queries[places] = states
-            keys, visible = queries, torch.zeros_like(places)
-            visible[places] = active
+            queries = states[gather]
             if sees_all:
-                index = _long(inputs["context_gather_index"])
-                keys = context[index]
-                within = torch.arange(index.shape[1])
-                visible = within < torch.from_numpy(inputs["context_lengths"])[:, None]
+                keys = context[_long(inputs["context_gather_index"])]
+                visible = _within(inputs["context_lengths"], keys.shape[1])
             else:
-                lengths = torch.from_numpy(inputs["lengths"])
-                assert torch.equal(places.sum(dim=1).int(), lengths)
+                keys = queries
+                visible = _within(inputs["lengths"], keys.shape[1]) & active[gather]
             # The oracle's layer updates all it sees: run it on queries and keys side by side.
             joined = torch.cat([queries, keys], dim=1)
-            mask = torch.cat([torch.zeros_like(places), visible], dim=1)
-            updated = layer(joined, mask)[:, : places.shape[1]][places]
+            mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
+            updated = layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
             states = torch.where(active[:, None], updated, states)
         return {"updated_states": states}
 
@@ -146,7 +139,7 @@ class _OracleGraph:
         elif "gather_index" in inputs:
             index = _long(inputs["gather_index"])
             padded = states[index]
-            mask = torch.arange(index.shape[1]) < torch.from_numpy(inputs["lengths"])[:, None]
+            mask = _within(inputs["lengths"], index.shape[1])
         else:
             return {"output": self._model.head(states[None], torch.ones(1, 1).bool())[0]}
         return {"output": self._model.head(padded, mask)}
@@ -162,6 +155,10 @@ class _OracleGraph:
 
 def _long(array: Array) -> Tensor:
     return torch.from_numpy(array).long()
+
+
+def _within(lengths: Array, max_seqlen: int) -> Tensor:
+    return torch.arange(max_seqlen) < torch.from_numpy(lengths)[:, None]
 
 
 def _padded(inputs: Mapping[str, Array]) -> tuple[Tensor, Tensor, Tensor | None]:

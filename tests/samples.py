@@ -1,0 +1,207 @@
+"""Random models, batches and the comparison that the parity tests share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
+from sdt_deploy.model.inference import oracle_output
+from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.result import RunResult
+from sdt_deploy.runtime.session import Session
+
+TOLERANCE = 2e-4
+
+CONFIGS: dict[str, tuple[ModelConfig, ExportConfig]] = {
+    "active-lm": (
+        ModelConfig(
+            vocab_size=53,
+            d_model=24,
+            n_heads=2,
+            n_layers=3,
+            d_ff=40,
+            max_positions=33,
+            activation="relu",
+            context="active",
+            head=HeadConfig(kind="lm", bias=False),
+        ),
+        ExportConfig(),
+    ),
+    "all-embedding": (
+        ModelConfig(
+            vocab_size=47,
+            d_model=32,
+            n_heads=4,
+            n_layers=3,
+            d_ff=56,
+            max_positions=40,
+            n_token_types=2,
+            norm_placement="post",
+            embedding_norm=True,
+            final_norm=False,
+            eps=1e-12,
+            context="all",
+            pinned_token_ids=(1, 2),
+            head=HeadConfig(kind="embedding", pooling="mean", normalize=True),
+        ),
+        ExportConfig(),
+    ),
+    "active-grouped": (
+        ModelConfig(
+            vocab_size=31,
+            d_model=16,
+            n_heads=2,
+            n_layers=5,
+            d_ff=24,
+            max_positions=30,
+            position_offset=2,
+            norm_placement="post",
+            context="active",
+            pinned_token_ids=(0,),
+            head=HeadConfig(kind="classify", pooling="cls", n_classes=3, dense_tanh=True),
+        ),
+        ExportConfig(layers_per_stage=2),
+    ),
+    "all-grouped": (
+        ModelConfig(
+            vocab_size=31,
+            d_model=16,
+            n_heads=4,
+            n_layers=4,
+            d_ff=24,
+            max_positions=30,
+            context="all",
+            head=HeadConfig(kind="hidden"),
+        ),
+        ExportConfig(layers_per_stage=3),
+    ),
+}
+"""One of each kind: both contexts, norm placements, heads, one and several layers per stage."""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    model: SparseDepthTransformer
+    native: Path
+    bundle: Path
+
+
+def random_model(config: ModelConfig, seed: int) -> SparseDepthTransformer:
+    """A model whose weights all matter: norms are not 1, biases not 0, scores spread widely."""
+    generator = torch.Generator().manual_seed(seed)
+    model = SparseDepthTransformer(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.ndim == 2 and "embeddings" not in name:
+                parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[1]))
+            else:
+                parameter.copy_(noise * 0.5)
+        if model.scorer.linear:
+            ids = torch.arange(config.vocab_size)[None, : config.max_positions]
+            embedded = model.embed(ids)
+            logits = embedded @ model.scorer.weight
+            model.scorer.weight.mul_(1.5 / logits.std())
+            model.scorer.bias.copy_(-1.5 * logits.mean() / logits.std())
+    return model
+
+
+def separated_thresholds(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, ...]:
+    """Thresholds near the quantiles ``wanted``, each in a gap, so that rounding flips no depth."""
+    values = np.unique(np.concatenate([scores, [-1.0, 2.0]]))
+    wide = np.flatnonzero(np.diff(values) > 1e-4)
+    middles = (values[wide] + values[wide + 1]) / 2
+    targets = np.quantile(values, wanted)
+    nearest = middles[np.abs(middles[None] - targets[:, None]).argmin(axis=1)]
+    return tuple(sorted(float(x) for x in nearest))
+
+
+def random_batch(config: ModelConfig, lengths: list[int], seed: int) -> TokenBatch:
+    rng = np.random.default_rng(seed)
+    cu_seqlens = np.cumsum([0, *lengths])
+    n_tokens = int(cu_seqlens[-1])
+    types = rng.integers(0, config.n_token_types, n_tokens) if config.n_token_types else None
+    ids = rng.integers(0, config.vocab_size, n_tokens)
+    return TokenBatch.from_packed(ids, cu_seqlens, types, config=config)
+
+
+def assert_parity(
+    session: Session,
+    model: SparseDepthTransformer,
+    batch: TokenBatch,
+    thresholds: tuple[float, ...] | None = None,
+    path: str = "sparse",
+) -> RunResult:
+    """The runtime's output and depths are those of the oracle."""
+    result = session.run_batch(batch, thresholds=thresholds, path=path)  # type: ignore[arg-type]
+    oracle = model.as_dense() if path == "dense" else model
+    expected = oracle_output(
+        oracle, batch.input_ids, batch.cu_seqlens, batch.token_type_ids, thresholds=thresholds
+    )
+    np.testing.assert_array_equal(result.depths, expected.depths)
+    np.testing.assert_allclose(result.output, expected.output, rtol=0, atol=TOLERANCE)
+    if path != "dense":
+        np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-5)
+    return result
+
+
+def quantile_thresholds(
+    model: SparseDepthTransformer, batch: TokenBatch, wanted: list[float]
+) -> tuple[float, ...]:
+    """Thresholds for ``batch`` at the given quantiles of its scores."""
+    found = oracle_output(model, batch.input_ids, batch.cu_seqlens, batch.token_type_ids)
+    return separated_thresholds(found.scores, np.sort(wanted))
+
+
+lengths_lists = st.lists(st.integers(1, 29), min_size=1, max_size=6)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def cut_points(n_layers: int) -> st.SearchStrategy[list[float]]:
+    """Quantiles for thresholds; 0 and 1 (everyone, nobody) are drawn often."""
+    point = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
+    return st.lists(point, min_size=n_layers, max_size=n_layers)
+
+
+@st.composite
+def model_configs(draw: st.DrawFn) -> tuple[ModelConfig, ExportConfig]:
+    n_heads = draw(st.integers(1, 3))
+    n_layers = draw(st.integers(1, 5))
+    vocab_size = draw(st.integers(2, 60))
+    kind = draw(st.sampled_from(["hidden", "lm", "embedding", "classify"]))
+    per_sequence = kind in ("embedding", "classify")
+    head = HeadConfig(
+        kind=kind,
+        pooling=draw(st.sampled_from(["mean", "cls"])) if per_sequence else None,
+        normalize=kind == "embedding" and draw(st.booleans()),
+        n_classes=draw(st.integers(1, 4)) if kind == "classify" else None,
+        dense_tanh=kind == "classify" and draw(st.booleans()),
+        bias=draw(st.booleans()),
+    )
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        d_model=n_heads * draw(st.integers(2, 8)),
+        n_heads=n_heads,
+        n_layers=n_layers,
+        d_ff=draw(st.integers(1, 30)),
+        max_positions=29,
+        position_offset=draw(st.integers(0, 2)),
+        n_token_types=draw(st.integers(0, 2)),
+        activation=draw(st.sampled_from(["relu", "gelu"])),
+        norm_placement=draw(st.sampled_from(["pre", "post"])),
+        embedding_norm=draw(st.booleans()),
+        final_norm=draw(st.booleans()),
+        context=draw(st.sampled_from(["active", "all"])),
+        pinned_token_ids=tuple(range(draw(st.integers(0, 2)))),
+        head=head,
+    )
+    return config, ExportConfig(layers_per_stage=draw(st.integers(1, n_layers)))
