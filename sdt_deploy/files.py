@@ -51,6 +51,8 @@ def new_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.chmod(0o755)
         yield temporary
         sync_tree(temporary)
+        if target.exists() and not overwrite:
+            raise OutputError(f"{target} exists already: it was made while this was being written")
         _replace_directory(temporary, target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error}") from error
