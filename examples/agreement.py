@@ -1,6 +1,6 @@
 """How well do the embeddings of a sparse bundle agree with its dense baseline?
 
-    python examples/agreement.py BUNDLE TEXTS
+python examples/agreement.py BUNDLE TEXTS
 """
 
 import sys

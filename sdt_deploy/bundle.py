@@ -96,7 +96,7 @@ class Manifest:
         }
         body["graphs"] = [dataclasses.asdict(spec) for spec in self.graphs.values()]
         body["digest"] = _digest(body)
-        return (json.dumps(body, indent=1) + "\n").encode()
+        return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode()
 
     @classmethod
     def from_json(cls, content: bytes, *, where: str = MANIFEST) -> Self:
@@ -113,7 +113,7 @@ class Manifest:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise BundleFormatError(f'{where} is not the manifest of a bundle (no "{FORMAT}")')
         version = body.get("format_version")
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise BundleFormatError(
                 f"{where} has format version {version!r}; this release of sdt-deploy reads "
                 f"version {FORMAT_VERSION}. Export again, or use the release that wrote it"
@@ -150,12 +150,42 @@ class Manifest:
             pinned_share=body["pinned_share"],
             quality=body["quality"],
         )
-        for name in manifest.files:
-            _check_inside(name)
-        for spec in graphs.values():
-            if spec.file not in manifest.files:
-                raise ConfigError(f"graph {spec.name} names a file that is not listed: {spec.file}")
+        manifest._check(n_graphs=len(body["graphs"]))
         return manifest
+
+    def _check(self, n_graphs: int) -> None:
+        """Check what the types alone do not say.
+
+        Raises:
+            BundleIntegrityError: if a path leads outside the bundle.
+            ConfigError: if the parts contradict each other.
+        """
+        for name, entry in self.files.items():
+            _check_inside(name)
+            if not isinstance(entry["sha256"], str) or not isinstance(entry["size_bytes"], int):
+                raise ConfigError(f"files: {name} needs a sha256 and a size_bytes")
+        missing = {"entry", "head", "dense", "masked"} - self.graphs.keys()
+        if missing or len(self.graphs) != n_graphs:
+            raise ConfigError(f"graphs are missing or named twice: {sorted(missing)}")
+        for spec in self.graphs.values():
+            if spec.file not in self.files:
+                raise ConfigError(f"graph {spec.name} names a file that is not listed: {spec.file}")
+            if spec.attention_layout not in (None, "padded"):
+                raise ConfigError(f"graph {spec.name}: attention layout {spec.attention_layout!r}")
+            for tensor in (*spec.inputs, *spec.outputs):
+                if tensor.dtype not in ("float32", "int32"):
+                    raise ConfigError(f"graph {spec.name}: {tensor.name} is {tensor.dtype!r}")
+        expected = 0
+        for first, stop in self.stage_layers:
+            if first != expected or stop <= first:
+                raise ConfigError(f"stages do not follow each other: {self.stage_layers}")
+            expected = stop
+        if expected != self.model.n_layers:
+            raise ConfigError(f"stages cover {expected} of {self.model.n_layers} layers")
+        if self.score_quantiles is not None and len(self.score_quantiles) != 101:
+            raise ConfigError("score_quantiles must be 101 numbers")
+        if not 0.0 <= self.pinned_share <= 1.0:
+            raise ConfigError(f"pinned_share must lie in 0..1, not {self.pinned_share!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +264,7 @@ def _check_file(
     directory: Path, name: str, expected: Mapping[str, Any], check_content: bool
 ) -> None:
     path = directory / name
-    if path.is_symlink() or not path.is_file():
+    if not path.is_file() or path.resolve() != directory.resolve() / name:
         raise BundleIntegrityError(f"{path} is missing or not a regular file")
     size = path.stat().st_size
     if size != expected["size_bytes"]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from sdt_deploy.console import (
+    console,
+    messages,
+    print_depths,
+    print_graphs,
+    print_histogram,
+    progress_bar,
+)
 from sdt_deploy.errors import InputError, SdtDeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     import numpy as np
 
 app = typer.Typer(
@@ -25,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Deploy depth-sparse transformers: per-layer engines with compaction between them.",
 )
-console = Console()
-messages = Console(stderr=True)
 
 
 class ContextChoice(StrEnum):
@@ -136,7 +138,7 @@ def convert(
             levels=levels.value,
             importance=importance.value,
         )
-    with _progress("fit the probe") as advance:
+    with progress_bar("fit the probe") as advance:
         checkpoint, report = convert_model(
             source,
             out,
@@ -157,7 +159,7 @@ def convert(
             f"depth on {report.n_held_out_tokens} held-out tokens: {report.mean_depth:.2f} of "
             f"{config.n_layers} layers"
         )
-        _print_histogram(report.depth_histogram)
+        print_histogram(report.depth_histogram)
 
 
 @app.command()
@@ -181,7 +183,7 @@ def export(
     from sdt_deploy.model.checkpoints import load
 
     checkpoint = load(model)
-    with _progress("export") as advance:
+    with progress_bar("export") as advance:
         manifest = export_model(
             checkpoint,
             bundle,
@@ -189,7 +191,7 @@ def export(
             overwrite=overwrite,
             progress=advance,
         )
-    _print_graphs(manifest.graphs.values())
+    print_graphs(manifest.graphs.values())
     console.print(f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files")
 
 
@@ -223,7 +225,7 @@ def inspect(
     }
     for name, value in facts.items():
         console.print(f"[bold]{name:<11}[/bold]{escape(str(value))}", highlight=False)
-    _print_graphs(manifest.graphs.values())
+    print_graphs(manifest.graphs.values())
 
 
 @app.command()
@@ -277,7 +279,7 @@ def run(
             overflow="truncate" if truncate else "error",
         )
         if show_depth:
-            _print_depths(session, result)
+            print_depths(session, result)
     if out is not None:
         _save_npy(out, result.output)
         console.print(f"[bold]{escape(str(out))}[/bold]: {result.output.shape} float32")
@@ -324,7 +326,7 @@ def bench(
         with_memory=memory,
         n_threads=n_threads,
     )
-    with _progress("bench") as advance:
+    with progress_bar("bench") as advance:
         outcome = run_bench(bundle, options, progress=advance)
     console.print(outcome.table)
     for line in outcome.remarks:
@@ -341,62 +343,6 @@ def main() -> None:
     except SdtDeployError as error:
         messages.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from None
-
-
-@contextmanager
-def _progress(first: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar that vanishes when done, and nothing where there is no terminal."""
-    from rich.progress import Progress
-
-    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as bar:
-        task = bar.add_task(first, total=None)
-
-        def advance(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
-
-        yield advance
-
-
-def _print_histogram(histogram: tuple[int, ...]) -> None:
-    total = sum(histogram)
-    for depth, count in enumerate(histogram):
-        bar = "█" * round(40 * count / max(histogram))
-        console.print(f"{depth:>4} {count / total:>6.1%} {bar}", highlight=False)
-
-
-def _print_graphs(graphs: Any) -> None:
-    """Print a table; graphs of one topology show their inputs once."""
-    from rich.table import Table
-
-    table = Table()
-    for name in ("graph", "layers", "inputs", "max error", "hash"):
-        table.add_column(name)
-    seen: dict[str, str] = {}
-    for spec in graphs:
-        layers = "" if spec.layers is None else f"{spec.layers[0]}–{spec.layers[1] - 1}"
-        inputs = ", ".join(f"{t.name}\\[{', '.join(map(str, t.axes))}]" for t in spec.inputs)
-        if spec.graph_sha256 in seen:
-            inputs = f"as {seen[spec.graph_sha256]}"
-        seen.setdefault(spec.graph_sha256, spec.name)
-        table.add_row(spec.name, layers, inputs, f"{spec.max_abs_error:.1g}", spec.graph_sha256[:8])
-    console.print(table)
-
-
-def _print_depths(session: Any, result: Any) -> None:
-    from rich.text import Text
-
-    n_layers = session.manifest.model.n_layers
-    named = session.bundle.has("tokenizer.json")
-    colours = ("grey50", "blue", "cyan", "green", "yellow", "dark_orange", "red")
-    for ids, depths in zip(
-        result.split(result.input_ids), result.split(result.depths), strict=True
-    ):
-        tokens = session.tokenizer.tokens(ids) if named else [str(i) for i in ids]
-        line = Text()
-        for token, depth in zip(tokens, depths, strict=True):
-            colour = colours[round(int(depth) / n_layers * (len(colours) - 1))]
-            line.append(f"{token}", style=colour).append(f"·{depth} ", style="dim")
-        console.print(line)
 
 
 def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -> Any:

@@ -55,7 +55,7 @@ def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
     )
     for i, value in enumerate(thresholds):
         _check(
-            isinstance(value, (int, float)) and math.isfinite(value),
+            isinstance(value, int | float) and math.isfinite(value),
             f"thresholds[{i}] must be a finite number, not {value!r}",
         )
     for i, (low, high) in enumerate(pairwise(thresholds)):
@@ -171,6 +171,10 @@ class ModelConfig:
             "thresholds must be at least 0 and below 1, the score of pinned tokens; "
             f"given: {self.thresholds}",
         )
+        _check(
+            self.probe != "none" or not self.pinned_token_ids,
+            "pinned_token_ids have no meaning without a probe: every token goes to full depth",
+        )
         for token_id in self.pinned_token_ids:
             _check(
                 isinstance(token_id, int) and 0 <= token_id < self.vocab_size,
@@ -203,8 +207,8 @@ class ModelConfig:
         Raises:
             ConfigError: on unknown or missing keys, wrong types or values out of range.
         """
-        head = _plain(HeadConfig, "head", data.get("head", {}))
         values = _plain(cls, "model config", data)
+        head = _plain(HeadConfig, "head", values.get("head", {}))
         for name in ("thresholds", "pinned_token_ids"):
             if name in values:
                 _check(

@@ -25,14 +25,17 @@ def layer_flops(config: ModelConfig, *, n_active: int, n_context: int, n_pairs: 
     return n_active * per_active + n_context * 4 * d * d + n_pairs * 4 * d
 
 
-def ends_flops(config: ModelConfig, *, n_tokens: int, batch: int) -> float:
-    """Operations of scoring and head."""
+def head_flops(config: ModelConfig, *, n_tokens: int, batch: int) -> float:
+    """Operations of the head."""
     d = config.d_model
     rows = batch if config.head.per_sequence else n_tokens
-    head = 2 * d * config.output_width if config.head.kind in ("lm", "classify") else 0
-    dense = 2 * d * d if config.head.dense_tanh else 0
-    score = 2 * d if config.probe == "linear" else 0
-    return rows * (head + dense) + n_tokens * score
+    projection = 2 * d * config.output_width if config.head.kind in ("lm", "classify") else 0
+    return rows * (projection + (2 * d * d if config.head.dense_tanh else 0))
+
+
+def score_flops(config: ModelConfig, *, n_tokens: int) -> float:
+    """Operations of the probe."""
+    return n_tokens * 2 * config.d_model if config.probe == "linear" else 0
 
 
 def dense_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
@@ -41,7 +44,7 @@ def dense_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
     n_tokens = sum(lengths)
     n_pairs = sum(length * length for length in lengths)
     layer = layer_flops(config, n_active=n_tokens, n_context=n_tokens, n_pairs=n_pairs)
-    return config.n_layers * layer + ends_flops(config, n_tokens=n_tokens, batch=len(lengths))
+    return config.n_layers * layer + head_flops(config, n_tokens=n_tokens, batch=len(lengths))
 
 
 def sparse_flops(
@@ -55,7 +58,8 @@ def sparse_flops(
         active: for every layer, the active tokens of each sequence.
     """
     lengths = list(lengths)
-    total = ends_flops(config, n_tokens=sum(lengths), batch=len(lengths))
+    total = head_flops(config, n_tokens=sum(lengths), batch=len(lengths))
+    total += score_flops(config, n_tokens=sum(lengths))
     for counts in active:
         counts = list(counts)
         seen = counts

@@ -64,15 +64,15 @@ def _replace_directory(source: Path, target: Path) -> None:
     if not target.exists():
         source.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / target.name)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(aside / target.name)
     try:
         source.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
+    except BaseException:
+        (aside / target.name).rename(target)
+        aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_file(target: Path, content: bytes) -> None:

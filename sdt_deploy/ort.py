@@ -24,6 +24,13 @@ def runtime() -> Any:
     return require("onnxruntime", extra="cpu", purpose="Running ONNX graphs")
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def ensure_thread_pool(n_threads: int | None = None) -> None:
     """Make the thread pool that all sessions of the process share, once.
 
@@ -40,7 +47,7 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
     global _pool_threads
     with _lock:
         if _pool_threads is None:
-            wanted = n_threads or len(os.sched_getaffinity(0))
+            wanted = n_threads or usable_cores()
             try:
                 runtime().set_global_thread_pool_sizes(wanted, 1)
                 _pool_threads = wanted

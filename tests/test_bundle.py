@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -89,6 +91,19 @@ def test_paths_stay_inside(copied: Path, name: str) -> None:
 
 
 def test_links_are_refused(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_bytes(b"")
+    (copied / "folder").symlink_to(tmp_path / "outside")
+
+    def add(body: dict[str, Any]) -> None:
+        empty = hashlib.sha256(b"").hexdigest()
+        body["files"]["folder/file"] = {"sha256": empty, "size_bytes": 0}
+
+    original = (copied / MANIFEST).read_bytes()
+    edit(copied, add)
+    with pytest.raises(BundleIntegrityError, match="not a regular file"):
+        Bundle.open(copied)
+    (copied / MANIFEST).write_bytes(original)
     weights = copied / WEIGHTS
     shutil.move(weights, tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
@@ -103,9 +118,34 @@ def test_what_is_no_manifest(copied: Path, content: bytes) -> None:
         Bundle.open(copied)
 
 
-def test_a_signed_but_senseless_manifest(copied: Path) -> None:
-    edit(copied, lambda body: body.update(graphs=[{"name": "entry"}]))
-    with pytest.raises(BundleFormatError, match="cannot be read"):
+def _graphs(body: Any) -> list[dict[str, Any]]:
+    graphs: list[dict[str, Any]] = body["graphs"]
+    return graphs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.update(graphs=[{"name": "entry"}]),
+        lambda body: body.update(graphs=_graphs(body)[:-1]),
+        lambda body: body.update(graphs=[*_graphs(body), _graphs(body)[0]]),
+        lambda body: _graphs(body)[2].update(layers=[2, 3]),
+        lambda body: _graphs(body)[1].update(attention_layout="ragged"),
+        lambda body: _graphs(body)[0]["inputs"][0].update(dtype="float99"),
+        lambda body: _graphs(body)[0].update(file="other.onnx"),
+        lambda body: body.update(score_quantiles=[0.5]),
+        lambda body: body.update(pinned_share="x"),
+        lambda body: body.update(files=[]),
+        lambda body: body["files"]["entry.onnx"].pop("size_bytes"),
+        lambda body: body.update(format_version=True),
+        lambda body: body["model"].update(thresholds=[0.5, 0.1, 0.2]),
+        lambda body: body["export"].update(precision="int3"),
+        lambda body: body.update(model=[]),
+    ],
+)
+def test_a_signed_but_senseless_manifest(copied: Path, change: Callable[[Any], None]) -> None:
+    edit(copied, change)
+    with pytest.raises(BundleFormatError):
         Bundle.open(copied)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import sys
@@ -19,7 +18,7 @@ from sdt_deploy.bench.cases import TokenSource
 from sdt_deploy.bench.memory import peak_bytes
 from sdt_deploy.bench.timing import interleave
 from sdt_deploy.costs import dense_flops, sparse_flops
-from sdt_deploy.ort import pool_threads
+from sdt_deploy.ort import pool_threads, usable_cores
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.session import Session
@@ -258,7 +257,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "n_cores": len(os.sched_getaffinity(0)),
+        "n_cores": usable_cores(),
         "n_threads": pool_threads(),
         "packages": packages,
     }

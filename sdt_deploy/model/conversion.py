@@ -44,7 +44,7 @@ class ProbeFit:
     target_depth: float | None = None
     """Layers per token, pinned tokens included; None: 60 % of the layers."""
     levels: Levels = "graded"
-    importance: Importance = "stability"
+    importance: Importance = "attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def convert(
     """
     checkpoint = load_any(source, head=head)
     if context is not None:
-        model = _rebuilt(checkpoint.model, context=context)
+        model = rebuilt(checkpoint.model, context=context)
         checkpoint = dataclasses.replace(checkpoint, model=model)
     report = None
     if fit is not None:
@@ -132,10 +132,10 @@ def with_probe(
     """
     if checkpoint.tokenizer is None:
         raise CheckpointError("a probe is fitted on texts, and this checkpoint has no tokenizer")
-    tokenizer = _tokenizer(checkpoint.tokenizer)
+    tokenizer = tokenizer_from_bytes(checkpoint.tokenizer)
     before, after = tokenizer.ends()
     pinned = tuple(sorted({*before, *after}))
-    model = _rebuilt(checkpoint.model, pinned_token_ids=pinned, probe="linear")
+    model = rebuilt(checkpoint.model, pinned_token_ids=pinned, probe="linear")
     n_layers = model.config.n_layers
     held_out = fit.texts[::HELD_OUT_EVERY]
     fitted = [text for i, text in enumerate(fit.texts) if i % HELD_OUT_EVERY]
@@ -158,11 +158,11 @@ def with_probe(
         model.scorer.bias.copy_(bias)
         ids = torch.full(features.embedded.shape[:1], -1)
         scores = model.scorer(ids, features.embedded).numpy()
-    target_depth = fit.target_depth or 0.6 * n_layers
+    target_depth = 0.6 * n_layers if fit.target_depth is None else fit.target_depth
     thresholds = set_thresholds(
         scores, features.pinned_share, model.config, target_depth, fit.levels
     )
-    model = _rebuilt(model, thresholds=thresholds)
+    model = rebuilt(model, thresholds=thresholds)
     made = {
         "importance": fit.importance,
         "levels": fit.levels,
@@ -197,14 +197,15 @@ def _report(model: SparseDepthTransformer, held_out: TokenSample, n_fit: int) ->
     )
 
 
-def _rebuilt(model: SparseDepthTransformer, **changes: object) -> SparseDepthTransformer:
-    """Return a model of the changed config that holds the same weights."""
+def rebuilt(model: SparseDepthTransformer, **changes: object) -> SparseDepthTransformer:
+    """Return a model whose config has ``changes`` and that holds the same weights."""
     rebuilt = SparseDepthTransformer(model.config.replace(**changes))
     rebuilt.load_state_dict({**rebuilt.state_dict(), **model.state_dict()})
     return rebuilt.eval()
 
 
-def _tokenizer(content: bytes) -> TextTokenizer:
+def tokenizer_from_bytes(content: bytes) -> TextTokenizer:
+    """Make a tokenizer from the content of a ``tokenizer.json``."""
     with NamedTemporaryFile(suffix=".json") as file:
         file.write(content)
         file.flush()

@@ -53,7 +53,7 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: if the directory is incomplete or the architecture is not supported.
     """
-    config = read_json(source / "config.json")
+    config = _read_object(source / "config.json")
     kind = config.get("model_type")
     if kind not in ("bert", "roberta"):
         raise CheckpointError(
@@ -71,7 +71,7 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
         model_config = _model_config(source, config, tensors, head)
     except KeyError as error:
         raise CheckpointError(f"{source / 'config.json'} has no {error}") from error
-    except ConfigError as error:
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source / 'config.json'}: {error}") from error
     model = SparseDepthTransformer(model_config)
     load_weights(model, _rename(tensors, model_config, kind), where=str(weights))
@@ -87,19 +87,31 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
 
     Raises:
-        CheckpointError: if ``path`` cannot be read or holds something else.
+        CheckpointError: if ``path`` cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return content
+
+
+def _module_kinds(path: Path) -> list[str]:
+    """Return the last part of each module's type; none if there is no ``modules.json``."""
+    modules = read_json(path) if path.exists() else []
+    if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
+        raise CheckpointError(f"{path} does not hold a list of modules")
+    return [str(module.get("type", "")).rpartition(".")[2] for module in modules]
 
 
 def _unprefixed(name: str) -> str:
@@ -140,7 +152,14 @@ def _model_config(
 def _head(
     source: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: str | None
 ) -> HeadConfig:
-    classifiers = [n for n in ("classifier.weight", "classifier.out_proj.weight") if n in tensors]
+    classifiers = [
+        name
+        for name, needs in (
+            ("classifier.weight", "pooler.dense.weight"),
+            ("classifier.out_proj.weight", "classifier.dense.weight"),
+        )
+        if name in tensors and needs in tensors
+    ]
     pooling = source / "1_Pooling" / "config.json"
     if wanted is None:
         wanted = "classify" if classifiers else "embedding" if pooling.exists() else "hidden"
@@ -148,7 +167,7 @@ def _head(
         return HeadConfig(kind="hidden")
     if wanted == "classify":
         if not classifiers:
-            raise ConfigError("the checkpoint has no classifier")
+            raise ConfigError("the checkpoint has no sequence classifier")
         return HeadConfig(
             kind="classify",
             pooling="cls",
@@ -159,17 +178,12 @@ def _head(
         raise ConfigError(f"head {wanted!r} is not one of hidden, embedding, classify")
     if not pooling.exists():
         return HeadConfig(kind="embedding", pooling="mean")
-    modes = read_json(pooling)
-    modules = (
-        json.loads((source / "modules.json").read_text())
-        if (source / "modules.json").exists()
-        else []
-    )
+    modes = _read_object(pooling)
+    kinds = _module_kinds(source / "modules.json")
     chosen = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(chosen) != 1 or chosen[0] not in known:
         raise ConfigError(f"pooling {chosen} is not supported; supported: {', '.join(known)}")
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ConfigError(f"sentence-transformers modules not supported: {sorted(unknown)}")

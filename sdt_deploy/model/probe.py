@@ -51,11 +51,11 @@ def padded_batches(
 
     Args:
         sample: packed sequences.
-        max_tokens: stop after about this many tokens.
+        max_tokens: leave out the sequences beyond this many tokens, but not the first.
         batch_tokens: tokens in a batch, padding included.
     """
     lengths = np.diff(sample.cu_seqlens)
-    n_used = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens)))
+    n_used = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
     order = np.argsort(lengths[:n_used], kind="stable")
     start = 0
     while start < len(order):

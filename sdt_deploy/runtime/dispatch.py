@@ -34,7 +34,9 @@ class LinearCost:
     def fit(cls, small: tuple[float, float], large: tuple[float, float]) -> LinearCost:
         """Fit through two measurements ``(flops, milliseconds)``; neither part falls below 0."""
         (flops_small, ms_small), (flops_large, ms_large) = small, large
-        rate = max(0.0, (ms_large - ms_small) / (flops_large - flops_small) * 1e9)
+        rate = 0.0
+        if flops_large > flops_small:
+            rate = max(0.0, (ms_large - ms_small) / (flops_large - flops_small) * 1e9)
         return cls(fixed_ms=max(0.0, ms_small - rate * flops_small * 1e-9), ms_per_gflop=rate)
 
 
@@ -44,14 +46,20 @@ class CostModel:
 
     sparse: LinearCost
     masked: LinearCost
-    active_shares: tuple[float, ...]
-    """Expected share of active tokens in every layer."""
 
-    def choose(self, config: ModelConfig, lengths: Sequence[int]) -> Path:
-        """Return the path that is expected to be faster for sequences of ``lengths`` tokens."""
+    def choose(
+        self, config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
+    ) -> Path:
+        """Return the path that is expected to be faster.
+
+        Args:
+            config: the model.
+            lengths: tokens of each sequence.
+            active_shares: expected share of active tokens in every layer.
+        """
         padded = [max(lengths)] * len(lengths)
         masked_ms = self.masked.predict_ms(dense_flops(config, padded))
-        sparse_ms = self.sparse.predict_ms(expected_flops(config, lengths, self.active_shares))
+        sparse_ms = self.sparse.predict_ms(expected_flops(config, lengths, active_shares))
         return "sparse" if sparse_ms <= masked_ms else "masked"
 
 
@@ -68,8 +76,10 @@ def expected_flops(
 def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:
     """Return the share of tokens above each threshold, from the manifest's score quantiles.
 
-    Without quantiles the scores are taken to be uniform.
+    Without quantiles the scores are taken to be uniform; without a probe all of them are 1.
     """
+    if manifest.model.probe == "none":
+        return tuple(float(threshold < 1.0) for threshold in thresholds)
     quantiles = manifest.score_quantiles
     levels = np.linspace(0.0, 1.0, 101)
     scores = levels if quantiles is None else np.asarray(quantiles)
@@ -79,22 +89,17 @@ def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[floa
 
 
 def calibrate(
-    manifest: Manifest,
-    thresholds: Sequence[float],
-    measure: Callable[[Path, Sequence[int]], tuple[float, float]],
+    config: ModelConfig, measure: Callable[[Path, Sequence[int]], tuple[float, float]]
 ) -> CostModel:
     """Make a cost model from four measurements.
 
     Args:
-        manifest: of the bundle.
-        thresholds: in force.
+        config: the model.
         measure: runs one path on sequences of the given lengths; returns the operations that were
             needed and the milliseconds that they took.
     """
-    longest = manifest.model.max_positions
-    small, large = [min(longest, 8)], [min(longest, 128)] * 4
+    small, large = [min(config.max_positions, 8)], [min(config.max_positions, 128)] * 4
     return CostModel(
         sparse=LinearCost.fit(measure("sparse", small), measure("sparse", large)),
         masked=LinearCost.fit(measure("masked", small), measure("masked", large)),
-        active_shares=active_shares(manifest, thresholds),
     )

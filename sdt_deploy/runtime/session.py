@@ -44,7 +44,7 @@ class Session:
         self._lock = threading.Lock()
         self._idle_buffers: list[StateBuffers] = []
         self._tokenizer: TextTokenizer | None = None
-        self._costs: dict[tuple[float, ...], dispatch.CostModel] = {}
+        self._costs: dispatch.CostModel | None = None
         self._closed = False
 
     @classmethod
@@ -174,40 +174,36 @@ class Session:
         """Run a checked batch; see :meth:`run`."""
         if path not in get_args(PathChoice):
             raise InputError(f"path must be one of {', '.join(get_args(PathChoice))}, not {path!r}")
-        limits = self.manifest.model.thresholds if thresholds is None else tuple(thresholds)
-        check_thresholds(limits, self.manifest.model.n_layers)
+        config = self.manifest.model
+        limits = config.thresholds if thresholds is None else tuple(map(float, thresholds))
+        check_thresholds(limits, config.n_layers)
         if path == "auto":
-            costs = self.cost_model(limits)
-            path = costs.choose(self.manifest.model, batch.lengths.tolist())
+            shares = dispatch.active_shares(self.manifest, limits)
+            path = self.cost_model().choose(config, batch.lengths.tolist(), shares)
         if path == "sparse":
             return self._run_sparse(batch, limits)
         return self._run_padded(batch, limits, path)
 
-    def cost_model(self, thresholds: Sequence[float] | None = None) -> dispatch.CostModel:
+    def cost_model(self) -> dispatch.CostModel:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.
 
-        Calibration runs both paths on a few random batches; it takes well under a second for a
-        model of MiniLM's size and opens the masked graph.
+        Calibration runs both paths on two random batches; it takes well under a second for a model
+        of MiniLM's size and opens the masked graph.
         """
-        limits = self.manifest.model.thresholds if thresholds is None else tuple(thresholds)
         with self._lock:
-            known = self._costs.get(limits)
+            known = self._costs
         if known is None:
-            known = dispatch.calibrate(
-                self.manifest, limits, lambda path, lengths: self._measure(path, lengths, limits)
-            )
+            known = dispatch.calibrate(self.manifest.model, self._measure)
             with self._lock:
-                self._costs[limits] = known
+                self._costs = known
         return known
 
-    def _measure(
-        self, path: dispatch.Path, lengths: Sequence[int], thresholds: tuple[float, ...]
-    ) -> tuple[float, float]:
+    def _measure(self, path: dispatch.Path, lengths: Sequence[int]) -> tuple[float, float]:
         config = self.manifest.model
         cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
         ids = np.random.default_rng(0).integers(0, config.vocab_size, cu_seqlens[-1])
         batch = TokenBatch.from_packed(ids, cu_seqlens, config=config)
-        runs = [self.run_batch(batch, thresholds=thresholds, path=path) for _ in range(4)]
+        runs = [self.run_batch(batch, path=path) for _ in range(4)]
         milliseconds = float(np.median([run.timings.total_ms for run in runs[1:]]))
         if path == "masked":
             return dense_flops(config, lengths), milliseconds

@@ -85,6 +85,7 @@ def test_broken_directories(saved: Path, tmp_path: Path) -> None:
         ({"format_version": 9}, "format version 9; this release reads version 1"),
         ({"model": {**config["model"], "depth": 3}}, "unknown keys depth"),
         ({"model": {}}, "missing"),
+        ({"model": []}, "must be an object, not list"),
         ({"model": {**config["model"], "thresholds": [0.5, 0.1]}}, "must not fall"),
     ):
         (saved / "config.json").write_text(json.dumps({**config, **change}))
@@ -115,6 +116,7 @@ def test_broken_directories(saved: Path, tmp_path: Path) -> None:
         ({"thresholds": (0.5, 1.0)}, "below 1"),
         ({"thresholds": (0.5, float("nan"))}, "finite"),
         ({"pinned_token_ids": (12,)}, "vocabulary of 12"),
+        ({"probe": "none"}, "no meaning without a probe"),
         ({"max_positions": True}, "max_positions"),
     ],
 )

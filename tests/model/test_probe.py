@@ -117,6 +117,9 @@ def test_batches_hold_every_sequence_once() -> None:
         seen += [tuple(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
     expected = [tuple(x.tolist()) for x in np.split(data.input_ids, data.cu_seqlens[1:-1])]
     assert sorted(seen) == sorted(expected)
+    assert sum(int(mask.sum()) for _, mask in padded_batches(data, max_tokens=55)) == 55
+    assert sum(int(mask.sum()) for _, mask in padded_batches(data, max_tokens=54)) == 25
+    assert sum(int(mask.sum()) for _, mask in padded_batches(data, max_tokens=1)) == 5
 
 
 @pytest.mark.parametrize("importance", ["stability", "change", "attention", "rarity", "random"])

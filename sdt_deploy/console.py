@@ -1,0 +1,72 @@
+"""How the command line prints: tables, bars and colours."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+console = Console()
+messages = Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(first: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar that vanishes when done, and nothing where there is no terminal."""
+    from rich.progress import Progress
+
+    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as bar:
+        task = bar.add_task(first, total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield advance
+
+
+def print_histogram(histogram: tuple[int, ...]) -> None:
+    """Print the share of tokens at each depth."""
+    total = sum(histogram)
+    for depth, count in enumerate(histogram):
+        bar = "█" * round(40 * count / max(histogram))
+        console.print(f"{depth:>4} {count / total:>6.1%} {bar}", highlight=False)
+
+
+def print_graphs(graphs: Any) -> None:
+    """Print a table; graphs of one topology show their inputs once."""
+    from rich.table import Table
+
+    table = Table()
+    for name in ("graph", "layers", "inputs", "max error", "hash"):
+        table.add_column(name)
+    seen: dict[str, str] = {}
+    for spec in graphs:
+        layers = "" if spec.layers is None else f"{spec.layers[0]}–{spec.layers[1] - 1}"
+        inputs = ", ".join(f"{t.name}\\[{', '.join(map(str, t.axes))}]" for t in spec.inputs)
+        if spec.graph_sha256 in seen:
+            inputs = f"as {seen[spec.graph_sha256]}"
+        seen.setdefault(spec.graph_sha256, spec.name)
+        table.add_row(spec.name, layers, inputs, f"{spec.max_abs_error:.1g}", spec.graph_sha256[:8])
+    console.print(table)
+
+
+def print_depths(session: Any, result: Any) -> None:
+    """Print every token of a run in the colour of its depth, which stands behind it."""
+    from rich.text import Text
+
+    n_layers = session.manifest.model.n_layers
+    named = session.bundle.has("tokenizer.json")
+    colours = ("grey50", "blue", "cyan", "green", "yellow", "dark_orange", "red")
+    for ids, depths in zip(
+        result.split(result.input_ids), result.split(result.depths), strict=True
+    ):
+        tokens = session.tokenizer.tokens(ids) if named else [str(i) for i in ids]
+        line = Text()
+        for token, depth in zip(tokens, depths, strict=True):
+            colour = colours[round(int(depth) / n_layers * (len(colours) - 1))]
+            line.append(f"{token}", style=colour).append(f"·{depth} ", style="dim")
+        console.print(line)
