@@ -16,8 +16,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdt_deploy.model.blocks import FeedForward, TransformerLayer
+
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Return ``rows[index]`` for ``rows [n, width]`` and int32 ``index`` of any shape.
+
+    An embedding lookup exports to one Gather that takes the int32 index as it is; ``index_select``
+    adds a cast and two reshapes, ``rows[index]`` becomes the slower GatherND.
+    """
+    return functional.embedding(index, rows)
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,13 @@ class PaddedLayout:
     def spread(self, rows: Tensor) -> Tensor:
         """Lay packed rows ``[n_tokens, width]`` out as ``[batch, max_seqlen, width]``."""
         if self.gather_index is not None:
-            rows = rows.index_select(0, self.gather_index.reshape(-1))
+            return gather_rows(rows, self.gather_index)
         return rows.reshape(*self.shape, rows.shape[-1])
 
     def collect(self, padded: Tensor) -> Tensor:
         """Undo :meth:`spread`."""
         rows = padded.reshape(-1, padded.shape[-1])
-        return rows if self.scatter_index is None else rows.index_select(0, self.scatter_index)
+        return rows if self.scatter_index is None else gather_rows(rows, self.scatter_index)
 
 
 def key_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.config import ExportConfig, ModelConfig
-from sdt_deploy.exporters.layers import PackedLayer, PackedLinear, PaddedLayout, key_bias, within
+from sdt_deploy.exporters.layers import (
+    PackedLayer,
+    PackedLinear,
+    PaddedLayout,
+    gather_rows,
+    key_bias,
+    within,
+)
 from sdt_deploy.model.blocks import Head
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
@@ -126,8 +133,8 @@ class ActiveStageGraph(GraphModule):
                 states = layer(states, layout, states, layout, bias)
                 continue
             active = remaining_depth > i
-            visible = active.index_select(0, gather_index.reshape(-1)).reshape(gather_index.shape)
-            bias = key_bias(present & visible, states.dtype)
+            remaining = gather_rows(remaining_depth.unsqueeze(-1), gather_index).squeeze(-1)
+            bias = key_bias(present & (remaining > i), states.dtype)
             updated = layer(states, layout, states, layout, bias)
             states = torch.where(active.unsqueeze(-1), updated, states)
         return states
@@ -173,7 +180,7 @@ class AllStageGraph(GraphModule):
             if i == 0 or remaining_depth is None or refresh_index is None:
                 states = layer(states, layout, context, context_layout, bias)
                 continue
-            context = torch.cat([context_states, states]).index_select(0, refresh_index)
+            context = gather_rows(torch.cat([context_states, states]), refresh_index)
             updated = layer(states, layout, context, context_layout, bias)
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
         return states
@@ -206,7 +213,7 @@ class HeadGraph(GraphModule):
         if index is None:
             return self.head.project(self.head.normed(hidden_states))
         if lengths is None:
-            return self.head.project(self.head.normed(hidden_states.index_select(0, index)))
+            return self.head.project(self.head.normed(gather_rows(hidden_states, index)))
         padded = PaddedLayout(_shape(index), index).spread(self.head.normed(hidden_states))
         return self.head.project(self.head.pool(padded, within(lengths, index.shape[1])))
 
