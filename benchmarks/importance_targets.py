@@ -73,8 +73,7 @@ def held_out_sample(checkpoint: Checkpoint, texts: list[str]) -> TokenSample:
 @torch.no_grad()
 def embeddings(model: DenseTransformer, sample: TokenSample) -> np.ndarray:
     """Return ``[n_texts, d_model]`` float32, in the order of :func:`padded_batches`."""
-    n_tokens = len(sample.input_ids)
-    batches = padded_batches(sample, max_tokens=n_tokens + 1)  # one more, or the last is left out
+    batches = padded_batches(sample, max_tokens=len(sample.input_ids))
     return torch.cat([model(ids, mask).output for ids, mask in batches]).numpy()
 
 

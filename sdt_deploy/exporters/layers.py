@@ -4,9 +4,10 @@ Rows are packed instead of padded, so that linear layers, norms and activations 
 rows that are needed. Attention alone needs sequences apart: a :class:`PaddedLayout` spreads rows to
 ``[batch, max_seqlen]`` and collects them again.
 
-Three forms are chosen for the kernels they reach (``docs/decisions/002-graph-forms.md``): a matrix
+Some forms are chosen for the kernels they reach (``docs/decisions/002-graph-forms.md``): a matrix
 product has a leading axis of one and its bias is an addition of its own, GELU is written
-``x · (1 + erf(x / √2)) · ½``, and queries, keys and values are three products.
+``x · (1 + erf(x / √2)) · ½``, queries, keys and values are three products, and the mask enters the
+attention logits as one more dimension of queries and keys.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ class PaddedLayout:
 
 
 def key_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn ``visible [batch, max_seqlen]`` bool into an additive ``[batch, 1, 1, max_seqlen]``.
+    """Turn ``visible [batch, max_seqlen]`` bool into an additive ``[batch, 1, max_seqlen, 1]``.
 
     Half the smallest number, so that adding a logit cannot overflow to an infinity.
     """
     hidden = torch.finfo(dtype).min / 2
-    return torch.where(visible, 0.0, hidden).to(dtype)[:, None, None, :]
+    return torch.where(visible, 0.0, hidden).to(dtype)[:, None, :, None]
 
 
 def within(lengths: Tensor, max_seqlen: int) -> Tensor:
@@ -134,7 +135,11 @@ class PackedLayer(nn.Module):
         query = heads(layout.spread(self.query(states)))
         key = heads(context_layout.spread(self.key(context)))
         value = heads(context_layout.spread(self.value(context)))
-        logits = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1])) + bias
+        # The mask as one more dimension of the product, [q / √d, 1] · [k, bias]: adding it to the
+        # logits would be another pass over [batch, heads, max_seqlen, max_seqlen].
+        query = torch.cat([query / math.sqrt(query.shape[-1]), torch.ones_like(query[..., :1])], -1)
+        key = torch.cat([key, bias.expand(-1, self.n_heads, -1, -1)], -1)
+        logits = query @ key.transpose(-1, -2)
         mixed = (logits.softmax(dim=-1) @ value).transpose(1, 2)
         return self.output(layout.collect(mixed.reshape(*layout.shape, states.shape[-1])))
 
