@@ -141,7 +141,13 @@ class Candidates:
     """The three opened graphs."""
 
     def __init__(self, paths: dict[str, Path], declared: set[str], width: int) -> None:
-        self._sessions = {name: open_session(paths[name]) for name in CANDIDATES}
+        self._sessions = {
+            # The bundle's graph runs as a session runs it, the others with ONNX Runtime's defaults.
+            name: open_session(paths[name])
+            if name == "dense"
+            else open_session(paths[name], disabled_optimizers=())
+            for name in CANDIDATES
+        }
         self._declared = declared
         self._width = width
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ import numpy as np
 
 from sdt_deploy.errors import BackendError, MissingProviderError
 from sdt_deploy.extras import require
+
+SLOWER_FUSIONS = ("MatMulAddFusion", "BiasGeluFusion")
+"""Graph optimisations of ONNX Runtime that cost time on the CPU, dense baseline included; see
+``docs/decisions/002-graph-forms.md``."""
 
 _lock = threading.Lock()
 _pool_threads: int | None = None
@@ -71,8 +75,18 @@ def pool_threads() -> int | None:
     return _pool_threads
 
 
-def open_session(path: Path, *, n_threads: int | None = None, profile: Path | None = None) -> Any:
-    """Open an ONNX graph on the CPU provider, with all graph optimisations and the shared pool.
+def open_session(
+    path: Path,
+    *,
+    n_threads: int | None = None,
+    disabled_optimizers: Sequence[str] = SLOWER_FUSIONS,
+) -> Any:
+    """Open an ONNX graph on the CPU provider, with the shared pool and graph optimisations.
+
+    Args:
+        path: the graph.
+        n_threads: see :func:`ensure_thread_pool`.
+        disabled_optimizers: graph optimisations to leave out, by ONNX Runtime's names.
 
     Returns:
         An ``onnxruntime.InferenceSession``; its ``run`` may be called from several threads.
@@ -94,11 +108,10 @@ def open_session(path: Path, *, n_threads: int | None = None, profile: Path | No
     options.use_per_session_threads = False
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
     try:
-        session = ort.InferenceSession(str(path), options, providers=[provider])
+        session = ort.InferenceSession(
+            str(path), options, providers=[provider], disabled_optimizers=list(disabled_optimizers)
+        )
     except Exception as error:  # onnxruntime's exceptions share no public base class
         raise BackendError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
     if session.get_providers() != [provider]:

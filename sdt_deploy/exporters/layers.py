@@ -4,10 +4,10 @@ Rows are packed instead of padded, so that linear layers, norms and activations 
 rows that are needed. Attention alone needs sequences apart: a :class:`PaddedLayout` spreads rows to
 ``[batch, max_seqlen]`` and collects them again.
 
-Some forms are chosen for the kernels they reach (``docs/decisions/002-graph-forms.md``): a matrix
-product has a leading axis of one and its bias is an addition of its own, GELU is written
-``x · (1 + erf(x / √2)) · ½``, queries, keys and values are three products, and the mask enters the
-attention logits as one more dimension of queries and keys.
+Some forms are chosen for the kernels they reach (``docs/decisions/002-graph-forms.md``): weights
+are stored as they are multiplied, GELU is written ``x · (1 + erf(x / √2)) · ½``, queries, keys and
+values are three products, and the mask enters the attention logits as one more dimension of queries
+and keys.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""
-        product = torch.matmul(rows.unsqueeze(0), self.weight)
-        return (product if self.bias is None else product + self.bias).squeeze(0)
+        product = rows @ self.weight
+        return product if self.bias is None else product + self.bias
 
 
 class PackedFeedForward(nn.Module):
@@ -137,7 +137,8 @@ class PackedLayer(nn.Module):
         value = heads(context_layout.spread(self.value(context)))
         # The mask as one more dimension of the product, [q / √d, 1] · [k, bias]: adding it to the
         # logits would be another pass over [batch, heads, max_seqlen, max_seqlen].
-        query = torch.cat([query / math.sqrt(query.shape[-1]), torch.ones_like(query[..., :1])], -1)
+        ones = bias.new_ones(1).expand(*query.shape[:-1], 1)
+        query = torch.cat([query / math.sqrt(query.shape[-1]), ones], -1)
         key = torch.cat([key, bias.expand(-1, self.n_heads, -1, -1)], -1)
         logits = query @ key.transpose(-1, -2)
         mixed = (logits.softmax(dim=-1) @ value).transpose(1, 2)
