@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
@@ -57,6 +58,7 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
                 _pool_threads = wanted
             except RuntimeError:
                 _pool_threads = 0
+            _share_arena()
         if n_threads and _pool_threads == 0:
             warnings.warn(
                 f"the host application made ONNX Runtime's thread pool; n_threads={n_threads} "
@@ -68,6 +70,19 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
                 f"this process already runs ONNX Runtime with {_pool_threads} threads and cannot "
                 f"change to {n_threads}: the pool is made once. Set it before the first session"
             )
+
+
+def _share_arena() -> None:
+    """Register one memory arena for all sessions of the process.
+
+    Stages run one after the other, so one block of scratch memory, warm in the caches, serves all.
+    """
+    ort = runtime()
+    kind, purpose = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ort.OrtMemType.DEFAULT
+    arena = ort.OrtArenaCfg(0, 0, -1, -1)  # no limit, ONNX Runtime's own way of growing
+    # A host application that registered an arena keeps it.
+    with contextlib.suppress(RuntimeError):
+        ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", kind, 0, purpose), arena)
 
 
 def pool_threads() -> int | None:
@@ -106,6 +121,7 @@ def open_session(
     ensure_thread_pool(n_threads)
     options = ort.SessionOptions()
     options.use_per_session_threads = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
     try:

@@ -51,10 +51,28 @@ class PaddedLayout:
             return gather_rows(rows, self.gather_index)
         return rows.reshape(*self.shape, rows.shape[-1])
 
-    def collect(self, padded: Tensor) -> Tensor:
-        """Undo :meth:`spread`."""
-        rows = padded.reshape(-1, padded.shape[-1])
-        return rows if self.scatter_index is None else gather_rows(rows, self.scatter_index)
+    def spread_heads(self, rows: Tensor, n_heads: int) -> Tensor:
+        """Lay rows ``[n_tokens, n_heads · head_dim]`` out by head.
+
+        Returns ``[batch, n_heads, max_seqlen, head_dim]``; one Gather of head_dim-long slices
+        instead of a Gather of rows and a Transpose.
+        """
+        if self.gather_index is None:
+            return rows.reshape(*self.shape, n_heads, -1).transpose(1, 2)
+        head = torch.arange(n_heads, dtype=torch.int32)[:, None]
+        index = self.gather_index[:, None, :] * n_heads + head
+        return gather_rows(rows.reshape(-1, rows.shape[-1] // n_heads), index)
+
+    def collect_heads(self, mixed: Tensor) -> Tensor:
+        """Undo :meth:`spread_heads`."""
+        _, n_heads, seq, head_dim = mixed.shape
+        if self.scatter_index is None:
+            return mixed.transpose(1, 2).reshape(-1, n_heads * head_dim)
+        # Place (i, j), the number i · seq + j, is row (i · n_heads + head) · seq + j of mixed.
+        sequence = self.scatter_index // seq
+        first = self.scatter_index + sequence * ((n_heads - 1) * seq)
+        index = first[:, None] + torch.arange(n_heads, dtype=torch.int32) * seq
+        return gather_rows(mixed.reshape(-1, head_dim), index).reshape(-1, n_heads * head_dim)
 
 
 def key_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,22 +145,16 @@ class PackedLayer(nn.Module):
         bias: Tensor,
     ) -> Tensor:
         """Attention from ``states`` (normed, packed) to ``context`` (normed, packed)."""
-
-        def heads(padded: Tensor) -> Tensor:
-            batch, seq = padded.shape[:2]
-            return padded.reshape(batch, seq, self.n_heads, -1).transpose(1, 2)
-
-        query = heads(layout.spread(self.query(states)))
-        key = heads(context_layout.spread(self.key(context)))
-        value = heads(context_layout.spread(self.value(context)))
+        query = layout.spread_heads(self.query(states), self.n_heads)
+        key = context_layout.spread_heads(self.key(context), self.n_heads)
+        value = context_layout.spread_heads(self.value(context), self.n_heads)
         # The mask as one more dimension of the product, [q / √d, 1] · [k, bias]: adding it to the
         # logits would be another pass over [batch, heads, max_seqlen, max_seqlen].
         ones = bias.new_ones(1).expand(*query.shape[:-1], 1)
         query = torch.cat([query / math.sqrt(query.shape[-1]), ones], -1)
         key = torch.cat([key, bias.expand(-1, self.n_heads, -1, -1)], -1)
         logits = query @ key.transpose(-1, -2)
-        mixed = (logits.softmax(dim=-1) @ value).transpose(1, 2)
-        return self.output(layout.collect(mixed.reshape(*layout.shape, states.shape[-1])))
+        return self.output(layout.collect_heads(logits.softmax(dim=-1) @ value))
 
     def forward(
         self,

@@ -22,6 +22,7 @@ from sdt_deploy.model.probe import (
     Importance,
     Levels,
     fit_probe,
+    joined,
     padded_batches,
     quantiles,
     set_thresholds,
@@ -149,10 +150,14 @@ def with_probe(
             for texts in (fitted, held_out)
         )
     )
-    features = token_features(
-        model, fit_sample, fit.importance, max_tokens=FIT_TOKENS, progress=progress
+    # Long sequences too: a probe that has seen short ones only would read the place of a token far
+    # behind them as importance.
+    samples = fit_sample, _chained(fit_sample, pinned, longest, before, after)
+    features, long_features = (
+        token_features(model, sample, fit.importance, max_tokens=FIT_TOKENS // 2, progress=progress)
+        for sample in samples
     )
-    weight, bias = fit_probe(features)
+    weight, bias = fit_probe(joined([features, long_features]))
     with torch.no_grad():
         model.scorer.weight.copy_(weight)
         model.scorer.bias.copy_(bias)
@@ -210,6 +215,19 @@ def tokenizer_from_bytes(content: bytes) -> TextTokenizer:
         file.write(content)
         file.flush()
         return TextTokenizer(Path(file.name))
+
+
+def _chained(
+    sample: TokenSample, pinned: tuple[int, ...], length: int, before: list[int], after: list[int]
+) -> TokenSample:
+    """Chain the sequences of ``sample`` to sequences of ``length`` tokens, the last one shorter."""
+    stream = sample.input_ids[~np.isin(sample.input_ids, pinned)]
+    inner = max(1, length - len(before) - len(after))
+    pieces = [
+        np.concatenate([before, stream[i : i + inner], after]) for i in range(0, len(stream), inner)
+    ]
+    cu_seqlens = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
+    return TokenSample(input_ids=np.concatenate(pieces).astype(np.int32), cu_seqlens=cu_seqlens)
 
 
 def _head_of(sample: TokenSample, max_tokens: int) -> TokenSample:

@@ -7,7 +7,7 @@ off the dense model. Which target is best is an experiment: ``benchmarks/importa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,10 @@ Float64 = npt.NDArray[np.float64]
 
 RIDGE = 1e-2
 """Regularisation, relative to the mean variance of an embedding dimension."""
+POSITION_PENALTY = 100.0
+"""Weight of the predictions for the mean embeddings at each position, relative to the tokens."""
+MIN_TOKENS_AT_POSITION = 16
+"""Positions with fewer tokens have no mean worth the name."""
 GAP_WINDOW = 0.0025
 """A threshold may move by this share of the tokens to reach a wide gap between scores."""
 
@@ -40,6 +44,8 @@ class TokenFeatures:
     """``[n_tokens, d_model]`` float32"""
     importance: Tensor
     """``[n_tokens]`` float32"""
+    position_ids: Tensor
+    """``[n_tokens]`` int64, the place of each token in its sequence"""
     pinned_share: float
     """Pinned tokens over all tokens of the text."""
 
@@ -86,13 +92,14 @@ def token_features(
     Importances: ``change`` is the length of a token's change from the first layer's output to the
     last; ``stability`` its negative; ``attention`` the attention a token receives, averaged over
     layers, heads and queries; ``rarity`` the negative log frequency of its id in ``sample``;
-    ``random`` a draw.
+    ``random`` a draw. Each is brought to mean 0 and variance 1 within its sequence: what counts is
+    which tokens of a sequence go deeper, wherever they stand and however long it is.
     """
     pinned = torch.tensor(model.config.pinned_token_ids, dtype=torch.long)
     counts = np.bincount(sample.input_ids, minlength=model.config.vocab_size)
     log_count = torch.from_numpy(np.log(np.maximum(counts, 1)).astype(np.float32))
     generator = torch.Generator().manual_seed(0)
-    embedded_parts, importance_parts = [], []
+    embedded_parts, importance_parts, position_parts = [], [], []
     n_all = n_pinned = 0
     for ids, mask in padded_batches(sample, max_tokens):
         embedded = model.embed(ids)
@@ -105,12 +112,35 @@ def token_features(
         else:
             value = _dense_importance(model, embedded, mask, importance)
         embedded_parts.append(embedded[free])
-        importance_parts.append(value[free])
+        position_parts.append(torch.arange(ids.shape[1]).expand_as(ids)[free])
+        importance_parts.append(_standardised(value, free)[free])
         progress(int(mask.sum()))
     return TokenFeatures(
         embedded=torch.cat(embedded_parts),
         importance=torch.cat(importance_parts),
+        position_ids=torch.cat(position_parts),
         pinned_share=n_pinned / n_all,
+    )
+
+
+def _standardised(values: Tensor, mask: Tensor) -> Tensor:
+    """Bring ``values [batch, seq]`` to mean 0 and variance 1 over each row's ``mask``."""
+    count = mask.sum(dim=1, keepdim=True).clamp_min(1)
+    centred = torch.where(mask, values, 0.0)
+    centred = torch.where(mask, values - centred.sum(dim=1, keepdim=True) / count, 0.0)
+    spread = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
+    return centred / spread.clamp_min(1e-6)
+
+
+def joined(features: Sequence[TokenFeatures]) -> TokenFeatures:
+    """Put the tokens of several samples together."""
+    n_free = [len(one.importance) for one in features]
+    n_all = [n / (1 - one.pinned_share) for n, one in zip(n_free, features, strict=True)]
+    return TokenFeatures(
+        embedded=torch.cat([one.embedded for one in features]),
+        importance=torch.cat([one.importance for one in features]),
+        position_ids=torch.cat([one.position_ids for one in features]),
+        pinned_share=1 - sum(n_free) / sum(n_all),
     )
 
 
@@ -147,7 +177,9 @@ def _attention_received(layer: TransformerLayer, hidden: Tensor, mask: Tensor) -
 def fit_probe(features: TokenFeatures) -> tuple[Tensor, Tensor]:
     """Fit ``importance ≈ weight · embedding + bias`` by ridge regression (normal equations).
 
-    The prediction is scaled to mean 0 and variance 1, so that its sigmoid spreads over (0, 1).
+    A token's place is not importance: the mean embedding at each position is pulled towards the
+    same prediction, so that depth depends neither on the place nor on the length of a sequence. The
+    prediction is scaled to mean 0 and variance 1, so that its sigmoid spreads over (0, 1).
 
     Returns:
         ``weight [d_model]`` and ``bias []``, float32.
@@ -157,6 +189,11 @@ def fit_probe(features: TokenFeatures) -> tuple[Tensor, Tensor]:
     centred = x - mean
     covariance = centred.T @ centred / len(x)
     ridge = RIDGE * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
+    places, counts = features.position_ids.unique(return_inverse=True, return_counts=True)[1:]
+    means = torch.zeros(len(counts), x.shape[1], dtype=torch.float64).index_add(0, places, centred)
+    means = (means / counts[:, None])[counts >= MIN_TOKENS_AT_POSITION]
+    if len(means) > 1:
+        ridge = ridge + POSITION_PENALTY * means.T @ means / len(means)
     weight = torch.linalg.solve(covariance + ridge, centred.T @ (y - y.mean()) / len(x))
     spread = (centred @ weight).std()
     if not spread > 0:

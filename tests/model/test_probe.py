@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,10 @@ from sdt_deploy.errors import ConfigError
 from sdt_deploy.model.checkpoints import TokenSample
 from sdt_deploy.model.probe import (
     TokenFeatures,
+    _attention_received,
     depth_shares,
     fit_probe,
+    joined,
     padded_batches,
     set_thresholds,
     token_features,
@@ -87,7 +91,12 @@ def test_the_fit_finds_a_linear_importance() -> None:
     torch.manual_seed(0)
     embedded = torch.randn(4000, 12) + 3
     truth = torch.randn(12)
-    features = TokenFeatures(embedded=embedded, importance=embedded @ truth - 5, pinned_share=0.0)
+    features = TokenFeatures(
+        embedded=embedded,
+        importance=embedded @ truth - 5,
+        position_ids=torch.zeros(4000, dtype=torch.long),
+        pinned_share=0.0,
+    )
     weight, bias = fit_probe(features)
     logits = embedded @ weight + bias
     assert logits.mean().abs() < 1e-4
@@ -97,7 +106,10 @@ def test_the_fit_finds_a_linear_importance() -> None:
 
 def test_constant_importance_is_an_error() -> None:
     features = TokenFeatures(
-        embedded=torch.randn(50, 4), importance=torch.ones(50), pinned_share=0.0
+        embedded=torch.randn(50, 4),
+        importance=torch.ones(50),
+        position_ids=torch.zeros(50).long(),
+        pinned_share=0.0,
     )
     with pytest.raises(ConfigError, match="same importance"):
         fit_probe(features)
@@ -141,8 +153,64 @@ def test_importance_is_that_of_each_token(importance: str) -> None:
     torch.testing.assert_close(together, alone.importance, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_received_sums_to_one_per_layer() -> None:
+@torch.no_grad()
+def test_attention_received_is_that_of_each_key() -> None:
     model = random_model(config(2), 1)
-    data = sample([9])
-    found = token_features(model, data, "attention", max_tokens=100)
-    assert float(found.importance.sum()) == pytest.approx(9 * 2, rel=1e-4)
+    ids, mask = next(padded_batches(sample([9, 9, 4]), 100))
+    states = model.embed(ids)
+    layer = model.blocks[0]
+    found = _attention_received(layer, states, mask)
+    torch.testing.assert_close(found.sum(dim=1), mask.sum(dim=1).float())
+    assert float(found[~mask].abs().max()) == 0
+    normed = layer.attention_norm(states)[:1, : int(mask[0].sum())]
+    weights = torch.nn.MultiheadAttention(12, 2, batch_first=True)
+    parts = (layer.attention.query, layer.attention.key, layer.attention.value)
+    weights.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+    weights.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+    expected = weights(normed, normed, normed)[1][0].sum(dim=0)
+    torch.testing.assert_close(found[0, : len(expected)], expected, atol=1e-5, rtol=0)
+
+
+def test_importance_is_relative_to_the_sequence() -> None:
+    model = random_model(config(3), 0)
+    found = token_features(model, sample([40, 25]), "change", max_tokens=100)
+    for part in (found.importance[:25], found.importance[25:]):
+        assert float(part.mean()) == pytest.approx(0, abs=1e-5)
+        assert float(part.square().mean()) == pytest.approx(1, abs=1e-4)
+
+
+def features_of(embedded: torch.Tensor, importance: torch.Tensor, pinned: float) -> TokenFeatures:
+    return TokenFeatures(
+        embedded=embedded,
+        importance=importance,
+        position_ids=torch.arange(len(embedded)) % 20,
+        pinned_share=pinned,
+    )
+
+
+def test_the_place_of_a_token_is_not_importance() -> None:
+    """Embeddings carry their position; importance follows it too, and the probe must not."""
+    torch.manual_seed(0)
+    places = torch.arange(4000) % 20
+    table = torch.linspace(-1, 1, 20)[:, None] * torch.randn(12)
+    content, truth = torch.randn(4000, 12), torch.randn(12)
+    embedded = content + table[places]
+    features = features_of(embedded, content @ truth + 0.5 * places, 0.0)
+
+    def spread_over_places(one: TokenFeatures) -> float:
+        weight, bias = fit_probe(one)
+        logits = embedded @ weight + bias
+        assert torch.corrcoef(torch.stack([logits, content @ truth]))[0, 1] > 0.5
+        return float(torch.stack([logits[places == p].mean() for p in range(20)]).std())
+
+    blind = dataclasses.replace(features, position_ids=torch.zeros_like(features.position_ids))
+    assert spread_over_places(blind) > 0.4
+    assert spread_over_places(features) < 0.15
+
+
+def test_samples_put_together_count_their_pinned_tokens() -> None:
+    a = features_of(torch.ones(6, 2), torch.ones(6), 0.25)
+    b = features_of(torch.zeros(9, 2), torch.zeros(9), 0.1)
+    both = joined([a, b])
+    assert both.pinned_share == pytest.approx(3 / 18)
+    assert both.importance.tolist() == [1.0] * 6 + [0.0] * 9
