@@ -82,11 +82,15 @@ def plot(cases: Sequence[CaseResult], path: Path) -> None:
     axes.plot(tokens, [c.flops_ratio for c in ordered], "--", label="operations: sparse / dense")
     axes.plot(tokens, [c.ideal_ratio for c in ordered], ":", label="active layer-tokens / all")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(tokens)), labels=[str(n) for n in sorted(set(tokens))])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens in the batch")
     axes.set_ylabel("ratio")
-    first = ordered[0]
-    axes.set_title(f"mean depth {first.mean_depth:.2f}, {first.backend}, {first.precision}")
+    first, depths = ordered[0], [case.mean_depth for case in ordered]
+    axes.set_title(
+        f"mean depth {min(depths):.1f} to {max(depths):.1f} of {len(first.depth_histogram) - 1}, "
+        f"{first.backend}, {first.precision}"
+    )
     axes.legend(loc="lower right")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
