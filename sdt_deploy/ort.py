@@ -56,7 +56,7 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
             try:
                 runtime().set_global_thread_pool_sizes(wanted, 1)
                 _pool_threads = wanted
-            except RuntimeError:
+            except Exception:  # onnxruntime's own class: the host application made the pool
                 _pool_threads = 0
             _share_arena()
         if n_threads and _pool_threads == 0:
@@ -81,7 +81,7 @@ def _share_arena() -> None:
     kind, purpose = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ort.OrtMemType.DEFAULT
     arena = ort.OrtArenaCfg(0, 0, -1, -1)  # no limit, ONNX Runtime's own way of growing
     # A host application that registered an arena keeps it.
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(Exception):
         ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", kind, 0, purpose), arena)
 
 
