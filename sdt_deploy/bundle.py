@@ -1,7 +1,7 @@
 """The bundle: the one thing that passes from export to runtime.
 
 ``docs/bundle-format.md`` specifies the directory; this module reads and writes its manifest. A
-bundle opens with the standard library and NumPy alone.
+bundle opens with the standard library alone.
 """
 
 from __future__ import annotations

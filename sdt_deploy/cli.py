@@ -7,6 +7,7 @@ import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from zipfile import BadZipFile
 
 import typer
 from rich.markup import escape
@@ -22,7 +23,7 @@ from sdt_deploy.console import (
 from sdt_deploy.errors import InputError, SdtDeployError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from sdt_deploy.runtime.result import RunResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,10 +107,13 @@ def convert(
     target_depth: Annotated[
         float | None, typer.Option(help="Mean layers per token; default: 60 % of the layers.")
     ] = None,
-    levels: Annotated[LevelsChoice, typer.Option(help="Depths to use.")] = LevelsChoice.graded,
+    levels: Annotated[
+        LevelsChoice | None, typer.Option(help="Depths to use; default: graded.")
+    ] = None,
     importance: Annotated[
-        ImportanceChoice, typer.Option(help="What the probe is fitted to.")
-    ] = ImportanceChoice.attention,
+        ImportanceChoice | None,
+        typer.Option(help="What the probe is fitted to; default: attention."),
+    ] = None,
     context: Annotated[
         ContextChoice | None, typer.Option(help="What active tokens see; default: as in SOURCE.")
     ] = None,
@@ -135,9 +139,11 @@ def convert(
         fit = ProbeFit(
             texts=read_lines(texts),
             target_depth=target_depth,
-            levels=levels.value,
-            importance=importance.value,
+            levels=(levels or LevelsChoice.graded).value,
+            importance=(importance or ImportanceChoice.attention).value,
         )
+    elif target_depth is not None or levels is not None or importance is not None:
+        raise InputError("--target-depth, --levels and --importance need --texts to fit a probe on")
     with progress_bar("fit the probe") as advance:
         checkpoint, report = convert_model(
             source,
@@ -255,7 +261,9 @@ def run(
     text: Annotated[list[str] | None, typer.Option(help="A text; may be given again.")] = None,
     texts: Annotated[Path | None, typer.Option(help="File with one text per line.")] = None,
     ids: Annotated[Path | None, typer.Option(help=".npy with token ids [batch, seq].")] = None,
-    out: Annotated[Path | None, typer.Option(help="Save the outputs as .npy.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Save as .npz: output, depths, input_ids, cu_seqlens.")
+    ] = None,
     path: Annotated[PathChoice, typer.Option(help="Path to take.")] = PathChoice.auto,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are long.")] = False,
     show_depth: Annotated[
@@ -281,8 +289,8 @@ def run(
         if show_depth:
             print_depths(session, result)
     if out is not None:
-        _save_npy(out, result.output)
-        console.print(f"[bold]{escape(str(out))}[/bold]: {result.output.shape} float32")
+        _save(out, result)
+        console.print(f"[bold]{escape(str(out))}[/bold]: output {result.output.shape} float32")
     else:
         for row in result.output[:20]:
             values = " ".join(f"{value:+.4f}" for value in row[:8])
@@ -356,12 +364,15 @@ def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -
 
     assert ids is not None
     try:
-        return np.load(ids, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        loaded = np.load(ids, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray):
+            raise ValueError("it holds several arrays")
+        return loaded
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise InputError(f"{ids} cannot be read as .npy: {error}") from error
 
 
-def _save_npy(path: Path, array: np.ndarray) -> None:
+def _save(path: Path, result: RunResult) -> None:
     import io
 
     import numpy as np
@@ -369,5 +380,11 @@ def _save_npy(path: Path, array: np.ndarray) -> None:
     from sdt_deploy.files import write_file
 
     stream = io.BytesIO()
-    np.save(stream, array)
+    np.savez(
+        stream,
+        output=result.output,
+        depths=result.depths,
+        input_ids=result.input_ids,
+        cu_seqlens=result.cu_seqlens,
+    )
     write_file(path, stream.getvalue())

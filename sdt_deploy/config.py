@@ -182,11 +182,6 @@ class ModelConfig:
             )
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.d_model // self.n_heads
-
-    @property
     def output_width(self) -> int:
         """Length of one output row."""
         widths = {"lm": self.vocab_size, "classify": self.head.n_classes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -30,18 +31,30 @@ def sync_tree(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(
+    target: Path, *, marker: tuple[str, str], overwrite: bool = False
+) -> Iterator[Path]:
     """Yield a temporary directory beside ``target`` that becomes ``target`` on success.
 
     On an exception nothing remains, and what stood at ``target`` before stays.
 
+    Args:
+        target: directory to make.
+        marker: name of a JSON file and the value of ``format`` in it, by which a directory of the
+            same kind is known; only such a one, or an empty one, is ever replaced.
+        overwrite: replace ``target`` if it exists.
+
     Raises:
-        OutputError: if ``target`` exists and ``overwrite`` is False, or cannot be written.
+        OutputError: if ``target`` exists and must not be replaced, or cannot be written.
     """
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists already; choose another path or pass --overwrite")
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is not a directory and will not be replaced by one")
+    if target.exists():
+        if not overwrite:
+            raise OutputError(f"{target} exists already; choose another path or pass --overwrite")
+        if not _is_replaceable(target, marker):
+            raise OutputError(
+                f"{target} will not be replaced: it is neither empty nor a directory with a "
+                f"{marker[0]} of format {marker[1]!r}. Choose another path or remove it yourself"
+            )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -58,6 +71,17 @@ def new_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise OutputError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_replaceable(target: Path, marker: tuple[str, str]) -> bool:
+    name, kind = marker
+    try:
+        if not any(target.iterdir()):
+            return True
+        content = json.loads((target / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == kind
 
 
 def _replace_directory(source: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class TextTokenizer:
         Raises:
             InputError: if a text is no string, gives no token, or is too long.
         """
+        if overflow not in get_args(Overflow):
+            raise InputError(f"overflow must be one of {get_args(Overflow)}, not {overflow!r}")
         texts = list(texts)
         if not texts:
             raise InputError("no texts were given")

@@ -69,6 +69,20 @@ CONFIGS: dict[str, tuple[ModelConfig, ExportConfig]] = {
         ),
         ExportConfig(layers_per_stage=2),
     ),
+    "dense-twin": (
+        ModelConfig(
+            vocab_size=29,
+            d_model=12,
+            n_heads=2,
+            n_layers=2,
+            d_ff=20,
+            max_positions=30,
+            probe="none",
+            context="active",
+            head=HeadConfig(kind="embedding", pooling="cls"),
+        ),
+        ExportConfig(),
+    ),
     "all-grouped": (
         ModelConfig(
             vocab_size=31,

@@ -12,19 +12,32 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden-bundle-v1"
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bare")
+def environment(directory: Path, requirement: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
     python = directory / "bin" / "python"
     subprocess.run(
         [
             *(str(python), "-m", "pip", "install", "--quiet"),
-            *("-c", str(ROOT / "constraints.txt"), f"{ROOT}[cpu]"),
+            *("-c", str(ROOT / "constraints.txt"), requirement),
         ],
         check=True,
     )
     return directory / "bin"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("bare"), f"{ROOT}[cpu]")
+
+
+def test_the_base_opens_bundles_and_shows_the_cli(tmp_path: Path) -> None:
+    base = environment(tmp_path, str(ROOT))
+    assert "Usage" in call(base / "sdt-deploy", "--help").stdout
+    done = call(base / "sdt-deploy", "inspect", GOLDEN)
+    assert done.returncode == 0, done.stderr
+    done = call(base / "sdt-deploy", "verify", GOLDEN)
+    assert done.returncode == 2
+    assert '"sdt-deploy[cpu]"' in " ".join(done.stderr.split())
 
 
 def call(*command: object) -> subprocess.CompletedProcess[str]:

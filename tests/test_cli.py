@@ -69,14 +69,18 @@ def test_run(exported: Exported, tmp_path: Path) -> None:
     sample = exported("all-embedding")
     ids = np.random.default_rng(0).integers(0, 47, (3, 11))
     np.save(tmp_path / "ids.npy", ids)
-    out = tmp_path / "out.npy"
+    out = tmp_path / "out.npz"
     text = call(
         "run", sample.bundle, "--ids", tmp_path / "ids.npy", "--out", out, "--path", "sparse"
     )
     assert "path sparse" in text
     with Session.open(sample.bundle) as session:
         expected = session.run(ids, path="sparse")
-    np.testing.assert_allclose(np.load(out), expected.output, rtol=0, atol=1e-6)
+    with np.load(out) as saved:
+        np.testing.assert_allclose(saved["output"], expected.output, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(saved["depths"], expected.depths)
+        np.testing.assert_array_equal(saved["cu_seqlens"], [0, 11, 22, 33])
+        np.testing.assert_array_equal(saved["input_ids"], ids.reshape(-1))
     text = call("run", sample.bundle, "--ids", tmp_path / "ids.npy", "--show-depth")
     shown = text.splitlines()[0].split()
     assert shown == [
@@ -84,8 +88,10 @@ def test_run(exported: Exported, tmp_path: Path) -> None:
     ]
     assert "no tokenizer" in call("run", sample.bundle, "--text", "x", code=2)
     assert "give one of" in call("run", sample.bundle, code=2)
-    (tmp_path / "bad.npy").write_bytes(b"x")
-    assert "cannot be read" in call("run", sample.bundle, "--ids", tmp_path / "bad.npy", code=2)
+    for content in (b"x", b"PK\x03\x04 not a zip", out.read_bytes()):
+        (tmp_path / "bad.npy").write_bytes(content)
+        message = call("run", sample.bundle, "--ids", tmp_path / "bad.npy", code=2)
+        assert "cannot be read" in message
     np.save(tmp_path / "big.npy", ids + 1000)
     assert "0..46" in call("run", sample.bundle, "--ids", tmp_path / "big.npy", code=2)
 
@@ -136,6 +142,12 @@ def test_convert_the_original_and_refuse_nonsense(tmp_path: Path) -> None:
     )
     assert "no tokenizer" in message
     assert "not a checkpoint" in call("convert", tmp_path / "none", tmp_path / "x", code=2)
+    for option in (("--target-depth", 3), ("--levels", "graded"), ("--importance", "rarity")):
+        message = call("convert", tmp_path / "native", tmp_path / "x", *option, code=2)
+        assert "need --texts" in message
+    for source in ("native", "model.pt"):
+        message = call("convert", tmp_path / source, tmp_path / "x", "--head", "hidden", code=2)
+        assert "head of its own" in message
     assert not (tmp_path / "x").exists()
 
 

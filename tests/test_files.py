@@ -7,12 +7,14 @@ import pytest
 from sdt_deploy.errors import OutputError
 from sdt_deploy.files import new_directory, write_file
 
+MARKER = ("mark.json", "mine")
+
 
 def test_a_failed_directory_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "out"
 
     def build(overwrite: bool) -> None:
-        with new_directory(target, overwrite=overwrite) as directory:
+        with new_directory(target, marker=MARKER, overwrite=overwrite) as directory:
             (directory / "half").write_text("x")
             raise KeyboardInterrupt
 
@@ -20,26 +22,51 @@ def test_a_failed_directory_leaves_nothing(tmp_path: Path) -> None:
         build(overwrite=False)
     assert list(tmp_path.iterdir()) == []
     target.mkdir()
-    (target / "old").write_text("old")
+    (target / "mark.json").write_text('{"format": "mine"}')
     with pytest.raises(KeyboardInterrupt):
         build(overwrite=True)
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mark.json"]
 
 
 def test_overwriting_replaces_the_whole_directory(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
     for name in ("a", "b"):
-        with new_directory(target, overwrite=True) as directory:
+        with new_directory(target, marker=MARKER, overwrite=True) as directory:
             (directory / name).write_text(name)
-    assert [p.name for p in tmp_path.rglob("*")] == ["deep", "out", "b"]
+            (directory / "mark.json").write_text('{"format": "mine"}')
+    assert sorted(p.name for p in target.iterdir()) == ["b", "mark.json"]
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "yours"}'])
+def test_what_is_not_ours_is_never_replaced(tmp_path: Path, content: str | None) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    if content is not None:
+        (target / "mark.json").write_text(content)
+    refusal = pytest.raises(OutputError, match="will not be replaced")
+    with refusal, new_directory(target, marker=MARKER, overwrite=True):
+        pass
+    assert (target / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    with new_directory(tmp_path / "empty", marker=MARKER, overwrite=True) as directory:
+        (directory / "new").write_text("")
+    assert (tmp_path / "empty" / "new").exists()
 
 
 def test_refusals(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("kept")
-    with pytest.raises(OutputError, match="not a directory"), new_directory(file, overwrite=True):
+    with (
+        pytest.raises(OutputError, match="will not be replaced"),
+        new_directory(file, marker=MARKER, overwrite=True),
+    ):
         pass
-    with pytest.raises(OutputError, match="cannot be written"), new_directory(file / "below"):
+    with (
+        pytest.raises(OutputError, match="cannot be written"),
+        new_directory(file / "below", marker=MARKER),
+    ):
         pass
     with pytest.raises(OutputError, match="cannot be written"):
         write_file(file / "below", b"")
@@ -53,9 +80,9 @@ def test_of_two_writers_one_wins_and_nothing_is_mixed(tmp_path: Path) -> None:
     target = tmp_path / "out"
 
     def write_twice() -> None:
-        with new_directory(target) as first:
+        with new_directory(target, marker=MARKER) as first:
             (first / "first").write_text("")
-            with new_directory(target) as second:
+            with new_directory(target, marker=MARKER) as second:
                 (second / "second").write_text("")
 
     with pytest.raises(OutputError, match="exists already"):

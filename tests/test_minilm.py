@@ -39,6 +39,7 @@ def native(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert config.context == "all"
     assert (config.head.pooling, config.head.normalize) == ("mean", True)
     assert checkpoint.provenance["license"] == "apache-2.0"
+    assert checkpoint.provenance["source"] == "all-MiniLM-L6-v2"
     assert checkpoint.provenance["probe"]["importance"] == "attention"
     return target
 
@@ -100,6 +101,8 @@ def test_long_texts(bundle: Path) -> None:
     with Session.open(bundle) as session:
         with pytest.raises(sdt_deploy.InputError, match="512 are allowed"):
             session.run([text])
+        with pytest.raises(sdt_deploy.InputError, match="overflow must be one of"):
+            session.run([text], overflow="eror")  # type: ignore[arg-type]
         result = session.run([text], overflow="truncate")
     assert len(result.input_ids) == 512
     assert result.input_ids[[0, -1]].tolist() == [101, 102]

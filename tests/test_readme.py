@@ -43,6 +43,27 @@ def test_readme_commands(tmp_path: Path, minilm: Path) -> None:
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         n_run += 1
     assert n_run >= 3
+    script = ROOT / "examples" / "agreement.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "build/bundle", "examples/texts/shakespeare.txt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("agreement of sparse with dense embeddings over 256 texts is")
+    few = tmp_path / "few.txt"
+    few.write_text("To be, or not to be\n" * 3 + "that is the question " * 200 + "\n")
+    bench = ["bench", "build/bundle", "--cases", "1x8", "--budget", "0.1", "--no-memory"]
+    script = bin_directory / "sdt-deploy"
+    for arguments, message in (
+        ([*bench, "--texts", str(few)], "4 of 4 real texts, 1 of them cut to length"),
+        (["run", "build/bundle", "--texts", str(few), "--truncate"], "output (4, 384)"),
+    ):
+        done = subprocess.run(
+            [str(script), *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert message in " ".join(done.stdout.split())
     assert (tmp_path / "build" / "bench.json").exists()
 
 

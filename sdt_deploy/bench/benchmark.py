@@ -69,9 +69,13 @@ class CaseResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TextsResult:
-    """Real lengths: the whole file in batches, times are medians in milliseconds."""
+    """Real lengths: texts in batches, times are medians in milliseconds."""
 
     n_texts: int
+    """Texts measured, evenly spaced over the file."""
+    n_texts_in_file: int
+    n_truncated: int
+    """Texts cut to the model's positions."""
     n_tokens: int
     batch: int
     mean_depth: float
@@ -85,6 +89,12 @@ class TextsResult:
     """Sparse, batches in the file's order."""
     sparse_sorted_ms: float
     """Sparse, batches of similar length."""
+    full_depth_ms: float
+    """The sparse path with every token at full depth, batches in the file's order: what packing
+    alone gives."""
+    spread_ms: dict[str, float]
+    """Interquartile range of each candidate's times."""
+    n_runs: int
     ratio_padded: float
     """``sparse_ms / dense_padded_ms``"""
     ratio_sorted: float
@@ -170,7 +180,13 @@ def measure_case(
 
 
 def measure_texts(
-    session: Session, texts: tuple[np.ndarray, np.ndarray], *, batch: int, budget_s: float
+    session: Session,
+    texts: tuple[np.ndarray, np.ndarray],
+    *,
+    batch: int,
+    budget_s: float,
+    n_texts_in_file: int,
+    n_truncated: int,
 ) -> TextsResult:
     """Measure the lengths of real texts.
 
@@ -179,6 +195,8 @@ def measure_texts(
         texts: packed ids ``[n_tokens]`` and ``cu_seqlens [n_texts + 1]``.
         batch: texts in a batch.
         budget_s: see :func:`sdt_deploy.bench.timing.interleave`.
+        n_texts_in_file: for the record.
+        n_truncated: for the record.
     """
     config = session.manifest.model
     ids, cu_seqlens = texts
@@ -195,8 +213,12 @@ def measure_texts(
 
         return run
 
-    def sparse(batches: list[TokenBatch]) -> Callable[[], list[RunResult]]:
-        return lambda: [session.run_batch(one, path="sparse") for one in batches]
+    def sparse(
+        batches: list[TokenBatch], thresholds: tuple[float, ...] | None = None
+    ) -> Callable[[], list[RunResult]]:
+        return lambda: [
+            session.run_batch(one, path="sparse", thresholds=thresholds) for one in batches
+        ]
 
     times = interleave(
         {
@@ -204,6 +226,7 @@ def measure_texts(
             "dense_sorted": dense(by_length),
             "sparse": sparse(in_order),
             "sparse_sorted": sparse(by_length),
+            "full_depth": sparse(in_order, (-1.0,) * config.n_layers),
         },
         budget_s=budget_s,
     )
@@ -215,6 +238,8 @@ def measure_texts(
     depth_sum = sum(int(result.depths.sum()) for result in results)
     return TextsResult(
         n_texts=len(lengths),
+        n_texts_in_file=n_texts_in_file,
+        n_truncated=n_truncated,
         n_tokens=int(lengths.sum()),
         batch=batch,
         mean_depth=depth_sum / int(lengths.sum()),
@@ -223,6 +248,9 @@ def measure_texts(
         dense_sorted_ms=ms["dense_sorted"],
         sparse_ms=ms["sparse"],
         sparse_sorted_ms=ms["sparse_sorted"],
+        full_depth_ms=ms["full_depth"],
+        spread_ms={name: timed.spread_ms for name, timed in times.items()},
+        n_runs=times["sparse"].n_runs,
         ratio_padded=ms["sparse"] / ms["dense_padded"],
         ratio_sorted=ms["sparse_sorted"] / ms["dense_sorted"],
     )

@@ -53,11 +53,21 @@ def remarks(cases: Sequence[CaseResult], texts: TextsResult | None) -> list[str]
         lines.append(f"{flips} tokens took another depth than in the PyTorch model")
     if cases and cases[0].max_abs_error is None:
         lines.append("accuracy was not measured: torch and onnx are not installed")
+    more_memory = [
+        f"{c.batch}x{c.seq} ({c.sparse_peak_bytes / c.dense_peak_bytes:.2f})"
+        for c in cases
+        if c.sparse_peak_bytes and c.dense_peak_bytes and c.sparse_peak_bytes > c.dense_peak_bytes
+    ]
+    if more_memory:
+        lines.append(f"sparse needs more memory than dense at: {', '.join(more_memory)}")
     if texts is not None:
+        cut = f", {texts.n_truncated} of them cut to length" if texts.n_truncated else ""
         lines.append(
-            f"{texts.n_texts} real texts, batches of {texts.batch}: sparse takes "
-            f"{texts.ratio_padded:.2f} of the time of padded dense; with batches of similar "
-            f"length {texts.ratio_sorted:.2f} of dense (FLOPs {texts.flops_ratio:.2f})"
+            f"{texts.n_texts} of {texts.n_texts_in_file} real texts{cut}, in batches of "
+            f"{texts.batch}: sparse takes {texts.ratio_padded:.2f} of the time of padded dense "
+            f"(packing alone, at full depth: {texts.full_depth_ms / texts.dense_padded_ms:.2f}); "
+            f"with batches of similar length {texts.ratio_sorted:.2f} of dense "
+            f"(FLOPs {texts.flops_ratio:.2f})"
         )
     return lines
 

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 
 from sdt_deploy.bundle import (
+    FORMAT,
+    MANIFEST,
     REFERENCE,
     SAMPLE,
     TOKENIZER,
@@ -65,7 +67,7 @@ def export(
             strict=True,
         )
     )
-    with new_directory(target, overwrite=overwrite) as directory:
+    with new_directory(target, marker=(MANIFEST, FORMAT), overwrite=overwrite) as directory:
         hashes = _write_graphs(parts, directory, config, progress)
         graphs = {}
         for i, part in enumerate(parts):

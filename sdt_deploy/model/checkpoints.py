@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from sdt_deploy.bundle import SAMPLE, TOKENIZER
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import CheckpointError, ConfigError
 from sdt_deploy.files import new_directory
@@ -26,8 +28,6 @@ FORMAT = "sdt-model"
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-TOKENIZER = "tokenizer.json"
-SAMPLE = "sample.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def save(checkpoint: Checkpoint, target: Path, *, overwrite: bool = False) -> No
         "pinned_share": checkpoint.pinned_share,
     }
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with new_directory(target, overwrite=overwrite) as directory:
+    with new_directory(target, marker=(CONFIG, FORMAT), overwrite=overwrite) as directory:
         (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         safetensors.torch.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         if checkpoint.tokenizer is not None:
@@ -171,5 +171,5 @@ def _read_sample(path: Path) -> TokenSample:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return TokenSample(input_ids=arrays["input_ids"], cu_seqlens=arrays["cu_seqlens"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

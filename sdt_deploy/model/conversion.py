@@ -70,6 +70,7 @@ def load_any(source: Path, *, head: str | None = None) -> Checkpoint:
         CheckpointError: if it is none of these or cannot be used.
     """
     if source.is_file():
+        _only_for_huggingface(source, head)
         return load_original(source)
     config = source / "config.json"
     if not config.exists():
@@ -81,7 +82,18 @@ def load_any(source: Path, *, head: str | None = None) -> Checkpoint:
         native = checkpoints.is_native_config(json.loads(config.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config} cannot be read: {error}") from error
-    return checkpoints.load(source) if native else load_huggingface(source, head=head)
+    if not native:
+        return load_huggingface(source, head=head)
+    _only_for_huggingface(source, head)
+    return checkpoints.load(source)
+
+
+def _only_for_huggingface(source: Path, head: str | None) -> None:
+    if head is not None:
+        raise CheckpointError(
+            f"{source} has a head of its own; another one can be chosen for Hugging Face "
+            "directories only"
+        )
 
 
 def convert(

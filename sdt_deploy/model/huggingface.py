@@ -76,12 +76,13 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
     model = SparseDepthTransformer(model_config)
     load_weights(model, _rename(tensors, model_config, kind), where=str(weights))
     tokenizer = source / "tokenizer.json"
+    card = _model_card(source / "README.md")
     return Checkpoint(
         model=model,
         provenance={
-            "source": config.get("_name_or_path") or source.name,
+            "source": card.get("title") or source.name,
             "source_format": f"Hugging Face {kind}",
-            "license": _license(source),
+            "license": card.get("license"),
         },
         tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
     )
@@ -220,10 +221,13 @@ def _rename(tensors: Mapping[str, Tensor], config: ModelConfig, kind: str) -> di
     return renamed
 
 
-def _license(source: Path) -> str | None:
-    """Return the licence named in the front matter of the model card."""
-    card = source / "README.md"
-    if not card.exists():
-        return None
-    match = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)
-    return match[1] if match else None
+def _model_card(path: Path) -> dict[str, str]:
+    """Return the title of a model card and the licence in its front matter, as far as given."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    license_line = re.search(r"^license:\s*(\S+)", front[1] if front else "", re.MULTILINE)
+    title = re.search(r"^# (.+)$", text[front.end() if front else 0 :], re.MULTILINE)
+    found = {"license": license_line and license_line[1], "title": title and title[1].strip()}
+    return {key: value for key, value in found.items() if value}

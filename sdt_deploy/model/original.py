@@ -58,13 +58,20 @@ def load_original(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} cannot be read as a state_dict of tensors (code in it is not run): {error}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{path} does not hold a state_dict: names with tensors")
-    if "pos_embed" in state:
-        state = {("pos_embed.weight" if k == "pos_embed" else k): v for k, v in state.items()}
-        state["pos_embed.weight"] = state["pos_embed.weight"].flatten(0, -2)
-    model = SparseDepthTransformer(_config(state, path))
-    load_weights(model, _rename(state), where=str(path))
+    try:
+        if "pos_embed" in state:
+            state["pos_embed.weight"] = state.pop("pos_embed").flatten(0, -2)
+        config, tensors = _config(state, path), _rename(state)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: a tensor does not have the shape of the original's: {error}"
+        ) from error
+    model = SparseDepthTransformer(config)
+    load_weights(model, tensors, where=str(path))
     return Checkpoint(
         model=model,
         provenance={"source": path.name, "source_format": "original research code"},

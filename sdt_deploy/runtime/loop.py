@@ -26,7 +26,7 @@ class StateBuffers:
     def reserve(self, n_tokens: int) -> None:
         """Make room for ``n_tokens``; what the buffers held is lost."""
         if n_tokens > self._capacity:
-            self._buffers = []
+            self._buffers, self._capacity = [], 0  # free the old ones first; stay so on failure
             self._buffers = [
                 self._backend.empty((n_tokens, self._d_model), "float32") for _ in range(3)
             ]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from sdt_deploy.bundle import TOKENIZER, Bundle, Manifest
 from sdt_deploy.config import check_thresholds
 from sdt_deploy.costs import dense_flops, sparse_flops
-from sdt_deploy.errors import BackendError, InputError
+from sdt_deploy.errors import BackendError, ConfigError, InputError
 from sdt_deploy.runtime import dispatch
 from sdt_deploy.runtime.backend import Array, Backend
 from sdt_deploy.runtime.backends import open_backend
@@ -32,6 +32,8 @@ PathChoice = Literal["auto", "sparse", "masked", "dense"]
 class Session:
     """Runs a bundle. Thread-safe: concurrent runs use buffers of their own.
 
+    Buffers are as large as the largest batch needed and are kept for later runs until ``close``.
+
     ::
 
         with Session.open("bundle") as session:
@@ -42,6 +44,7 @@ class Session:
         self.bundle = bundle
         self.backend = backend
         self._lock = threading.Lock()
+        self._calibration_lock = threading.Lock()
         self._idle_buffers: list[StateBuffers] = []
         self._tokenizer: TextTokenizer | None = None
         self._costs: dispatch.CostModel | None = None
@@ -175,8 +178,9 @@ class Session:
         if path not in get_args(PathChoice):
             raise InputError(f"path must be one of {', '.join(get_args(PathChoice))}, not {path!r}")
         config = self.manifest.model
-        limits = config.thresholds if thresholds is None else tuple(map(float, thresholds))
-        check_thresholds(limits, config.n_layers)
+        limits = config.thresholds
+        if thresholds is not None:
+            limits = _as_thresholds(thresholds, config.n_layers)
         if path == "auto":
             shares = dispatch.active_shares(self.manifest, limits)
             path = self.cost_model().choose(config, batch.lengths.tolist(), shares)
@@ -190,13 +194,10 @@ class Session:
         Calibration runs both paths on two random batches; it takes well under a second for a model
         of MiniLM's size and opens the masked graph.
         """
-        with self._lock:
-            known = self._costs
-        if known is None:
-            known = dispatch.calibrate(self.manifest.model, self._measure)
-            with self._lock:
-                self._costs = known
-        return known
+        with self._calibration_lock:
+            if self._costs is None:
+                self._costs = dispatch.calibrate(self.manifest.model, self._measure)
+            return self._costs
 
     def _measure(self, path: dispatch.Path, lengths: Sequence[int]) -> tuple[float, float]:
         config = self.manifest.model
@@ -324,6 +325,15 @@ class Session:
             timings=Timings(total_ms=(perf_counter() - start) * 1e3),
             path=path,
         )
+
+
+def _as_thresholds(values: object, n_layers: int) -> tuple[float, ...]:
+    try:
+        thresholds = tuple(map(float, values))  # type: ignore[call-overload]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"thresholds must be {n_layers} numbers: {error}") from error
+    check_thresholds(thresholds, n_layers)
+    return thresholds
 
 
 def _as_texts(inputs: object) -> list[str] | None:

@@ -75,9 +75,13 @@ def test_real_lengths(exported: Exported) -> None:
     batch = random_batch(sample.model.config, [3, 30, 1, 12, 7], 0)
     with Session.open(sample.bundle) as session:
         texts = batch.input_ids, batch.cu_seqlens
-        found = measure_texts(session, texts, batch=2, budget_s=0.05)
+        found = measure_texts(
+            session, texts, batch=2, budget_s=0.05, n_texts_in_file=9, n_truncated=0
+        )
     assert (found.n_texts, found.n_tokens) == (5, 53)
     assert 0 < found.flops_ratio <= 1
+    assert "5 of 9 real texts, in batches of 2" in remarks([], found)[0]
+    assert found.full_depth_ms > 0
     assert found.ratio_padded == pytest.approx(found.sparse_ms / found.dense_padded_ms)
     assert found.ratio_sorted == pytest.approx(found.sparse_sorted_ms / found.dense_sorted_ms)
 
@@ -104,12 +108,21 @@ def test_it_says_where_sparse_loses(exported: Exported) -> None:
         BenchOptions(cases="1x8", budget_s=0.05, with_memory=False),
     )
     (case,) = outcome.cases
-    losing = dataclasses.replace(case, ratio=1.3, auto_ratio=1.1, routing_flips=2)
+    losing = dataclasses.replace(
+        case,
+        ratio=1.3,
+        auto_ratio=1.1,
+        routing_flips=2,
+        sparse_peak_bytes=3,
+        dense_peak_bytes=2,
+    )
     winning = dataclasses.replace(case, ratio=0.7, auto_ratio=0.7, routing_flips=0)
+    assert outcome.remarks[0] == "measured on random token ids"
     lines = remarks([losing, winning], None)
     assert lines[0] == "sparse is slower than dense at: 1x8 (1.30)"
     assert "by more than 2 % at: 1x8 (1.10)" in lines[1]
     assert lines[2].startswith("2 tokens took another depth")
+    assert lines[3] == "sparse needs more memory than dense at: 1x8 (1.50)"
     assert remarks([winning], None) == ["sparse is faster than dense in every case"]
     assert "not measured" in remarks([dataclasses.replace(winning, max_abs_error=None)], None)[1]
     assert table([losing, winning]).row_count == 2

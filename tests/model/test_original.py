@@ -107,6 +107,23 @@ def test_bad_files_are_typed_errors(tmp_path: Path) -> None:
         load_original(tmp_path / "c.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("pos_embed", torch.zeros(5)),
+        ("embed.weight", torch.zeros(5)),
+        ("semantic_scorer.fc.bias", torch.zeros(2)),
+        ("layers.0.attn.in_proj_weight", torch.zeros(2, D)),
+        ("layers.0.ff.0.weight", torch.zeros(())),
+        (7, torch.zeros(1)),
+    ],
+)
+def test_odd_shapes_are_typed_errors(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({**Original(True).state_dict(), name: tensor}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError):
+        load_original(tmp_path / "odd.pt")
+
+
 class Payload:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("raise SystemExit('code ran')",))

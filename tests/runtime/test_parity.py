@@ -87,7 +87,7 @@ def test_extreme_depths(exported: Exported, name: str) -> None:
         assert_parity(session, sample.model, alone)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if c[0].probe == "linear"])
 def test_one_sequence_finishes_while_another_goes_on(exported: Exported, name: str) -> None:
     sample = exported(name)
     config = sample.model.config

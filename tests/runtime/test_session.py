@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import BackendError, ConfigError, InputError
+from sdt_deploy.runtime import dispatch
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.session import Session
 from tests.samples import ExportedModel, lengths_lists, random_batch, seeds
@@ -82,6 +84,10 @@ def test_bad_calls(exported: Exported) -> None:
     with Session.open(exported("active-lm").bundle) as session:
         with pytest.raises(ConfigError, match="one per layer"):
             session.run([1], [0, 1], thresholds=(0.0,))
+        for nonsense in (0.5, "abc", [None] * 3):
+            with pytest.raises(ConfigError, match="must be 3 numbers"):
+                session.run([1], [0, 1], thresholds=nonsense)  # type: ignore[arg-type]
+        session.run([1], [0, 1], thresholds=np.zeros(3, dtype=np.float32))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="must not fall"):
             session.run([1], [0, 1], thresholds=(0.5, 0.2, 0.3))
         with pytest.raises(InputError, match="path must be one of"):
@@ -126,3 +132,36 @@ def test_result_describes_the_run(exported: Exported) -> None:
     parts = timings.entry_ms + timings.route_ms + sum(timings.stage_ms)
     assert parts + timings.move_ms + timings.head_ms == pytest.approx(timings.total_ms)
     assert [len(piece) for piece in result.split(result.output)] == [20, 9]
+
+
+def test_a_failed_allocation_does_not_poison_the_session(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = exported("active-lm")
+    small, large = (random_batch(sample.model.config, [n] * 3, 0) for n in (5, 20))
+    with Session.open(sample.bundle) as session:
+        session.run_batch(small, path="sparse")
+        allocate = session.backend.empty
+
+        def refuse(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+            raise MemoryError
+
+        monkeypatch.setattr(session.backend, "empty", refuse)
+        with pytest.raises(MemoryError):
+            session.run_batch(large, path="sparse")
+        monkeypatch.setattr(session.backend, "empty", allocate)
+        assert session.run_batch(small, path="sparse").output.shape == (15, 53)
+
+
+def test_threads_calibrate_once(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = exported("active-lm")
+    calls = []
+    calibrate = dispatch.calibrate
+    monkeypatch.setattr(dispatch, "calibrate", lambda *a: calls.append(a) or calibrate(*a))
+    with Session.open(sample.bundle) as session:
+        threads = [threading.Thread(target=session.cost_model) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(calls) == 1
