@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
-from sdt_deploy.bundle import GraphSpec
+from sdt_deploy.bundle import GraphSpec, TensorSpec
 from sdt_deploy.runtime.backend import Array, Backend, Graph
 from sdt_deploy.runtime.routing import RoutePlan, RouteStep
 
@@ -13,13 +13,16 @@ from sdt_deploy.runtime.routing import RoutePlan, RouteStep
 class StateBuffers:
     """Three buffers ``[capacity, d_model]`` that a run moves its states between.
 
+    ``states`` is the entry's output; it says width and dtype.
+
     ``full`` holds the last state of every token that has left the loop (with ``context="all"``: of
     every token). The active rows live in another one, and a stage writes into the third.
     """
 
-    def __init__(self, backend: Backend, d_model: int) -> None:
+    def __init__(self, backend: Backend, states: TensorSpec) -> None:
         self._backend = backend
-        self._d_model = d_model
+        self._states = states
+        self._width = int(states.axes[1])
         self._capacity = 0
         self._buffers: list[Array] = []
 
@@ -28,7 +31,7 @@ class StateBuffers:
         if n_tokens > self._capacity:
             self._buffers, self._capacity = [], 0  # free the old ones first; stay so on failure
             self._buffers = [
-                self._backend.empty((n_tokens, self._d_model), "float32") for _ in range(3)
+                self._backend.empty((n_tokens, self._width), self._states.dtype) for _ in range(3)
             ]
             self._capacity = n_tokens
 

@@ -219,9 +219,8 @@ class Session:
             if self._closed:
                 raise BackendError("the session is closed")
             idle = self._idle_buffers
-            buffers = (
-                idle.pop() if idle else StateBuffers(self.backend, self.manifest.model.d_model)
-            )
+            states = self.manifest.graphs["entry"].outputs[0]
+            buffers = idle.pop() if idle else StateBuffers(self.backend, states)
         try:
             buffers.reserve(n_tokens)
             yield buffers
