@@ -48,18 +48,21 @@ class CostModel:
     masked: LinearCost
 
     def choose(
-        self, config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
+        self, config: ModelConfig, groups: Sequence[Sequence[int]], active_shares: Sequence[float]
     ) -> Path:
         """Return the path that is expected to be faster.
 
         Args:
             config: the model.
-            lengths: tokens of each sequence.
+            groups: the parts that the batch runs in, each with the tokens of its sequences.
             active_shares: expected share of active tokens in every layer.
         """
-        padded = [max(lengths)] * len(lengths)
-        masked_ms = self.masked.predict_ms(dense_flops(config, padded))
-        sparse_ms = self.sparse.predict_ms(expected_flops(config, lengths, active_shares))
+        masked_ms = sparse_ms = 0.0
+        for lengths in groups:
+            padded = [max(lengths)] * len(lengths)
+            masked_ms += self.masked.predict_ms(dense_flops(config, padded))
+            needed = expected_flops(config, lengths, active_shares)
+            sparse_ms += self.sparse.predict_ms(needed)
         return "sparse" if sparse_ms <= masked_ms else "masked"
 
 

@@ -24,9 +24,11 @@ from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.loop import StateBuffers, run_stages
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.routing import depths_from_scores, padded_layout, plan_route
+from sdt_deploy.runtime.splitting import merge, select, split_by_padding
 from sdt_deploy.tokenization import Overflow, TextTokenizer
 
 PathChoice = Literal["auto", "sparse", "masked", "dense"]
+DEFAULT_MAX_PADDED_TOKENS = 16_384
 
 
 class Session:
@@ -40,7 +42,16 @@ class Session:
             result = session.run(input_ids, cu_seqlens)
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        max_padded_tokens: int = DEFAULT_MAX_PADDED_TOKENS,
+    ) -> None:
+        if max_padded_tokens < 1:
+            raise ConfigError(f"max_padded_tokens must be positive, not {max_padded_tokens}")
+        self._max_padded_tokens = max_padded_tokens
         self.bundle = bundle
         self.backend = backend
         self._lock = threading.Lock()
@@ -57,6 +68,7 @@ class Session:
         *,
         backend: str = "onnxruntime-cpu",
         n_threads: int | None = None,
+        max_padded_tokens: int = DEFAULT_MAX_PADDED_TOKENS,
         check_files: bool = True,
     ) -> Self:
         """Open a bundle: its entry, stages and head. Baselines open when they are first used.
@@ -66,6 +78,9 @@ class Session:
             backend: ``onnxruntime-cpu``.
             n_threads: threads of the pool that all sessions of the process share; see
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
+            max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
+                of similar lengths, which bounds memory and the padding inside attention; results
+                are the same. The dense baseline is not split.
             check_files: compare the SHA-256 of every file with the manifest before use.
 
         Raises:
@@ -75,7 +90,8 @@ class Session:
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_files=check_files)
-        session = cls(bundle, open_backend(backend, bundle, n_threads=n_threads))
+        opened = open_backend(backend, bundle, n_threads=n_threads)
+        session = cls(bundle, opened, max_padded_tokens=max_padded_tokens)
         for name in session.manifest.graphs:
             if name not in ("dense", "masked"):
                 session.backend.graph(name)
@@ -181,12 +197,24 @@ class Session:
         limits = config.thresholds
         if thresholds is not None:
             limits = _as_thresholds(thresholds, config.n_layers)
+        if path == "dense":
+            return self._run_padded(batch, limits, path)
+        groups = split_by_padding(batch.lengths, self._max_padded_tokens)
         if path == "auto":
             shares = dispatch.active_shares(self.manifest, limits)
-            path = self.cost_model().choose(config, batch.lengths.tolist(), shares)
+            lengths = [batch.lengths[group].tolist() for group in groups]
+            path = self.cost_model().choose(config, lengths, shares)
+        if len(groups) == 1:
+            return self._run_one(batch, limits, path)
+        parts = [self._run_one(select(batch, group), limits, path) for group in groups]
+        return merge(parts, groups, batch, per_sequence=config.head.per_sequence)
+
+    def _run_one(
+        self, batch: TokenBatch, thresholds: tuple[float, ...], path: dispatch.Path
+    ) -> RunResult:
         if path == "sparse":
-            return self._run_sparse(batch, limits)
-        return self._run_padded(batch, limits, path)
+            return self._run_sparse(batch, thresholds)
+        return self._run_padded(batch, thresholds, path)
 
     def cost_model(self) -> dispatch.CostModel:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.

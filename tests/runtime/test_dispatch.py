@@ -53,9 +53,9 @@ def test_small_batches_go_masked_and_large_ones_sparse() -> None:
         masked=LinearCost(fixed_ms=0.1, ms_per_gflop=100.0),
     )
     shares = (0.75, 0.25)
-    assert model.choose(CONFIG, [2], shares) == "masked"
-    assert model.choose(CONFIG, [60] * 200, shares) == "sparse"
-    assert model.choose(CONFIG, [64] + [1] * 600, shares) == "sparse"
+    assert model.choose(CONFIG, [[2]], shares) == "masked"
+    assert model.choose(CONFIG, [[60] * 200], shares) == "sparse"
+    assert model.choose(CONFIG, [[64] + [1] * 600], shares) == "sparse"
 
 
 def test_shares_come_from_the_quantiles_of_the_scores() -> None:

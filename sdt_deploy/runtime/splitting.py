@@ -1,0 +1,92 @@
+"""Batches with too much padding run in parts and are put together again.
+
+Attention lays sequences out as ``[batch, max_seqlen]``, so its cost and its memory grow with the
+padded tokens. Parts hold sequences of similar length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
+from sdt_deploy.runtime.routing import Int32
+
+Groups = list[npt.NDArray[np.intp]]
+"""Sequence numbers of each part."""
+
+
+def split_by_padding(lengths: Int32, max_padded_tokens: int) -> Groups:
+    """Group sequences so that no group pads to more than ``max_padded_tokens``.
+
+    A batch that fits is one group, in its own order. Otherwise the longest sequences go together
+    first. A single sequence that is longer than the limit is a group of its own.
+    """
+    if len(lengths) * int(lengths.max()) <= max_padded_tokens:
+        return [np.arange(len(lengths))]
+    order = np.argsort(-lengths, kind="stable")
+    groups, start = [], 0
+    while start < len(order):
+        size = max(1, max_padded_tokens // int(lengths[order[start]]))
+        groups.append(order[start : start + size])
+        start += size
+    return groups
+
+
+def select(batch: TokenBatch, sequences: npt.NDArray[np.intp]) -> TokenBatch:
+    """Return the batch of the given sequences, in the given order."""
+    rows = _rows(batch.cu_seqlens, sequences)
+    types = batch.token_type_ids
+    lengths = batch.lengths[sequences]
+    return TokenBatch(
+        input_ids=batch.input_ids[rows],
+        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        token_type_ids=None if types is None else types[rows],
+    )
+
+
+def merge(
+    parts: Sequence[RunResult], groups: Groups, batch: TokenBatch, *, per_sequence: bool
+) -> RunResult:
+    """Put the results of the parts of ``batch`` together, in the order of ``batch``."""
+    first = parts[0]
+    rows = np.concatenate([_rows(batch.cu_seqlens, group) for group in groups])
+    places = np.concatenate(groups) if per_sequence else rows
+    output = np.empty((len(places), first.output.shape[1]), dtype=first.output.dtype)
+    output[places] = np.concatenate([part.output for part in parts])
+    depths = np.empty(batch.n_tokens, dtype=np.int32)
+    depths[rows] = np.concatenate([part.depths for part in parts])
+    scores = None
+    if first.scores is not None:
+        scores = np.empty(batch.n_tokens, dtype=np.float32)
+        scores[rows] = np.concatenate([part.scores for part in parts if part.scores is not None])
+    times = [part.timings for part in parts]
+    return RunResult(
+        output=output,
+        depths=depths,
+        scores=scores,
+        input_ids=batch.input_ids.copy(),
+        cu_seqlens=batch.cu_seqlens.copy(),
+        layer_usage=LayerUsage(
+            depth_histogram=tuple(
+                map(sum, zip(*(part.layer_usage.depth_histogram for part in parts), strict=True))
+            )
+        ),
+        timings=Timings(
+            total_ms=sum(one.total_ms for one in times),
+            entry_ms=sum(one.entry_ms for one in times),
+            route_ms=sum(one.route_ms for one in times),
+            stage_ms=tuple(ms for one in times for ms in one.stage_ms),
+            move_ms=sum(one.move_ms for one in times),
+            head_ms=sum(one.head_ms for one in times),
+        ),
+        path=first.path,
+    )
+
+
+def _rows(cu_seqlens: Int32, sequences: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """Return the packed rows of the given sequences, one sequence after the other."""
+    return np.concatenate([np.arange(cu_seqlens[i], cu_seqlens[i + 1]) for i in sequences])

@@ -1,0 +1,105 @@
+"""Batches that run in parts give what they give whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdt_deploy.config import ExportConfig, ModelConfig
+from sdt_deploy.errors import ConfigError
+from sdt_deploy.runtime.session import Session
+from sdt_deploy.runtime.splitting import select, split_by_padding
+from sdt_deploy.testing import OracleBackend, memory_bundle
+from tests.samples import (
+    CONFIGS,
+    ExportedModel,
+    assert_parity,
+    cut_points,
+    lengths_lists,
+    model_configs,
+    quantile_thresholds,
+    random_batch,
+    random_model,
+    seeds,
+)
+
+Exported = Callable[[str], ExportedModel]
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(1, 400))
+def test_groups_stay_below_the_limit_and_hold_everyone_once(lengths: list[int], limit: int) -> None:
+    array = np.array(lengths, dtype=np.int32)
+    groups = split_by_padding(array, limit)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) * array[group].max() <= limit or len(group) == 1
+    if len(lengths) * max(lengths) <= limit:
+        assert len(groups) == 1
+        assert groups[0].tolist() == list(range(len(lengths)))
+    minimal = sum(lengths)
+    padded = sum(len(group) * int(array[group].max()) for group in groups)
+    assert minimal <= padded <= len(lengths) * max(lengths)
+
+
+def test_a_part_is_a_batch_of_its_own() -> None:
+    config = CONFIGS["all-embedding"][0]
+    batch = random_batch(config, [3, 1, 4], 0)
+    assert batch.token_type_ids is not None
+    part = select(batch, np.array([2, 0]))
+    assert part.cu_seqlens.tolist() == [0, 4, 7]
+    assert part.cu_seqlens.dtype == np.int32
+    rows = [4, 5, 6, 7, 0, 1, 2]
+    np.testing.assert_array_equal(part.input_ids, batch.input_ids[rows])
+    np.testing.assert_array_equal(part.token_type_ids, batch.token_type_ids[rows])
+
+
+@given(
+    data=st.data(),
+    drawn=model_configs(),
+    lengths=lengths_lists,
+    seed=seeds,
+    limit=st.integers(1, 60),
+    path=st.sampled_from(["sparse", "masked"]),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_model_in_parts(
+    data: st.DataObject,
+    drawn: tuple[ModelConfig, ExportConfig],
+    lengths: list[int],
+    seed: int,
+    limit: int,
+    path: str,
+) -> None:
+    config, export_config = drawn
+    model = random_model(config, seed % 10_000)
+    bundle = memory_bundle(model, export_config)
+    session = Session(bundle, OracleBackend(bundle, model), max_padded_tokens=limit)
+    batch = random_batch(config, lengths, seed)
+    thresholds = quantile_thresholds(model, batch, data.draw(cut_points(config.n_layers)))
+    result = assert_parity(session, model, batch, thresholds, path)
+    assert result.layer_usage.n_tokens == batch.n_tokens
+    np.testing.assert_array_equal(result.cu_seqlens, batch.cu_seqlens)
+    np.testing.assert_array_equal(result.input_ids, batch.input_ids)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_uneven_batch_on_onnxruntime(exported: Exported, name: str) -> None:
+    sample = exported(name)
+    batch = random_batch(sample.model.config, [1, 28, 2, 2, 17, 1, 3], 7)
+    with Session.open(sample.bundle, max_padded_tokens=30) as session:
+        result = assert_parity(session, sample.model, batch)
+        n_stages = len(session.manifest.stages)
+        assert len(result.timings.stage_ms) > n_stages
+        auto = session.run_batch(batch)
+        np.testing.assert_allclose(auto.output, result.output, rtol=0, atol=1e-5)
+        dense = session.run_batch(batch, path="dense")
+        assert dense.output.shape == result.output.shape
+
+
+def test_the_limit_is_checked(exported: Exported) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        Session.open(exported("active-lm").bundle, max_padded_tokens=0)
