@@ -33,12 +33,11 @@ from sdt_deploy.model.conversion import (
     ProbeFit,
     load_any,
     rebuilt,
-    tokenizer_from_bytes,
     with_probe,
 )
 from sdt_deploy.model.probe import Importance, Levels, padded_batches
 from sdt_deploy.model.transformer import DenseTransformer
-from sdt_deploy.tokenization import read_lines
+from sdt_deploy.tokenization import TextTokenizer, read_lines
 
 N_HELD_OUT = 400
 CONTEXTS: tuple[Context, ...] = ("all", "active")
@@ -61,7 +60,7 @@ def held_out_sample(checkpoint: Checkpoint, texts: list[str]) -> TokenSample:
     """Return the first held-out lines, the ones that no fit has seen, as tokens."""
     if checkpoint.tokenizer is None:
         raise SystemExit("the model has no tokenizer.json")
-    tokenizer = tokenizer_from_bytes(checkpoint.tokenizer)
+    tokenizer = TextTokenizer(checkpoint.tokenizer)
     ids, cu_seqlens = tokenizer.encode(
         texts[::HELD_OUT_EVERY][:N_HELD_OUT],
         max_length=checkpoint.model.config.max_positions,

@@ -15,14 +15,14 @@ Overflow = Literal["error", "truncate"]
 
 
 class TextTokenizer:
-    """A ``tokenizer.json``, with its own padding and truncation switched off."""
+    """A ``tokenizer.json``, given by its content; its own padding and truncation are off."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, content: bytes) -> None:
         tokenizers = require("tokenizers", extra="cpu", purpose="Reading texts")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{path} is not a tokenizer.json: {error}") from error
+            raise CheckpointError(f"the tokenizer.json cannot be used: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,11 +17,13 @@ import numpy as np
 from sdt_deploy.bench.cases import TokenSource
 from sdt_deploy.bench.memory import peak_bytes
 from sdt_deploy.bench.timing import interleave
-from sdt_deploy.costs import dense_flops, sparse_flops
+from sdt_deploy.costs import dense_flops
 from sdt_deploy.ort import pool_threads, usable_cores
 from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.dispatch import needed_flops
 from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.session import Session
+from sdt_deploy.runtime.splitting import select
 
 Oracle = Callable[[TokenBatch, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Takes a batch and depths ``[n_tokens]``; returns the oracle's output at these depths, packed, and
@@ -145,7 +147,8 @@ def measure_case(
         error = float(np.abs(result.output - expected).max())
         flips = int((result.depths != chosen).sum())
     dense_ms, sparse_ms = times["dense"].median_ms, times["sparse"].median_ms
-    flops_ratio = needed_flops(session, batch, result) / dense_flops(config, batch.lengths.tolist())
+    needed = needed_flops(config, result.depths, result.cu_seqlens)
+    flops_ratio = needed / dense_flops(config, batch.lengths.tolist())
     peaks = {
         path: peak_bytes(session.bundle.path, path, batch, n_threads) if with_memory else None
         for path in ("dense", "sparse")
@@ -199,10 +202,10 @@ def measure_texts(
         n_truncated: for the record.
     """
     config = session.manifest.model
-    ids, cu_seqlens = texts
-    lengths = np.diff(cu_seqlens)
-    in_order = list(_batches(session, ids, cu_seqlens, np.arange(len(lengths)), batch))
-    by_length = list(_batches(session, ids, cu_seqlens, np.argsort(lengths, kind="stable"), batch))
+    everything = TokenBatch.from_packed(*texts, config=config)
+    lengths = everything.lengths
+    in_order = _batches(everything, np.arange(len(lengths)), batch)
+    by_length = _batches(everything, np.argsort(lengths, kind="stable"), batch)
 
     def dense(batches: list[TokenBatch]) -> Callable[[], None]:
         calls = [padded_call(session, one, "dense") for one in batches]
@@ -231,9 +234,7 @@ def measure_texts(
         budget_s=budget_s,
     )
     results = sparse(in_order)()
-    needed = sum(
-        needed_flops(session, one, result) for one, result in zip(in_order, results, strict=True)
-    )
+    needed = sum(needed_flops(config, one.depths, one.cu_seqlens) for one in results)
     ms = {name: timed.median_ms for name, timed in times.items()}
     depth_sum = sum(int(result.depths.sum()) for result in results)
     return TextsResult(
@@ -261,14 +262,6 @@ def padded_call(session: Session, batch: TokenBatch, path: str) -> Callable[[], 
     inputs, outputs = session.padded_arrays(batch, session.manifest.model.thresholds, path)
     graph = session.backend.graph(path)
     return lambda: graph.run(inputs, outputs)
-
-
-def needed_flops(session: Session, batch: TokenBatch, result: RunResult) -> float:
-    """Return the operations that the depths of ``result`` need."""
-    config = session.manifest.model
-    starts = batch.cu_seqlens[:-1]
-    active = [np.add.reduceat(result.depths > i, starts).tolist() for i in range(config.n_layers)]
-    return sparse_flops(config, batch.lengths.tolist(), active)
 
 
 def environment() -> dict[str, Any]:
@@ -302,14 +295,8 @@ def document(
     }
 
 
-def _batches(
-    session: Session, ids: np.ndarray, cu_seqlens: np.ndarray, order: np.ndarray, size: int
-) -> Iterator[TokenBatch]:
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        pieces = [ids[cu_seqlens[i] : cu_seqlens[i + 1]] for i in chosen]
-        cu = np.cumsum([0, *map(len, pieces)])
-        yield TokenBatch.from_packed(np.concatenate(pieces), cu, config=session.manifest.model)
+def _batches(everything: TokenBatch, order: np.ndarray, size: int) -> list[TokenBatch]:
+    return [select(everything, order[i : i + size]) for i in range(0, len(order), size)]
 
 
 def _processor() -> str:

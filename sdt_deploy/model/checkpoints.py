@@ -92,10 +92,7 @@ def load(source: Path) -> Checkpoint:
         CheckpointError: if it is incomplete, of another format, or the weights do not fit.
     """
     path = source / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    config = read_json(path)
     if not is_native_config(config):
         raise CheckpointError(
             f"{source} is not a native model directory; turn it into one with: "
@@ -153,6 +150,18 @@ def load_weights(
         )
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     model.eval()
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: if ``path`` cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
@@ -78,11 +76,7 @@ def load_any(source: Path, *, head: str | None = None) -> Checkpoint:
             f"{source} is not a checkpoint: expected a native or Hugging Face directory with "
             "config.json, or a .pt file of the original research code"
         )
-    try:
-        native = checkpoints.is_native_config(json.loads(config.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config} cannot be read: {error}") from error
-    if not native:
+    if not checkpoints.is_native_config(checkpoints.read_json(config)):
         return load_huggingface(source, head=head)
     _only_for_huggingface(source, head)
     return checkpoints.load(source)
@@ -145,7 +139,7 @@ def with_probe(
     """
     if checkpoint.tokenizer is None:
         raise CheckpointError("a probe is fitted on texts, and this checkpoint has no tokenizer")
-    tokenizer = tokenizer_from_bytes(checkpoint.tokenizer)
+    tokenizer = TextTokenizer(checkpoint.tokenizer)
     before, after = tokenizer.ends()
     pinned = tuple(sorted({*before, *after}))
     model = rebuilt(checkpoint.model, pinned_token_ids=pinned, probe="linear")
@@ -219,14 +213,6 @@ def rebuilt(model: SparseDepthTransformer, **changes: object) -> SparseDepthTran
     rebuilt = SparseDepthTransformer(model.config.replace(**changes))
     rebuilt.load_state_dict({**rebuilt.state_dict(), **model.state_dict()})
     return rebuilt.eval()
-
-
-def tokenizer_from_bytes(content: bytes) -> TextTokenizer:
-    """Make a tokenizer from the content of a ``tokenizer.json``."""
-    with NamedTemporaryFile(suffix=".json") as file:
-        file.write(content)
-        file.flush()
-        return TextTokenizer(Path(file.name))
 
 
 def _chained(

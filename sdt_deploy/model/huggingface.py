@@ -6,7 +6,6 @@ of sentence-transformers also tells the pooling and whether embeddings are norma
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from sdt_deploy.config import HeadConfig, ModelConfig
 from sdt_deploy.errors import CheckpointError, ConfigError
-from sdt_deploy.model.checkpoints import Checkpoint, load_weights, read_safetensors
+from sdt_deploy.model.checkpoints import Checkpoint, load_weights, read_json, read_safetensors
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 _PREFIXES = ("bert.", "roberta.")
@@ -86,18 +85,6 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
         },
         tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
     )
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: if ``path`` cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from sdt_deploy.bundle import Manifest
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import dense_flops, sparse_flops
+from sdt_deploy.runtime.routing import Int32
 
 Path = Literal["sparse", "masked"]
 
@@ -74,6 +75,13 @@ def expected_flops(
         [max(1, round(n * share)) if share else 0 for n in lengths] for share in active_shares
     ]
     return sparse_flops(config, lengths, active)
+
+
+def needed_flops(config: ModelConfig, depths: Int32, cu_seqlens: Int32) -> float:
+    """Return the operations of the sparse path at ``depths [n_tokens]``."""
+    starts = cu_seqlens[:-1]
+    active = [np.add.reduceat(depths > i, starts).tolist() for i in range(config.n_layers)]
+    return sparse_flops(config, np.diff(cu_seqlens).tolist(), active)
 
 
 def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from sdt_deploy.config import Context
+
 Int32 = npt.NDArray[np.int32]
-Context = Literal["active", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)

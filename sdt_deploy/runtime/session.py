@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from sdt_deploy.bundle import TOKENIZER, Bundle, Manifest
 from sdt_deploy.config import check_thresholds
-from sdt_deploy.costs import dense_flops, sparse_flops
+from sdt_deploy.costs import dense_flops
 from sdt_deploy.errors import BackendError, ConfigError, InputError
 from sdt_deploy.runtime import dispatch
 from sdt_deploy.runtime.backend import Array, Backend
@@ -112,7 +112,8 @@ class Session:
         if self._tokenizer is None:
             if not self.bundle.has(TOKENIZER):
                 raise InputError("this bundle has no tokenizer; pass token ids instead of texts")
-            self._tokenizer = TextTokenizer(self.bundle.file(TOKENIZER))
+            content = self.bundle.file(TOKENIZER).read_bytes()
+            self._tokenizer = TextTokenizer(content)
         return self._tokenizer
 
     def close(self) -> None:
@@ -236,9 +237,7 @@ class Session:
         milliseconds = float(np.median([run.timings.total_ms for run in runs[1:]]))
         if path == "masked":
             return dense_flops(config, lengths), milliseconds
-        depths = np.split(runs[0].depths, cu_seqlens[1:-1])
-        active = [[int((d > i).sum()) for d in depths] for i in range(config.n_layers)]
-        return sparse_flops(config, lengths, active), milliseconds
+        return dispatch.needed_flops(config, runs[0].depths, cu_seqlens), milliseconds
 
     @contextlib.contextmanager
     def _buffers(self, n_tokens: int) -> Iterator[StateBuffers]:

@@ -70,11 +70,7 @@ def merge(
         scores=scores,
         input_ids=batch.input_ids.copy(),
         cu_seqlens=batch.cu_seqlens.copy(),
-        layer_usage=LayerUsage(
-            depth_histogram=tuple(
-                map(sum, zip(*(part.layer_usage.depth_histogram for part in parts), strict=True))
-            )
-        ),
+        layer_usage=LayerUsage.from_depths(depths, len(first.layer_usage.active_tokens)),
         timings=Timings(
             total_ms=sum(one.total_ms for one in times),
             entry_ms=sum(one.entry_ms for one in times),

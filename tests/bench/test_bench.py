@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sdt_deploy.bench import memory
-from sdt_deploy.bench.benchmark import measure_texts, needed_flops
+from sdt_deploy.bench.benchmark import measure_texts
 from sdt_deploy.bench.cases import default_cases, parse_cases, token_source
 from sdt_deploy.bench.report import remarks, table
 from sdt_deploy.bench.run import BenchOptions, run_bench
@@ -15,6 +15,7 @@ from sdt_deploy.bench.timing import WARM_UP_ROUNDS, interleave
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.costs import dense_flops, score_flops, sparse_flops
 from sdt_deploy.errors import InputError
+from sdt_deploy.runtime.dispatch import needed_flops
 from sdt_deploy.runtime.session import Session
 from tests.samples import ExportedModel, random_batch
 
@@ -63,9 +64,9 @@ def test_operations_follow_the_depths_that_were_run(exported: Exported) -> None:
         depths = result.split(result.depths)
         active = [[int((d > i).sum()) for d in depths] for i in range(3)]
         expected = sparse_flops(sample.model.config, [9, 5], active)
-        assert needed_flops(session, batch, result) == expected
+        assert needed_flops(sample.model.config, result.depths, batch.cu_seqlens) == expected
         full = session.run_batch(batch, path="sparse", thresholds=(-1.0,) * 3)
-        assert needed_flops(session, batch, full) == pytest.approx(
+        assert needed_flops(sample.model.config, full.depths, batch.cu_seqlens) == pytest.approx(
             dense_flops(sample.model.config, [9, 5]) + score_flops(sample.model.config, n_tokens=14)
         )
 
