@@ -13,6 +13,7 @@ from sdt_deploy.errors import CheckpointError, ConfigError, OutputError
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import load_any
+from sdt_deploy.tokenization import TextTokenizer
 from tests.samples import random_model
 
 CONFIG = ModelConfig(
@@ -58,6 +59,12 @@ def test_round_trip(saved: Path) -> None:
         assert torch.equal(loaded.model.state_dict()[name], tensor)
     with pytest.raises(OutputError, match="exists already"):
         checkpoints.save(loaded, saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])
+def test_what_is_no_tokenizer(content: bytes) -> None:
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        TextTokenizer(content)
 
 
 def test_all_problems_in_one_error(saved: Path) -> None:
