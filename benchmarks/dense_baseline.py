@@ -189,7 +189,7 @@ def measure(
     budget: float,
 ) -> CaseTimes:
     """Check the agreement at one size, then time it."""
-    batch = source.batch(*case, bundle)
+    batch = source.batches(*case, bundle)[0]
     ids, mask = batch.padded(batch.input_ids), batch.attention_mask
     error = candidates.disagreement(ids, mask)
     times: dict[str, Timed] = interleave(candidates.calls(ids, mask), budget_s=budget)
@@ -257,7 +257,7 @@ def main() -> None:
         paths["dense"] = bundle.file(spec.file)
         candidates = Candidates(paths, {t.name for t in spec.inputs}, config.output_width)
     lengths = np.minimum(UNEQUAL_LENGTHS, config.max_positions)
-    batch = source.batch(len(lengths), int(lengths.max()), bundle)
+    batch = source.batches(len(lengths), int(lengths.max()), bundle)
     mask = np.arange(lengths.max()) < lengths[:, None]
     candidates.disagreement(np.where(mask, batch.padded(batch.input_ids), 0), mask)
     rows = [measure(candidates, source, bundle, case, arguments.budget) for case in cases]

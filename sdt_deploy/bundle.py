@@ -19,7 +19,10 @@ from sdt_deploy.errors import BundleFormatError, BundleIntegrityError, ConfigErr
 from sdt_deploy.files import sha256, write_file
 
 FORMAT = "sdt-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Written; version 1 is read as well."""
+ATTENTION_LAYOUTS: Mapping[int, str] = {1: "padded", 2: "padded-heads"}
+"""What a stage takes to lay packed rows out for attention, by format version."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 REFERENCE = "reference.npz"
@@ -51,7 +54,7 @@ class GraphSpec:
     max_abs_error: float
     """Largest deviation from the PyTorch model when the graph was exported."""
     attention_layout: str | None = None
-    """``padded`` for stages; None for graphs whose inputs need no layout."""
+    """``padded-heads`` for stages (``padded`` in format version 1); None for other graphs."""
     layers: tuple[int, int] | None = None
     """First layer and one past the last (stages only)."""
 
@@ -76,6 +79,8 @@ class Manifest:
     """Share of pinned tokens on the calibration text."""
     quality: Mapping[str, Any] | None = None
     """What ``sdt-deploy evaluate`` measured; None until then."""
+    format_version: int = FORMAT_VERSION
+    """Version of the format that the bundle was written in."""
 
     @property
     def stages(self) -> tuple[GraphSpec, ...]:
@@ -91,7 +96,6 @@ class Manifest:
         """Serialise, with the digest that :meth:`from_json` checks."""
         body: dict[str, Any] = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
             **dataclasses.asdict(self),
         }
         body["graphs"] = [dataclasses.asdict(spec) for spec in self.graphs.values()]
@@ -113,10 +117,11 @@ class Manifest:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise BundleFormatError(f'{where} is not the manifest of a bundle (no "{FORMAT}")')
         version = body.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        if isinstance(version, bool) or version not in tuple(ATTENTION_LAYOUTS):
             raise BundleFormatError(
                 f"{where} has format version {version!r}; this release of sdt-deploy reads "
-                f"version {FORMAT_VERSION}. Export again, or use the release that wrote it"
+                f"versions {', '.join(map(str, ATTENTION_LAYOUTS))}. Export again, or use the "
+                "release that wrote it"
             )
         if body.pop("digest", None) != _digest(body):
             raise BundleIntegrityError(f"{where} was altered after the export: digest mismatch")
@@ -149,6 +154,7 @@ class Manifest:
             score_quantiles=None if quantiles is None else tuple(quantiles),
             pinned_share=body["pinned_share"],
             quality=body["quality"],
+            format_version=body["format_version"],
         )
         manifest._check(n_graphs=len(body["graphs"]))
         return manifest
@@ -170,7 +176,7 @@ class Manifest:
         for spec in self.graphs.values():
             if spec.file not in self.files:
                 raise ConfigError(f"graph {spec.name} names a file that is not listed: {spec.file}")
-            if spec.attention_layout not in (None, "padded"):
+            if spec.attention_layout not in (None, ATTENTION_LAYOUTS[self.format_version]):
                 raise ConfigError(f"graph {spec.name}: attention layout {spec.attention_layout!r}")
             for tensor in (*spec.inputs, *spec.outputs):
                 if tensor.dtype not in ("float32", "int32"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,23 +136,42 @@ def open_session(
     return session
 
 
-def run_into(
-    session: Any, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
-) -> None:
-    """Run ``session`` on ``inputs`` and have it write into the arrays ``outputs``.
+@functools.cache
+def _native() -> tuple[Any, Any]:
+    """Return onnxruntime's native module and its name for the CPU's memory."""
+    native = runtime().capi.onnxruntime_pybind11_state
+    return native, native.OrtDevice(native.OrtDevice.cpu(), native.OrtDevice.default_memory(), 0)
 
-    Both are C-contiguous arrays of the graph's dtypes; they are read and written in place, without
-    copies, and belong to the caller.
+
+def bind_arrays(
+    session: Any, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+) -> Callable[[], None]:
+    """Prepare a run of ``session`` on ``inputs`` that writes into the arrays ``outputs``.
+
+    Both are C-contiguous arrays of the graph's dtypes; they are read and written in place when the
+    run is called, without copies, and belong to the caller.
+
+    This speaks to onnxruntime's native module. Its Python classes do the same, but check much on
+    the way: with caches that the weights have just swept, 0.05 to 0.1 ms a call.
 
     Raises:
-        BackendError: if the engine refuses or fails.
+        BackendError: if the engine refuses them, or, from the run, fails.
     """
-    binding = session.io_binding()
+    native, cpu = _native()
+    wrap, engine = native.OrtValue.ortvalue_from_numpy, session._sess
+    binding = native.SessionIOBinding(engine)
     try:
         for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            binding.bind_ortvalue_input(name, wrap(array, cpu))
         for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        session.run_with_iobinding(binding)
+            binding.bind_ortvalue_output(name, wrap(array, cpu))
     except Exception as error:  # onnxruntime's exceptions share no public base class
-        raise BackendError(f"ONNX Runtime failed: {error}") from error
+        raise BackendError(f"ONNX Runtime refused arrays: {error}") from error
+
+    def run(_: object = (inputs, outputs)) -> None:  # the arrays live as long as the call
+        try:
+            engine.run_with_iobinding(binding, None)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {error}") from error
+
+    return run

@@ -73,8 +73,8 @@ def test_every_byte_of_every_file_counts(copied: Path) -> None:
 
 
 def test_a_newer_version_says_so(copied: Path) -> None:
-    edit(copied, lambda body: body.update(format_version=2))
-    with pytest.raises(BundleFormatError, match=r"format version 2; this release.*version 1"):
+    edit(copied, lambda body: body.update(format_version=3))
+    with pytest.raises(BundleFormatError, match=r"format version 3; this release.*versions 1, 2"):
         Bundle.open(copied)
 
 
@@ -175,7 +175,7 @@ def test_graphs_are_dynamic_clean_and_equal_where_layers_are(exported: Exported,
     by_size: dict[int, set[str]] = {}
     for spec in manifest.stages:
         assert spec.layers is not None
-        assert spec.attention_layout == "padded"
+        assert spec.attention_layout == "padded-heads"
         by_size.setdefault(spec.layers[1] - spec.layers[0], set()).add(spec.graph_sha256)
     assert all(len(hashes) == 1 for hashes in by_size.values())
     for spec in manifest.graphs.values():

@@ -5,11 +5,15 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,7 +25,7 @@ from sdt_deploy.costs import dense_flops
 from sdt_deploy.ort import pool_threads, usable_cores
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import needed_flops
-from sdt_deploy.runtime.result import RunResult
+from sdt_deploy.runtime.result import LayerUsage, RunResult
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import select
 
@@ -37,6 +41,8 @@ class CaseResult:
     batch: int
     seq: int
     n_tokens: int
+    n_batches: int
+    """Different batches of this size that were measured in turn."""
     backend: str
     precision: str
     n_stages: int
@@ -56,6 +62,9 @@ class CaseResult:
     ratio: float
     """``sparse_ms / dense_ms``"""
     auto_ratio: float
+    overhead_us: float
+    """Median time of the runtime itself per stage call, in microseconds: all of a sparse run but
+    engine calls and copies of rows."""
     efficiency: float
     """``flops_ratio / ratio``"""
     spread_ms: dict[str, float]
@@ -126,52 +135,71 @@ def measure_case(
     """
     manifest = session.manifest
     config = manifest.model
-    batch = source.batch(*size, session.bundle)
+    batches = source.batches(*size, session.bundle)
     full = (-1.0,) * config.n_layers
-    dense, masked = (padded_call(session, batch, path) for path in ("dense", "masked"))
-    auto_path = session.run_batch(batch).path
+    overheads: list[float] = []
+
+    def sparse(batch: TokenBatch) -> None:
+        timings = session.run_batch(batch, path="sparse").timings
+        overheads.append(timings.overhead_ms * 1e3 / max(1, len(timings.stage_ms)))
+
+    auto_paths = Counter(session.run_batch(batch).path for batch in batches)
     times = interleave(
         {
-            "dense": dense,
-            "masked": masked,
-            "sparse": lambda: session.run_batch(batch, path="sparse"),
-            "full_depth": lambda: session.run_batch(batch, path="sparse", thresholds=full),
-            "auto": lambda: session.run_batch(batch),
+            "dense": in_turn([padded_call(session, batch, "dense") for batch in batches]),
+            "masked": in_turn([padded_call(session, batch, "masked") for batch in batches]),
+            "sparse": in_turn([partial(sparse, batch) for batch in batches]),
+            "full_depth": in_turn(
+                [
+                    partial(session.run_batch, batch, path="sparse", thresholds=full)
+                    for batch in batches
+                ]
+            ),
+            "auto": in_turn([partial(session.run_batch, batch) for batch in batches]),
         },
         budget_s=budget_s,
     )
-    result = session.run_batch(batch, path="sparse")
+    results = [session.run_batch(batch, path="sparse") for batch in batches]
     error, flips = None, None
     if oracle is not None:
-        expected, chosen = oracle(batch, result.depths)
-        error = float(np.abs(result.output - expected).max())
-        flips = int((result.depths != chosen).sum())
+        compared = [
+            oracle(batch, found.depths) for batch, found in zip(batches, results, strict=True)
+        ]
+        pairs = list(zip(results, compared, strict=True))
+        error = max(float(np.abs(found.output - output).max()) for found, (output, _) in pairs)
+        flips = sum(int((found.depths != chosen).sum()) for found, (_, chosen) in pairs)
+    usage = LayerUsage.from_depths(
+        np.concatenate([found.depths for found in results]), config.n_layers
+    )
     dense_ms, sparse_ms = times["dense"].median_ms, times["sparse"].median_ms
-    needed = needed_flops(config, result.depths, result.cu_seqlens)
-    flops_ratio = needed / dense_flops(config, batch.lengths.tolist())
+    needed = sum(needed_flops(config, found.depths, found.cu_seqlens) for found in results)
+    lengths = [length for batch in batches for length in batch.lengths.tolist()]
+    flops_ratio = needed / dense_flops(config, lengths)
     peaks = {
-        path: peak_bytes(session.bundle.path, path, batch, n_threads) if with_memory else None
+        path: peak_bytes(session.bundle.path, path, batches[0], n_threads) if with_memory else None
         for path in ("dense", "sparse")
     }
     return CaseResult(
         batch=size[0],
         seq=size[1],
-        n_tokens=batch.n_tokens,
+        n_tokens=batches[0].n_tokens,
+        n_batches=len(batches),
         backend=session.backend.name,
         precision=manifest.export.precision,
         n_stages=len(manifest.stages),
-        mean_depth=result.layer_usage.mean_depth,
-        depth_histogram=result.layer_usage.depth_histogram,
-        ideal_ratio=result.layer_usage.ideal_ratio,
+        mean_depth=usage.mean_depth,
+        depth_histogram=usage.depth_histogram,
+        ideal_ratio=usage.ideal_ratio,
         flops_ratio=flops_ratio,
         dense_ms=dense_ms,
         masked_ms=times["masked"].median_ms,
         sparse_ms=sparse_ms,
         full_depth_ms=times["full_depth"].median_ms,
         auto_ms=times["auto"].median_ms,
-        auto_path=auto_path,
+        auto_path="+".join(sorted(auto_paths)),
         ratio=sparse_ms / dense_ms,
         auto_ratio=times["auto"].median_ms / dense_ms,
+        overhead_us=median(overheads),
         efficiency=flops_ratio * dense_ms / sparse_ms,
         spread_ms={name: timed.spread_ms for name, timed in times.items()},
         n_runs=times["sparse"].n_runs,
@@ -257,11 +285,16 @@ def measure_texts(
     )
 
 
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """Return a call that makes the next of ``calls`` each time, over and over."""
+    endless = cycle(calls)
+    return lambda: next(endless)()
+
+
 def padded_call(session: Session, batch: TokenBatch, path: str) -> Callable[[], None]:
     """Return a call of a whole-model graph with inputs and outputs bound beforehand."""
     inputs, outputs = session.padded_arrays(batch, session.manifest.model.thresholds, path)
-    graph = session.backend.graph(path)
-    return lambda: graph.run(inputs, outputs)
+    return session.backend.graph(path).bind(inputs, outputs)
 
 
 def environment() -> dict[str, Any]:

@@ -15,6 +15,8 @@ GRID_BATCH = (2, 8, 16)
 GRID_SEQ = (20, 64, 128, 256, 512, 1024)
 """The grid of the original research benchmark."""
 
+CASE_TOKENS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSource:
@@ -28,19 +30,26 @@ class TokenSource:
     """Special ids behind every sequence."""
     description: str
 
-    def batch(self, batch: int, seq: int, bundle: Bundle) -> TokenBatch:
-        """Fill ``batch`` sequences of ``seq`` tokens each; a short stream is repeated."""
+    def batches(self, batch: int, seq: int, bundle: Bundle) -> list[TokenBatch]:
+        """Make batches of ``batch`` sequences of ``seq`` tokens each; a short stream is repeated.
+
+        Small sizes get several batches of other tokens, up to :data:`CASE_TOKENS` together: the
+        depths of a few tokens say little about the text.
+        """
+        n_batches = max(1, CASE_TOKENS // (batch * seq))
         inner = max(0, seq - len(self.before) - len(self.after))
-        needed = np.resize(self.stream, batch * inner).reshape(batch, inner)
-        ids = np.concatenate(
-            [
-                np.tile(np.asarray(self.before, dtype=np.int32), (batch, 1)),
-                needed,
-                np.tile(np.asarray(self.after, dtype=np.int32), (batch, 1)),
-            ],
-            axis=1,
-        )[:, :seq]
-        return TokenBatch.from_padded(ids, config=bundle.manifest.model)
+        content = np.resize(self.stream, n_batches * batch * inner).reshape(n_batches, batch, inner)
+        before, after = (
+            np.tile(np.asarray(ends, dtype=np.int32), (batch, 1))
+            for ends in (self.before, self.after)
+        )
+        return [
+            TokenBatch.from_padded(
+                np.concatenate([before, one, after], axis=1)[:, :seq],
+                config=bundle.manifest.model,
+            )
+            for one in content
+        ]
 
 
 def token_source(bundle: Bundle, texts: tuple[np.ndarray, np.ndarray] | None = None) -> TokenSource:

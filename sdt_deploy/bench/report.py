@@ -16,7 +16,18 @@ from sdt_deploy.files import write_file
 def table(cases: Sequence[CaseResult]) -> Table:
     """Lay out the results; ``ratio`` is the time of sparse over dense."""
     result = Table(title="sparse against dense, median times")
-    columns = "case", "dense ms", "sparse ms", "ratio", "FLOPs", "full", "auto", "depth", "error"
+    columns = (
+        "case",
+        "dense ms",
+        "sparse ms",
+        "ratio",
+        "FLOPs",
+        "full",
+        "auto",
+        "µs/call",
+        "depth",
+        "error",
+    )
     for name in columns:
         result.add_column(name, justify="right", no_wrap=True)
     for case in cases:
@@ -31,6 +42,7 @@ def table(cases: Sequence[CaseResult]) -> Table:
             f"{case.flops_ratio:.2f}",
             f"{case.full_depth_ms / case.dense_ms:.2f}",
             f"{case.auto_ratio:.2f}",
+            f"{case.overhead_us:.0f}",
             f"{case.mean_depth:.2f}",
             error,
         )

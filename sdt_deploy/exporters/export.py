@@ -82,7 +82,7 @@ def export(
                 outputs=part.module.outputs,
                 graph_sha256=hashes[part.name],
                 max_abs_error=verify_graph(path, part.name, layers.get(part.name), model),
-                attention_layout="padded" if part.name in layers else None,
+                attention_layout="padded-heads" if part.name in layers else None,
                 layers=layers.get(part.name),
             )
         progress("write manifest", 2 * len(parts), 2 * len(parts))

@@ -1,8 +1,8 @@
 """Transformer layers in packed form: the shared part of every exported graph.
 
 Rows are packed instead of padded, so that linear layers, norms and activations run on exactly the
-rows that are needed. Attention alone needs sequences apart: a :class:`PaddedLayout` spreads rows to
-``[batch, max_seqlen]`` and collects them again.
+rows that are needed. Attention alone needs sequences apart: a :class:`HeadLayout` spreads rows to
+``[batch, n_heads, max_seqlen]`` and collects them again.
 
 Some forms are chosen for the kernels they reach (``docs/decisions/002-graph-forms.md``): weights
 are stored as they are multiplied, GELU is written ``x · (1 + erf(x / √2)) · ½``, queries, keys and
@@ -32,56 +32,52 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PaddedLayout:
-    """Where packed rows stand in ``[batch, max_seqlen]``.
+class HeadLayout:
+    """Where packed rows, cut into heads, stand in ``[batch, n_heads, max_seqlen]``.
 
-    Without indices the rows already are a padded batch, flattened.
+    Without indices the rows already are a padded batch of ``batch`` sequences, flattened.
     """
 
-    shape: tuple[int, int]
-    """``(batch, max_seqlen)``."""
+    n_heads: int
+    batch: int | None = None
     gather_index: Tensor | None = None
-    """``[batch, max_seqlen]`` int32, the row at each place; padding holds any valid row."""
+    """``[batch, n_heads, max_seqlen]`` int32, the slice ``row · n_heads + head`` at each place;
+    padding holds any valid one."""
     scatter_index: Tensor | None = None
-    """``[n_tokens]`` int32, the flat place of each row."""
+    """``[n_tokens, n_heads]`` int32, the flat place of each slice."""
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Lay packed rows ``[n_tokens, width]`` out as ``[batch, max_seqlen, width]``."""
-        if self.gather_index is not None:
-            return gather_rows(rows, self.gather_index)
-        return rows.reshape(*self.shape, rows.shape[-1])
-
-    def spread_heads(self, rows: Tensor, n_heads: int) -> Tensor:
         """Lay rows ``[n_tokens, n_heads · head_dim]`` out by head.
 
-        Returns ``[batch, n_heads, max_seqlen, head_dim]``; one Gather of head_dim-long slices
+        Returns ``[batch, n_heads, max_seqlen, head_dim]``; one Gather of slices as long as a head
         instead of a Gather of rows and a Transpose.
         """
-        if self.gather_index is None:
-            return rows.reshape(*self.shape, n_heads, -1).transpose(1, 2)
-        head = torch.arange(n_heads, dtype=torch.int32)[:, None]
-        index = self.gather_index[:, None, :] * n_heads + head
-        return gather_rows(rows.reshape(-1, rows.shape[-1] // n_heads), index)
+        if self.gather_index is not None:
+            slices = rows.reshape(-1, rows.shape[-1] // self.n_heads)
+            return gather_rows(slices, self.gather_index)
+        assert self.batch is not None
+        return rows.reshape(self.batch, -1, self.n_heads, rows.shape[-1] // self.n_heads).transpose(
+            1, 2
+        )
 
-    def collect_heads(self, mixed: Tensor) -> Tensor:
-        """Undo :meth:`spread_heads`."""
-        _, n_heads, seq, head_dim = mixed.shape
+    def collect(self, mixed: Tensor) -> Tensor:
+        """Undo :meth:`spread`."""
+        width = self.n_heads * mixed.shape[-1]
         if self.scatter_index is None:
-            return mixed.transpose(1, 2).reshape(-1, n_heads * head_dim)
-        # Place (i, j), the number i · seq + j, is row (i · n_heads + head) · seq + j of mixed.
-        sequence = self.scatter_index // seq
-        first = self.scatter_index + sequence * ((n_heads - 1) * seq)
-        index = first[:, None] + torch.arange(n_heads, dtype=torch.int32) * seq
-        return gather_rows(mixed.reshape(-1, head_dim), index).reshape(-1, n_heads * head_dim)
+            return mixed.transpose(1, 2).reshape(-1, width)
+        slices = mixed.reshape(-1, mixed.shape[-1])
+        return gather_rows(slices, self.scatter_index).reshape(-1, width)
 
 
-def key_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn ``visible [batch, max_seqlen]`` bool into an additive ``[batch, 1, max_seqlen, 1]``.
+def key_bias(visible: Tensor, n_heads: int, dtype: torch.dtype) -> Tensor:
+    """Turn ``visible [batch, max_seqlen]`` bool into ``[batch, n_heads, max_seqlen, 1]``.
 
-    Half the smallest number, so that adding a logit cannot overflow to an infinity.
+    0 where a key is seen, and where it is hidden half the smallest number, so that adding a logit
+    cannot overflow to an infinity.
     """
     hidden = torch.finfo(dtype).min / 2
-    return torch.where(visible, 0.0, hidden).to(dtype)[:, None, :, None]
+    bias = torch.where(visible, 0.0, hidden).to(dtype)[:, None, :, None]
+    return bias.expand(-1, n_heads, -1, -1)
 
 
 def within(lengths: Tensor, max_seqlen: int) -> Tensor:
@@ -139,29 +135,29 @@ class PackedLayer(nn.Module):
     def attend(
         self,
         states: Tensor,
-        layout: PaddedLayout,
+        layout: HeadLayout,
         context: Tensor,
-        context_layout: PaddedLayout,
+        context_layout: HeadLayout,
         bias: Tensor,
     ) -> Tensor:
         """Attention from ``states`` (normed, packed) to ``context`` (normed, packed)."""
-        query = layout.spread_heads(self.query(states), self.n_heads)
-        key = context_layout.spread_heads(self.key(context), self.n_heads)
-        value = context_layout.spread_heads(self.value(context), self.n_heads)
-        # The mask as one more dimension of the product, [q / √d, 1] · [k, bias]: adding it to the
+        query = layout.spread(self.query(states))
+        key = context_layout.spread(self.key(context))
+        value = context_layout.spread(self.value(context))
+        # The mask as one more dimension of the product, [q, 1] · [k, bias]: adding it to the
         # logits would be another pass over [batch, heads, max_seqlen, max_seqlen].
-        ones = bias.new_ones(1).expand(*query.shape[:-1], 1)
-        query = torch.cat([query / math.sqrt(query.shape[-1]), ones], -1)
-        key = torch.cat([key, bias.expand(-1, self.n_heads, -1, -1)], -1)
-        logits = query @ key.transpose(-1, -2)
-        return self.output(layout.collect_heads(logits.softmax(dim=-1) @ value))
+        scale = 1.0 / math.sqrt(query.shape[-1])
+        query = functional.pad(query, (0, 1), value=1.0)
+        key = torch.cat([key, bias], -1)
+        logits = (query @ key.transpose(-1, -2)) * scale
+        return self.output(layout.collect(logits.softmax(dim=-1) @ value))
 
     def forward(
         self,
         states: Tensor,
-        layout: PaddedLayout,
+        layout: HeadLayout,
         context: Tensor,
-        context_layout: PaddedLayout,
+        context_layout: HeadLayout,
         bias: Tensor,
     ) -> Tensor:
         """Update ``states [n_tokens, d_model]``.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.exporters.layers import (
+    HeadLayout,
     PackedLayer,
     PackedLinear,
-    PaddedLayout,
     gather_rows,
     key_bias,
     within,
@@ -43,8 +43,15 @@ def _float32(name: str, *axes: str | int) -> TensorSpec:
     return TensorSpec(name=name, axes=axes, dtype="float32")
 
 
-def _shape(index: Tensor) -> tuple[int, int]:
-    return index.shape[0], index.shape[1]
+def _layout(config: ModelConfig, length: str) -> tuple[TensorSpec, TensorSpec]:
+    return (
+        _int32("gather_index", "batch", config.n_heads, length),
+        _int32("scatter_index", "n_tokens", config.n_heads),
+    )
+
+
+def _bias(config: ModelConfig, length: str, *outer: int) -> TensorSpec:
+    return _float32("key_bias", *outer, "batch", config.n_heads, length, 1)
 
 
 class PackedHead(nn.Module):
@@ -107,36 +114,32 @@ class ActiveStageGraph(GraphModule):
     def __init__(self, layers: Sequence[PackedLayer], config: ModelConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.n_heads = config.n_heads
+        grouped = len(layers) > 1
         self.inputs = (
             _float32("hidden_states", "n_tokens", config.d_model),
-            _int32("gather_index", "batch", "max_seqlen"),
-            _int32("lengths", "batch"),
-            _int32("scatter_index", "n_tokens"),
-        ) + (_int32("remaining_depth", "n_tokens"),) * (len(layers) > 1)
+            *_layout(config, "max_seqlen"),
+            _bias(config, "max_seqlen", *(len(layers),) * grouped),
+            *(_int32("remaining_depth", "n_tokens"),) * grouped,
+        )
         self.outputs = (_float32("updated_states", "n_tokens", config.d_model),)
 
     def forward(
         self,
         hidden_states: Tensor,
         gather_index: Tensor,
-        lengths: Tensor,
         scatter_index: Tensor,
+        key_bias: Tensor,
         remaining_depth: Tensor | None = None,
     ) -> Tensor:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states = hidden_states
-        layout = PaddedLayout(_shape(gather_index), gather_index, scatter_index)
-        present = within(lengths, gather_index.shape[1])
-        bias = key_bias(present, states.dtype)
+        layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
+        if remaining_depth is None:
+            return self.layers[0](states, layout, states, layout, key_bias)
         for i, layer in enumerate(self.layers):
-            if i == 0 or remaining_depth is None:
-                states = layer(states, layout, states, layout, bias)
-                continue
-            active = remaining_depth > i
-            remaining = gather_rows(remaining_depth.unsqueeze(-1), gather_index).squeeze(-1)
-            bias = key_bias(present & (remaining > i), states.dtype)
-            updated = layer(states, layout, states, layout, bias)
-            states = torch.where(active.unsqueeze(-1), updated, states)
+            updated = layer(states, layout, states, layout, key_bias[i])
+            states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
         return states
 
 
@@ -146,14 +149,14 @@ class AllStageGraph(GraphModule):
     def __init__(self, layers: Sequence[PackedLayer], config: ModelConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.n_heads = config.n_heads
         grouped = len(layers) > 1
         self.inputs = (
             _float32("hidden_states", "n_tokens", config.d_model),
-            _int32("gather_index", "batch", "max_seqlen"),
-            _int32("scatter_index", "n_tokens"),
+            *_layout(config, "max_seqlen"),
             _float32("context_states", "n_context", config.d_model),
-            _int32("context_gather_index", "batch", "max_context_seqlen"),
-            _int32("context_lengths", "batch"),
+            _int32("context_gather_index", "batch", config.n_heads, "max_context_seqlen"),
+            _bias(config, "max_context_seqlen"),
             *(_int32("remaining_depth", "n_tokens"),) * grouped,
             *(_int32("refresh_index", "n_context"),) * grouped,
         )
@@ -166,22 +169,20 @@ class AllStageGraph(GraphModule):
         scatter_index: Tensor,
         context_states: Tensor,
         context_gather_index: Tensor,
-        context_lengths: Tensor,
+        key_bias: Tensor,
         remaining_depth: Tensor | None = None,
         refresh_index: Tensor | None = None,
     ) -> Tensor:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, context = hidden_states, context_states
-        layout = PaddedLayout(_shape(gather_index), gather_index, scatter_index)
-        context_layout = PaddedLayout(_shape(context_gather_index), context_gather_index)
-        present = within(context_lengths, context_gather_index.shape[1])
-        bias = key_bias(present, states.dtype)
+        layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
+        context_layout = HeadLayout(self.n_heads, gather_index=context_gather_index)
         for i, layer in enumerate(self.layers):
             if i == 0 or remaining_depth is None or refresh_index is None:
-                states = layer(states, layout, context, context_layout, bias)
+                states = layer(states, layout, context, context_layout, key_bias)
                 continue
             context = gather_rows(torch.cat([context_states, states]), refresh_index)
-            updated = layer(states, layout, context, context_layout, bias)
+            updated = layer(states, layout, context, context_layout, key_bias)
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
         return states
 
@@ -214,7 +215,7 @@ class HeadGraph(GraphModule):
             return self.head.project(self.head.normed(hidden_states))
         if lengths is None:
             return self.head.project(self.head.normed(gather_rows(hidden_states, index)))
-        padded = PaddedLayout(_shape(index), index).spread(self.head.normed(hidden_states))
+        padded = gather_rows(self.head.normed(hidden_states), index)
         return self.head.project(self.head.pool(padded, within(lengths, index.shape[1])))
 
 
@@ -229,6 +230,7 @@ class _PaddedGraph(GraphModule):
         self.layers = nn.ModuleList(layers)
         self.head = head
         config = model.config
+        self.n_heads = config.n_heads
         names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.n_token_types > 0)
         self.inputs = tuple(_int32(name, "batch", "seq") for name in names)
         axes = ("batch",) if config.head.per_sequence else ("batch", "seq")
@@ -260,9 +262,9 @@ class DenseGraph(_PaddedGraph):
     ) -> Tensor:
         """Run the dense model on a padded batch."""
         mask = attention_mask > 0
-        layout = PaddedLayout(_shape(input_ids))
+        layout = HeadLayout(self.n_heads, batch=input_ids.shape[0])
         states = self.embed(input_ids, token_type_ids)
-        bias = key_bias(mask, states.dtype)
+        bias = key_bias(mask, self.n_heads, states.dtype)
         for layer in self.layers:
             states = layer(states, layout, states, layout, bias)
         return self.finish(states, mask)
@@ -286,14 +288,14 @@ class MaskedGraph(_PaddedGraph):
         """Run the sparse model on a padded batch; ``rest``: token types, if any, thresholds."""
         *types, thresholds = rest
         mask = attention_mask > 0
-        layout = PaddedLayout(_shape(input_ids))
+        layout = HeadLayout(self.n_heads, batch=input_ids.shape[0])
         states = self.embed(input_ids, types[0] if types else None)
         scores = self.scorer(input_ids.reshape(-1), states).reshape(input_ids.shape)
-        bias = key_bias(mask, states.dtype)
+        bias = key_bias(mask, self.n_heads, states.dtype)
         for i, layer in enumerate(self.layers):
             active = mask & (scores > thresholds[i])
             if self.context == "active":
-                bias = key_bias(active, states.dtype)
+                bias = key_bias(active, self.n_heads, states.dtype)
             updated = layer(states, layout, states, layout, bias)
             states = torch.where(active.reshape(-1, 1), updated, states)
         return self.finish(states, mask), scores

@@ -126,6 +126,17 @@ def _pad_to_bucket(inputs: dict[str, np.ndarray]) -> None:
             inputs[name] = np.pad(inputs[name], ((0, 0), (0, 1)))
 
 
+def _by_head(inputs: dict[str, np.ndarray], n_heads: int) -> None:
+    """Turn indices of rows into indices of slices as long as a head."""
+    heads = np.arange(n_heads, dtype=np.int32)
+    width = inputs["gather_index"].shape[1]
+    for name in ("gather_index", "context_gather_index"):
+        if name in inputs:
+            inputs[name] = inputs[name][:, None, :] * n_heads + heads[:, None]
+    sequence, place = np.divmod(inputs["scatter_index"][:, None], width)
+    inputs["scatter_index"] = ((sequence * n_heads + heads) * width + place).astype(np.int32)
+
+
 def _entry_case(
     model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
@@ -221,13 +232,14 @@ def _stage_case(
         "scatter_index": np.flatnonzero(places).astype(np.int32),
     }
     if config.context == "active":
-        inputs["lengths"] = counts.astype(np.int32)
+        seen = [np.where(depth > i, 1, 0)[active] for i in range(stop - first)]
+        visible = np.stack([places & (row[gather] > 0) for row in seen])
     else:
         context = np.zeros(mask.shape, dtype=np.int32)
         context[mask] = np.arange(lengths.sum())
         inputs["context_states"] = states[mask]
         inputs["context_gather_index"] = context
-        inputs["context_lengths"] = lengths.astype(np.int32)
+        visible = mask[None]
     if stop - first > 1:
         inputs["remaining_depth"] = depth[active].astype(np.int32)
         if config.context == "all":
@@ -236,10 +248,16 @@ def _stage_case(
             inputs["refresh_index"] = refresh
     if len(lengths) > 2:
         _pad_to_bucket(inputs)
+        visible = np.pad(visible, ((0, 0), (0, 0), (0, 1)))
+    _by_head(inputs, config.n_heads)
+    bias = np.where(visible, 0.0, np.finfo(np.float32).min / 2)[:, :, None, :, None]
+    bias = np.repeat(bias, config.n_heads, axis=2).astype(np.float32)
+    grouped = config.context == "active" and stop - first > 1
+    inputs["key_bias"] = bias if grouped else bias[0]
 
-    hidden, visible = torch.from_numpy(states), torch.from_numpy(mask)
+    hidden, present = torch.from_numpy(states), torch.from_numpy(mask)
     for i, layer in enumerate(model.blocks[first:stop]):
         turn = torch.from_numpy(depth > i)
-        updated = layer(hidden, turn if config.context == "active" else visible)
+        updated = layer(hidden, turn if config.context == "active" else present)
         hidden = torch.where(turn[..., None], updated, hidden)
     return inputs, {"updated_states": hidden[torch.from_numpy(active)]}

@@ -7,26 +7,29 @@ A backend opens the graphs of a bundle and moves rows between buffers; it decide
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Call: TypeAlias = Callable[[], None]
 
 
 class Graph(Protocol):
     """One opened graph of a bundle."""
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Compute ``outputs`` from ``inputs``.
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """Prepare a call that computes ``outputs`` from ``inputs``.
 
         Both are C-contiguous arrays with the axes and dtypes of the graph's
-        :class:`~sdt_deploy.bundle.GraphSpec`, owned by the caller; outputs are overwritten whole.
-        May be called from several threads at once. Returns when the outputs are ready.
+        :class:`~sdt_deploy.bundle.GraphSpec`, owned by the caller, who keeps them until the call is
+        made; it reads the inputs then. Outputs are overwritten whole and are ready on return. May
+        be used from several threads at once.
 
         Raises:
-            BackendError: if the engine fails; the outputs then mean nothing.
+            BackendError: if the engine refuses or, from the call, fails; the outputs then mean
+                nothing.
         """
 
 
@@ -48,12 +51,6 @@ class Backend(Protocol):
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """``out[i] = rows[index[i]]``; ``index [n]`` int32, all in range."""
 
-    def put(self, into: Array, index: Array, rows: Array, rows_index: Array | None) -> None:
-        """``into[index[i]] = rows[rows_index[i]]``, or ``rows[i]`` without ``rows_index``.
-
-        Both indices are ``[n]`` int32 and in range; those in ``index`` are distinct.
-        """
-
     def close(self) -> None:
         """Free the engines; nothing may be called afterwards."""
 
@@ -68,7 +65,3 @@ class HostMemory:
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """See :meth:`Backend.take`."""
         rows.take(index, axis=0, out=out, mode="clip")  # "raise" would copy through a buffer
-
-    def put(self, into: Array, index: Array, rows: Array, rows_index: Array | None) -> None:
-        """See :meth:`Backend.put`."""
-        into[index] = rows if rows_index is None else rows[rows_index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -29,10 +30,10 @@ class TokenBatch:
         """Tokens in all sequences."""
         return len(self.input_ids)
 
-    @property
+    @cached_property
     def lengths(self) -> Int32:
         """``[batch]``, tokens of each sequence."""
-        return np.diff(self.cu_seqlens)
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
     @property
     def position_ids(self) -> Int32:

@@ -1,22 +1,20 @@
-"""The loop between the engines: run a stage, let finished tokens leave, compact, run the next."""
+"""The loop between the engines: run a stage, let finished rows leave, run the next."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 from sdt_deploy.bundle import GraphSpec, TensorSpec
-from sdt_deploy.runtime.backend import Array, Backend, Graph
-from sdt_deploy.runtime.routing import RoutePlan, RouteStep
+from sdt_deploy.runtime.backend import Array, Backend, Call, Graph
+from sdt_deploy.runtime.routing import HeadLayout, PaddedLayout, RoutePlan, RouteStep
 
 
 class StateBuffers:
-    """Three buffers ``[capacity, d_model]`` that a run moves its states between.
+    """Two buffers ``[capacity, d_model]`` that a run moves its states between.
 
     ``states`` is the entry's output; it says width and dtype.
-
-    ``full`` holds the last state of every token that has left the loop (with ``context="all"``: of
-    every token). The active rows live in another one, and a stage writes into the third.
     """
 
     def __init__(self, backend: Backend, states: TensorSpec) -> None:
@@ -26,76 +24,95 @@ class StateBuffers:
         self._capacity = 0
         self._buffers: list[Array] = []
 
-    def reserve(self, n_tokens: int) -> None:
-        """Make room for ``n_tokens``; what the buffers held is lost."""
+    def reserve(self, n_tokens: int) -> tuple[Array, Array]:
+        """Return both, cut to ``n_tokens`` rows; what they held is lost."""
         if n_tokens > self._capacity:
             self._buffers, self._capacity = [], 0  # free the old ones first; stay so on failure
             self._buffers = [
-                self._backend.empty((n_tokens, self._width), self._states.dtype) for _ in range(3)
+                self._backend.empty((n_tokens, self._width), self._states.dtype) for _ in range(2)
             ]
             self._capacity = n_tokens
-
-    def spare(self, *used: Array) -> Array:
-        """Return a buffer that none of ``used`` is a view of."""
-        taken = {id(array if array.base is None else array.base) for array in used}
-        return next(buffer for buffer in self._buffers if id(buffer) not in taken)
+        first, second = self._buffers
+        return first[:n_tokens], second[:n_tokens]
 
 
-def run_stages(
+@dataclass(frozen=True)
+class BoundStages:
+    """All stage calls of a run, ready to be made one after the other.
+
+    Every stage reads the first ``n_active`` rows of one buffer and writes those of the other. Rows
+    that are not where the next stage looks for them are copied; of the active and the finished
+    ones, whichever are fewer.
+    """
+
+    calls: Sequence[tuple[Call, tuple[Array, Array] | None]]
+    """Each stage call and, if rows have to be copied after it, the target and the source."""
+    states: Array
+    """``[n_tokens, d_model]``, where the last state of every row will be."""
+    other: Array
+    """The other buffer."""
+
+    def run(self) -> tuple[list[float], float]:
+        """Make the calls; return the milliseconds of each, and of all copies together."""
+        stage_ms = []
+        move_ms = 0.0
+        for call, copy in self.calls:
+            start = perf_counter()
+            call()
+            stop = perf_counter()
+            stage_ms.append((stop - start) * 1e3)
+            if copy is not None:
+                copy[0][:] = copy[1]
+                move_ms += (perf_counter() - stop) * 1e3
+        return stage_ms, move_ms
+
+
+def bind_stages(
     plan: RoutePlan,
-    full: Array,
+    states: Array,
+    other: Array,
     stages: Sequence[tuple[GraphSpec, Graph]],
-    backend: Backend,
-    buffers: StateBuffers,
-    stage_ms: list[float],
-) -> Array:
-    """Run all stages of ``plan``.
+) -> BoundStages:
+    """Prepare all stages of ``plan``, so that nothing is left to do between them.
 
     Args:
         plan: the route plan.
-        full: ``[n_tokens, d_model]``, the entry's hidden states; a view of one of ``buffers``.
+        states: ``[n_tokens, d_model]``, the entry's hidden states by row.
+        other: of the same shape, to work with.
         stages: spec and opened graph of every stage.
-        backend: moves the rows.
-        buffers: reserved for ``plan.n_tokens``.
-        stage_ms: receives the time of each stage call, without the compaction.
-
-    Returns:
-        ``[n_tokens, d_model]``, the last state of every token; a view of one of ``buffers``, valid
-        until they are used again.
     """
-    rows = full
+    calls: list[tuple[Call, tuple[Array, Array] | None]] = []
     for step in plan.steps:
-        if step.keep_index is not None:
-            kept = buffers.spare(rows, full)[: step.n_active]
-            backend.take(rows, step.keep_index, kept)
-            rows = kept
         spec, graph = stages[step.stage]
-        result = buffers.spare(rows, full)[: step.n_active]
-        start = perf_counter()
-        graph.run(stage_inputs(spec, step, rows, full), {"updated_states": result})
-        stage_ms.append((perf_counter() - start) * 1e3)
-        if step.publish_rows is None and step.n_active == plan.n_tokens:
-            full = result
-        elif len(step.publish_tokens):
-            backend.put(full, step.publish_tokens, result, step.publish_rows)
-        rows = result
-    return full
+        n = step.n_active
+        call = graph.bind(stage_inputs(spec, step, states), {"updated_states": other[:n]})
+        if 2 * n < len(states):
+            calls.append((call, (states[:n], other[:n])))
+        else:
+            calls.append((call, (other[n:], states[n:]) if n < len(states) else None))
+            states, other = other, states
+    return BoundStages(calls=calls, states=states, other=other)
 
 
-def stage_inputs(spec: GraphSpec, step: RouteStep, rows: Array, full: Array) -> dict[str, Array]:
+def stage_inputs(spec: GraphSpec, step: RouteStep, states: Array) -> dict[str, Array]:
     """Name the arrays that the graph of ``spec`` takes in ``step``."""
+    layout: HeadLayout | PaddedLayout = step.queries
+    context: HeadLayout | PaddedLayout | None = step.context
+    if spec.attention_layout == "padded":  # format version 1
+        layout, context = step.queries.padded, step.context and step.context.padded
     available: dict[str, Array | None] = {
-        "hidden_states": rows,
-        "gather_index": step.queries.gather_index,
-        "lengths": step.queries.lengths,
-        "scatter_index": step.queries.scatter_index,
+        "hidden_states": states[: step.n_active],
+        "gather_index": layout.gather_index,
+        "lengths": layout.lengths,
+        "scatter_index": layout.scatter_index,
+        "key_bias": step.key_bias,
         "remaining_depth": step.remaining_depth,
         "refresh_index": step.refresh_index,
     }
-    if step.context is not None:
-        available["context_states"] = full
-        available["context_gather_index"] = step.context.gather_index
-        available["context_lengths"] = step.context.lengths
+    if context is not None:
+        available["context_states"] = states
+        available["context_gather_index"] = context.gather_index
+        available["context_lengths"] = context.lengths
     named = {}
     for tensor in spec.inputs:
         array = available[tensor.name]

@@ -54,14 +54,21 @@ class Timings:
 
     total_ms: float
     entry_ms: float = 0.0
-    """Embedding and scoring."""
-    route_ms: float = 0.0
-    """Planning the route."""
+    """Embedding and scoring, the engine alone."""
     stage_ms: tuple[float, ...] = ()
-    """Each stage call."""
-    move_ms: float = 0.0
-    """Compaction and everything else between the stage calls."""
+    """Each stage, the engine alone."""
     head_ms: float = 0.0
+    """The head, the engine alone."""
+    move_ms: float = 0.0
+    """Copies of rows: sorting them by depth, and compaction between stages."""
+    route_ms: float = 0.0
+    """Planning the route and preparing all calls."""
+
+    @property
+    def overhead_ms(self) -> float:
+        """What the runtime itself takes: all but engines and copies."""
+        engines = self.entry_ms + sum(self.stage_ms) + self.head_ms
+        return self.total_ms - engines - self.move_ms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,14 @@
 """Where every token goes: pure functions from depths to a route plan.
 
-A *row* is a position in the packed states that a stage processes; a *token* is a position in the
-packed batch. Compaction keeps the order, so rows of a sequence stay together and in order.
+A *token* is a position in the packed batch; a *row* is a position in the states that the stages
+process. Rows are sorted by falling depth (``docs/decisions/006-rows-by-depth.md``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,67 +16,95 @@ import numpy.typing as npt
 from sdt_deploy.config import Context
 
 Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+HIDDEN = np.float32(np.finfo(np.float32).min / 2)
+"""Bias of a key that is not seen: so small that its weight is 0, without reaching an infinity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedLayout:
-    """Where packed rows stand in ``[batch, max_seqlen]``; the indices the stage graphs take."""
+    """Where packed rows stand in ``[batch, max_seqlen]``."""
 
     gather_index: Int32
-    """``[batch, max_seqlen]``, the row at each place; padding holds row 0 and is masked."""
+    """``[batch, max_seqlen]``, the row at each place; padding holds an existing row."""
     lengths: Int32
     """``[batch]``, rows of each sequence."""
-    scatter_index: Int32
-    """``[n_rows]``, the flat place of each row."""
+    scatter_index: Int32 | None
+    """``[n_rows]``, the flat place of each row; None where only keys are laid out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLayout:
+    """Where packed rows, cut into heads, stand in ``[batch, n_heads, max_seqlen]``.
+
+    Slice ``row · n_heads + head`` is the part of a row that belongs to one head.
+    """
+
+    lengths: Int32
+    """``[batch]``, rows of each sequence."""
+    gather_index: Int32
+    """``[batch, n_heads, max_seqlen]``, the slice at each place; padding holds slice 0."""
+    scatter_index: Int32 | None
+    """``[n_rows, n_heads]``, the flat place of each slice; None where only keys are laid out."""
+    key_bias: Float32
+    """``[batch, n_heads, max_seqlen, 1]``: 0 at the rows' places, :data:`HIDDEN` at padding."""
 
     @property
     def max_seqlen(self) -> int:
         """Rows of the longest sequence."""
-        return int(self.gather_index.shape[1])
+        return int(self.gather_index.shape[2])
+
+    @cached_property
+    def padded(self) -> PaddedLayout:
+        """The same without heads, as bundles of format version 1 take it."""
+        n_heads, max_seqlen = self.gather_index.shape[1:]
+        scatter_index = None
+        if self.scatter_index is not None:
+            sequence, place = np.divmod(self.scatter_index[:, 0], n_heads * max_seqlen)
+            scatter_index = sequence * np.int32(max_seqlen) + place
+        return PaddedLayout(
+            gather_index=np.ascontiguousarray(self.gather_index[:, 0] // n_heads),
+            lengths=self.lengths,
+            scatter_index=scatter_index,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouteStep:
-    """One stage call: which rows go in, and what becomes of the rows that come out."""
+    """One stage call on the rows ``0 .. n_active``."""
 
     stage: int
     n_active: int
-    token_index: Int32
-    """``[n_active]``, the token of each row."""
-    cu_seqlens: Int32
-    """``[batch + 1]`` over the sequences that still have active tokens."""
-    keep_index: Int32 | None
-    """``[n_active]``, the rows to keep of the previous step's (or the entry's); None: all."""
-    queries: PaddedLayout
-    """Layout of the active rows."""
-    context: PaddedLayout | None
-    """With ``context="all"``: layout of all tokens of the sequences in ``cu_seqlens``."""
+    queries: HeadLayout
+    """Layout of the active rows; their order inside a sequence is that of its tokens."""
+    context: HeadLayout | None
+    """With ``context="all"``: layout of all rows of the sequences with active tokens."""
+    key_bias: Float32
+    """``[batch, n_heads, max_seqlen, 1]`` over the keys that the stage sees. For stages of several
+    layers with ``context="active"``, one for each layer: ``[n_layers, batch, …]``."""
     remaining_depth: Int32 | None
     """``[n_active]``, layers each row still has to pass; None for stages of one layer."""
     refresh_index: Int32 | None
-    """With ``context="all"``, for stages of several layers: ``[n_tokens]``, for each token its row
-    in the concatenation of all tokens' states and the active rows."""
-    publish_rows: Int32 | None
-    """Rows of the result that go to the full buffer: those that finish (``context="active"``) or
-    every one, given as None (``context="all"``, and where all rows finish)."""
-    publish_tokens: Int32
-    """The tokens of those rows."""
-
-    @property
-    def max_seqlen(self) -> int:
-        """Active rows of the longest sequence."""
-        return self.queries.max_seqlen
+    """With ``context="all"``, for stages of several layers: ``[n_tokens]``, for each row its place
+    in the concatenation of all rows and the active ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutePlan:
-    """Everything about the routing of one batch, computed once."""
+    """Everything about the routing of one batch, computed once.
 
-    n_tokens: int
-    cu_seqlens: Int32
-    """``[batch + 1]`` of the whole batch."""
+    Rows are sorted by falling depth, tokens of equal depth in their order. So the active rows of
+    every stage are the first ``n_active``: tokens that finish are dropped from the end, and nothing
+    is gathered between stages.
+    """
+
     depths: Int32
-    """``[n_tokens]``"""
+    """``[n_tokens]``, by token."""
+    order: Int32 | None
+    """``[n_tokens]``, the token of each row; None: rows are tokens."""
+    row_of: Int32
+    """``[n_tokens]``, the row of each token."""
     steps: tuple[RouteStep, ...]
     """The stages that have active tokens, in order."""
 
@@ -90,19 +119,18 @@ def depths_from_scores(scores: npt.NDArray[np.float32], thresholds: Sequence[flo
 
 
 def padded_layout(counts: Int32, rows: Int32 | None = None) -> PaddedLayout:
-    """Lay out sequences of ``counts [batch]`` rows each.
+    """Lay out sequences of ``counts [batch]`` rows each, all positive.
 
     Args:
-        counts: rows per sequence, all positive.
+        counts: rows per sequence.
         rows: ``[sum(counts)]``, the row numbers; None: 0, 1, 2, …
     """
     batch, max_seqlen, total = len(counts), int(counts.max()), int(counts.sum())
     order = np.arange(total, dtype=np.int32)
     values = order if rows is None else rows
     if total == batch * max_seqlen:
-        return PaddedLayout(
-            gather_index=values.reshape(batch, max_seqlen), lengths=counts, scatter_index=order
-        )
+        gather_index = values.reshape(batch, max_seqlen)
+        return PaddedLayout(gather_index=gather_index, lengths=counts, scatter_index=order)
     starts = np.cumsum(counts, dtype=np.int32) - counts
     shift = np.arange(batch, dtype=np.int32) * np.int32(max_seqlen) - starts
     scatter_index = order + np.repeat(shift, counts)
@@ -111,11 +139,70 @@ def padded_layout(counts: Int32, rows: Int32 | None = None) -> PaddedLayout:
     return PaddedLayout(gather_index=gather_index, lengths=counts, scatter_index=scatter_index)
 
 
+def head_layouts(
+    counts: npt.NDArray[np.int64], rows: Int32, n_heads: int, n_queries: int
+) -> list[HeadLayout]:
+    """Lay out several sets of rows at once, which costs less than one after the other.
+
+    Args:
+        counts: ``[n_sets, batch]``, rows of each sequence; sequences without rows are left out.
+            Every set needs a row.
+        rows: ``[sum(counts)]``, the row at each place, set by set and sequence by sequence.
+        n_heads: heads that a row is cut into.
+        n_queries: sets that need ``scatter_index``, the first ones. If such a set has n rows they
+            are 0 … n - 1 in any order.
+    """
+    alive = counts > 0
+    n_alive, longest, totals = alive.sum(axis=1), counts.max(axis=1), counts.sum(axis=1)
+    set_of, _ = np.nonzero(alive)
+    lengths = counts[alive].astype(np.int32)
+    number = np.arange(len(lengths)) - (np.cumsum(n_alive) - n_alive)[set_of]
+    # First row and first place of each sequence; places count [batch, max_seqlen] set by set.
+    sizes = n_alive * longest
+    set_starts = np.cumsum(sizes) - sizes
+    first_row = np.cumsum(lengths) - lengths
+    first_place = set_starts[set_of] + number * longest[set_of]
+    order = np.arange(len(rows))
+    places = order + np.repeat(first_place - first_row, lengths)
+    slices = np.zeros(int(sizes.sum()), dtype=np.int32)
+    slices[places] = rows * np.int32(n_heads)
+    bias = np.full(len(slices), HIDDEN)
+    bias[places] = 0.0
+    # The same for the slices of the rows: [batch, n_heads, max_seqlen], each set from 0.
+    heads = np.arange(n_heads, dtype=np.int32)
+    n_rows = int(totals[:n_queries].sum())
+    by_row = np.empty(n_rows, dtype=np.int64)
+    by_row[(rows + np.repeat(np.cumsum(totals) - totals, totals))[:n_rows]] = order[:n_rows]
+    first_slice = number * n_heads * longest[set_of] - first_row
+    slice_of = (order + np.repeat(first_slice, lengths)).astype(np.int32)[by_row]
+    stride = np.repeat(longest.astype(np.int32), totals)[:n_rows]
+    scatter = slice_of[:, None] + stride[:, None] * heads
+
+    layouts: list[HeadLayout] = []
+    row = sequence = place = 0
+    for size, total, batch, max_seqlen in zip(
+        sizes.tolist(), totals.tolist(), n_alive.tolist(), longest.tolist(), strict=True
+    ):
+        spread = slices[place : place + size].reshape(batch, 1, max_seqlen)
+        hidden = bias[place : place + size].reshape(batch, 1, max_seqlen, 1)
+        layouts.append(
+            HeadLayout(
+                lengths=lengths[sequence : sequence + batch],
+                gather_index=spread + heads[:, None],
+                scatter_index=scatter[row : row + total] if len(layouts) < n_queries else None,
+                key_bias=hidden.repeat(n_heads, axis=1),
+            )
+        )
+        row, sequence, place = row + total, sequence + batch, place + size
+    return layouts
+
+
 def plan_route(
     depths: Int32,
     cu_seqlens: Int32,
     stage_layers: Sequence[tuple[int, int]],
     context: Context,
+    n_heads: int,
 ) -> RoutePlan:
     """Plan the compaction and the attention layouts of every stage.
 
@@ -124,77 +211,69 @@ def plan_route(
         cu_seqlens: ``[batch + 1]`` int32, cumulative sequence lengths.
         stage_layers: first layer and one past the last of every stage.
         context: see :class:`RouteStep`.
+        n_heads: attention heads.
     """
     n_tokens = len(depths)
-    lengths = np.diff(cu_seqlens)
-    sequence_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    everyone = np.arange(n_tokens, dtype=np.int32)
+    firsts = np.array([first for first, _ in stage_layers])
+    active = depths > firsts[:, None]
+    n_active = [n for n in active.sum(axis=1).tolist() if n]
+    order = np.argsort(-depths, kind="stable").astype(np.int32)
+    row_of = np.empty_like(order)
+    row_of[order] = np.arange(n_tokens, dtype=np.int32)
+    # Sets are nested: stages with as many active tokens have the same ones, and share a layout.
+    new = [i for i, n in enumerate(n_active) if i == 0 or n != n_active[i - 1]]
+    queries: list[HeadLayout] = []
+    around: list[HeadLayout] = []
+    if new:
+        active = active[new]
+        counts = np.add.reduceat(active, cu_seqlens[:-1], axis=1, dtype=np.int64)
+        rows = row_of[np.nonzero(active)[1]]
+        if context == "all":
+            lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+            alive = counts > 0
+            if alive.all():  # then all stages see the same rows
+                alive = alive[:1]
+            counts = np.concatenate([counts, np.where(alive, lengths, 0)])
+            rows = np.concatenate([rows, *(row_of[np.repeat(one, lengths)] for one in alive)])
+            layouts = head_layouts(counts, rows, n_heads, len(new))
+            queries, around = layouts[: len(new)], layouts[len(new) :]
+            around *= len(new) // len(around)
+        else:
+            queries = head_layouts(counts, rows, n_heads, len(new))
 
     steps: list[RouteStep] = []
-    tokens, tokens_depths = everyone, depths
-    previous: RouteStep | None = None
-    for stage, (first, stop) in enumerate(stage_layers):
-        stays = tokens_depths > first
-        n_active = int(np.count_nonzero(stays))
-        if n_active == 0:
-            break
-        keep_index = None
-        if n_active < len(tokens):
-            keep_index = np.flatnonzero(stays).astype(np.int32)
-            tokens, tokens_depths = tokens[keep_index], tokens_depths[keep_index]
-        if previous is not None and keep_index is None:
-            queries, around = previous.queries, previous.context
-            cu = previous.cu_seqlens
-        else:
-            counts = np.bincount(sequence_of[tokens], minlength=len(lengths)).astype(np.int32)
-            alive = counts > 0
-            queries = padded_layout(counts[alive])
-            cu = np.zeros(len(queries.lengths) + 1, dtype=np.int32)
-            np.cumsum(queries.lengths, out=cu[1:])
-            around = None
-            if context == "all":
-                around = _context_layout(previous, lengths, alive, sequence_of, everyone)
-        finishes = tokens_depths <= stop
-        n_finish = int(np.count_nonzero(finishes))
-        if context == "all" or n_finish == n_active:
-            publish_rows, publish_tokens = None, tokens
-        else:
-            publish_rows = np.flatnonzero(finishes).astype(np.int32)
-            publish_tokens = tokens[publish_rows]
-        grouped = stop - first > 1
-        refresh = None
-        if grouped and context == "all":
-            refresh = everyone.copy()
-            refresh[tokens] = n_tokens + np.arange(n_active, dtype=np.int32)
-        previous = RouteStep(
-            stage=stage,
-            n_active=n_active,
-            token_index=tokens,
-            cu_seqlens=cu,
-            keep_index=keep_index,
-            queries=queries,
-            context=around,
-            remaining_depth=tokens_depths - np.int32(first) if grouped else None,
-            refresh_index=refresh,
-            publish_rows=publish_rows,
-            publish_tokens=publish_tokens,
+    number = -1
+    for stage, n_rows in enumerate(n_active):
+        number += stage in new
+        layout, seen = queries[number], around[number] if around else None
+        bias = layout.key_bias if seen is None else seen.key_bias
+        remaining = refresh = None
+        first, stop = stage_layers[stage]
+        if stop - first > 1:
+            remaining = depths[order[:n_rows]] - np.int32(first)
+            if seen is not None:
+                refresh = np.arange(n_tokens, dtype=np.int32)
+                refresh[:n_rows] += n_tokens
+            else:
+                bias = np.repeat(bias[None], stop - first, axis=0)
+                assert layout.scatter_index is not None
+                for i, layer_bias in enumerate(bias):
+                    layer_bias.reshape(-1)[layout.scatter_index[remaining <= i]] = HIDDEN
+        steps.append(
+            RouteStep(
+                stage=stage,
+                n_active=n_rows,
+                queries=layout,
+                context=seen,
+                key_bias=bias,
+                remaining_depth=remaining,
+                refresh_index=refresh,
+            )
         )
-        steps.append(previous)
-    return RoutePlan(n_tokens=n_tokens, cu_seqlens=cu_seqlens, depths=depths, steps=tuple(steps))
-
-
-def _context_layout(
-    previous: RouteStep | None,
-    lengths: Int32,
-    alive: npt.NDArray[np.bool_],
-    sequence_of: Int32,
-    everyone: Int32,
-) -> PaddedLayout:
-    """Lay out all tokens of the sequences that are alive; reuse the last layout if it fits."""
-    n_alive = int(np.count_nonzero(alive))
-    last = None if previous is None else previous.context
-    if last is not None and len(last.lengths) == n_alive:
-        return last
-    if n_alive == len(lengths):
-        return padded_layout(lengths)
-    return padded_layout(lengths[alive], everyone[alive[sequence_of]])
+    is_sorted = n_tokens == 1 or bool((depths[1:] <= depths[:-1]).all())
+    return RoutePlan(
+        depths=depths,
+        order=None if is_sorted else order,
+        row_of=row_of,
+        steps=tuple(steps),
+    )

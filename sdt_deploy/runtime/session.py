@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -18,16 +19,17 @@ from sdt_deploy.config import check_thresholds
 from sdt_deploy.costs import dense_flops
 from sdt_deploy.errors import BackendError, ConfigError, InputError
 from sdt_deploy.runtime import dispatch
-from sdt_deploy.runtime.backend import Array, Backend
+from sdt_deploy.runtime.backend import Array, Backend, Call
 from sdt_deploy.runtime.backends import open_backend
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.loop import StateBuffers, run_stages
+from sdt_deploy.runtime.loop import BoundStages, StateBuffers, bind_stages
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
-from sdt_deploy.runtime.routing import depths_from_scores, padded_layout, plan_route
+from sdt_deploy.runtime.routing import RoutePlan, depths_from_scores, padded_layout, plan_route
 from sdt_deploy.runtime.splitting import merge, select, split_by_padding
 from sdt_deploy.tokenization import Overflow, TextTokenizer
 
 PathChoice = Literal["auto", "sparse", "masked", "dense"]
+PATHS = get_args(PathChoice)
 DEFAULT_MAX_PADDED_TOKENS = 16_384
 
 
@@ -60,6 +62,8 @@ class Session:
         self._tokenizer: TextTokenizer | None = None
         self._costs: dispatch.CostModel | None = None
         self._closed = False
+        self._entry, self._head = backend.graph("entry"), backend.graph("head")
+        self._stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
 
     @classmethod
     def open(
@@ -91,11 +95,7 @@ class Session:
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_files=check_files)
         opened = open_backend(backend, bundle, n_threads=n_threads)
-        session = cls(bundle, opened, max_padded_tokens=max_padded_tokens)
-        for name in session.manifest.graphs:
-            if name not in ("dense", "masked"):
-                session.backend.graph(name)
-        return session
+        return cls(bundle, opened, max_padded_tokens=max_padded_tokens)
 
     @property
     def manifest(self) -> Manifest:
@@ -192,8 +192,8 @@ class Session:
         path: PathChoice = "auto",
     ) -> RunResult:
         """Run a checked batch; see :meth:`run`."""
-        if path not in get_args(PathChoice):
-            raise InputError(f"path must be one of {', '.join(get_args(PathChoice))}, not {path!r}")
+        if path not in PATHS:
+            raise InputError(f"path must be one of {', '.join(PATHS)}, not {path!r}")
         config = self.manifest.model
         limits = config.thresholds
         if thresholds is not None:
@@ -233,15 +233,15 @@ class Session:
         cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
         ids = np.random.default_rng(0).integers(0, config.vocab_size, cu_seqlens[-1])
         batch = TokenBatch.from_packed(ids, cu_seqlens, config=config)
-        runs = [self.run_batch(batch, path=path) for _ in range(4)]
-        milliseconds = float(np.median([run.timings.total_ms for run in runs[1:]]))
+        runs = [self.run_batch(batch, path=path) for _ in range(6)]
+        milliseconds = min(run.timings.total_ms for run in runs[1:])
         if path == "masked":
             return dense_flops(config, lengths), milliseconds
         return dispatch.needed_flops(config, runs[0].depths, cu_seqlens), milliseconds
 
     @contextlib.contextmanager
-    def _buffers(self, n_tokens: int) -> Iterator[StateBuffers]:
-        """Lend state buffers to one run."""
+    def _buffers(self, n_tokens: int) -> Iterator[tuple[Array, Array]]:
+        """Lend two state buffers ``[n_tokens, d_model]`` to one run."""
         with self._lock:
             if self._closed:
                 raise BackendError("the session is closed")
@@ -249,8 +249,7 @@ class Session:
             states = self.manifest.graphs["entry"].outputs[0]
             buffers = idle.pop() if idle else StateBuffers(self.backend, states)
         try:
-            buffers.reserve(n_tokens)
-            yield buffers
+            yield buffers.reserve(n_tokens)
         finally:
             with self._lock:
                 if not self._closed:
@@ -260,25 +259,36 @@ class Session:
         start = perf_counter()
         config, backend = self.manifest.model, self.backend
         n_tokens = batch.n_tokens
-        stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
-        stage_ms: list[float] = []
-        with self._buffers(n_tokens) as buffers:
-            states = buffers.spare()[:n_tokens]
+        with self._buffers(n_tokens) as (states, other):
             scores = np.empty(n_tokens, dtype=np.float32)
             ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
             if config.n_token_types:
                 ids["token_type_ids"] = _types(batch)
-            backend.graph("entry").run(ids, {"hidden_states": states, "scores": scores})
+            entry = self._entry.bind(ids, {"hidden_states": states, "scores": scores})
+            entry_ms = timed(entry)
             entered = perf_counter()
             depths = depths_from_scores(scores, thresholds)
-            plan = plan_route(depths, batch.cu_seqlens, self.manifest.stage_layers, config.context)
-            routed = perf_counter()
-            states = run_stages(plan, states, stages, backend, buffers, stage_ms)
-            staged = perf_counter()
+            plan = plan_route(
+                depths,
+                batch.cu_seqlens,
+                self.manifest.stage_layers,
+                config.context,
+                config.n_heads,
+            )
+            sort_ms = 0.0
+            if plan.order is not None:
+                sort_ms = timed(partial(backend.take, states, plan.order, other))
+                states, other = other, states
+            bound = bind_stages(plan, states, other, self._stages)
             rows = len(batch.lengths) if config.head.per_sequence else n_tokens
             output = np.empty((rows, config.output_width), dtype=np.float32)
-            backend.graph("head").run(self._head_inputs(batch, states), {"output": output})
-        stop = perf_counter()
+            head_inputs = self._head_inputs(batch, plan, bound)
+            head = self._head.bind(head_inputs, {"output": output})
+            route_ms = (perf_counter() - entered) * 1e3 - sort_ms
+            stage_ms, move_ms = bound.run()
+            if not config.head.per_sequence and plan.order is not None:
+                move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
+            head_ms = timed(head)
         return RunResult(
             output=output,
             depths=depths,
@@ -287,23 +297,27 @@ class Session:
             cu_seqlens=batch.cu_seqlens.copy(),
             layer_usage=LayerUsage.from_depths(depths, config.n_layers),
             timings=Timings(
-                total_ms=(stop - start) * 1e3,
-                entry_ms=(entered - start) * 1e3,
-                route_ms=(routed - entered) * 1e3,
+                total_ms=(perf_counter() - start) * 1e3,
+                entry_ms=entry_ms,
+                route_ms=route_ms,
                 stage_ms=tuple(stage_ms),
-                move_ms=(staged - routed) * 1e3 - sum(stage_ms),
-                head_ms=(stop - staged) * 1e3,
+                move_ms=sort_ms + move_ms,
+                head_ms=head_ms,
             ),
             path="sparse",
         )
 
-    def _head_inputs(self, batch: TokenBatch, states: Array) -> dict[str, Array]:
+    def _head_inputs(
+        self, batch: TokenBatch, plan: RoutePlan, bound: BoundStages
+    ) -> dict[str, Array]:
         head = self.manifest.model.head
-        inputs = {"hidden_states": states}
-        if head.per_sequence and head.pooling == "cls":
-            inputs["first_index"] = batch.cu_seqlens[:-1]
-        elif head.per_sequence:
-            layout = padded_layout(batch.lengths)
+        if not head.per_sequence:
+            return {"hidden_states": bound.states if plan.order is None else bound.other}
+        inputs = {"hidden_states": bound.states}
+        if head.pooling == "cls":
+            inputs["first_index"] = plan.row_of[batch.cu_seqlens[:-1]]
+        else:
+            layout = padded_layout(batch.lengths, plan.row_of)
             inputs["gather_index"], inputs["lengths"] = layout.gather_index, layout.lengths
         return inputs
 
@@ -334,7 +348,7 @@ class Session:
         if self._closed:
             raise BackendError("the session is closed")
         inputs, outputs = self.padded_arrays(batch, thresholds, path)
-        self.backend.graph(path).run(inputs, outputs)
+        self.backend.graph(path).bind(inputs, outputs)()
         mask = inputs["attention_mask"] > 0
         output, scores = outputs["output"], None
         depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
@@ -351,6 +365,13 @@ class Session:
             timings=Timings(total_ms=(perf_counter() - start) * 1e3),
             path=path,
         )
+
+
+def timed(call: Call) -> float:
+    """Make a call; return the milliseconds it took."""
+    start = perf_counter()
+    call()
+    return (perf_counter() - start) * 1e3
 
 
 def _as_thresholds(values: object, n_layers: int) -> tuple[float, ...]:

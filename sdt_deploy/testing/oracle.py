@@ -18,7 +18,7 @@ from sdt_deploy.bundle import Bundle, GraphSpec, Manifest
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.exporters.partition import partition
 from sdt_deploy.model.transformer import SparseDepthTransformer
-from sdt_deploy.runtime.backend import Array, Graph, HostMemory
+from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ def memory_bundle(model: SparseDepthTransformer, config: ExportConfig | None = N
             outputs=part.module.outputs,
             graph_sha256="",
             max_abs_error=0.0,
+            attention_layout="padded-heads" if part.name.startswith("stage-") else None,
             layers=next(stage_layers) if part.name.startswith("stage-") else None,
         )
         for part in partition(model, config)
@@ -79,9 +80,12 @@ class _OracleGraph:
         self._model = model
         self._calls = calls
 
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """See :meth:`sdt_deploy.runtime.backend.Graph.bind`."""
+        return lambda: self._run(inputs, outputs)
+
     @torch.no_grad()
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """See :meth:`sdt_deploy.runtime.backend.Graph.run`."""
+    def _run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         for specs, arrays in ((self._spec.inputs, inputs), (self._spec.outputs, outputs)):
             assert {s.name for s in specs} == set(arrays), f"{self._spec.name}: {sorted(arrays)}"
             for spec in specs:
@@ -111,7 +115,13 @@ class _OracleGraph:
         remaining = torch.full(states.shape[:1], stop - first, dtype=torch.int32)
         if "remaining_depth" in inputs:
             remaining = torch.from_numpy(inputs["remaining_depth"])
-        gather, scatter = _long(inputs["gather_index"]), _long(inputs["scatter_index"])
+        n_heads = self._model.config.n_heads
+        gather = _long(inputs["gather_index"])[:, 0] // n_heads
+        scatter = _long(inputs["scatter_index"])[:, 0]
+        sequence = scatter // (n_heads * gather.shape[1])
+        scatter = sequence * gather.shape[1] + scatter % gather.shape[1]
+        biases = torch.from_numpy(inputs["key_bias"])
+        biases = biases.reshape(-1, *biases.shape[-4:])
         context = torch.from_numpy(inputs["context_states"]) if sees_all else states
         for i, layer in enumerate(self._model.blocks[first:stop]):
             active = remaining > i
@@ -119,12 +129,10 @@ class _OracleGraph:
                 both = torch.cat([torch.from_numpy(inputs["context_states"]), states])
                 context = both[_long(inputs["refresh_index"])]
             queries = states[gather]
+            keys = queries
             if sees_all:
-                keys = context[_long(inputs["context_gather_index"])]
-                visible = _within(inputs["context_lengths"], keys.shape[1])
-            else:
-                keys = queries
-                visible = _within(inputs["lengths"], keys.shape[1]) & active[gather]
+                keys = context[_long(inputs["context_gather_index"])[:, 0] // n_heads]
+            visible = biases[min(i, len(biases) - 1), :, 0, :, 0] == 0
             # The oracle's layer updates all it sees: run it on queries and keys side by side.
             joined = torch.cat([queries, keys], dim=1)
             mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)

@@ -51,9 +51,9 @@ def test_cases_hold_real_text_between_the_special_tokens(exported: Exported) -> 
     texts = np.array([1, 5, 6, 7, 2, 1, 8, 9, 2]), np.array([0, 5, 9])
     source = token_source(bundle, texts)
     assert (source.before, source.after) == ((1,), (2,))
-    batch = source.batch(2, 6, bundle)
+    batch = source.batches(2, 6, bundle)[0]
     assert batch.input_ids.reshape(2, 6).tolist() == [[1, 5, 6, 7, 8, 2], [1, 9, 5, 6, 7, 2]]
-    assert source.batch(3, 1, bundle).input_ids.tolist() == [1, 1, 1]
+    assert source.batches(3, 1, bundle)[0].input_ids.tolist() == [1, 1, 1]
 
 
 def test_operations_follow_the_depths_that_were_run(exported: Exported) -> None:

@@ -11,12 +11,16 @@ import pytest
 
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.runtime import session as session_module
-from sdt_deploy.runtime.routing import Int32, PaddedLayout, RoutePlan, RouteStep, plan_route
+from sdt_deploy.runtime.routing import Int32, RoutePlan, RouteStep, head_layouts, plan_route
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.samples import assert_parity, random_batch, random_model
 
-Mutation = Callable[[RouteStep], RouteStep]
+Mutation = Callable[[RoutePlan], RoutePlan]
+
+
+def every_step(change: Callable[[RouteStep], RouteStep]) -> Mutation:
+    return lambda plan: dataclasses.replace(plan, steps=tuple(change(step) for step in plan.steps))
 
 
 def model_config(context: str) -> ModelConfig:
@@ -32,6 +36,7 @@ def model_config(context: str) -> ModelConfig:
     )
 
 
+@every_step
 def swapped_sequences(step: RouteStep) -> RouteStep:
     """The first two sequences change places in the batch, their lengths do not."""
     gather = step.queries.gather_index.copy()
@@ -40,49 +45,51 @@ def swapped_sequences(step: RouteStep) -> RouteStep:
     return dataclasses.replace(step, queries=dataclasses.replace(step.queries, gather_index=gather))
 
 
-def unstable_compaction(step: RouteStep) -> RouteStep:
-    """Compaction that keeps the right rows in another order."""
-    if step.keep_index is None:
-        return step
-    return dataclasses.replace(step, keep_index=step.keep_index[::-1].copy())
+def wrong_destination(plan: RoutePlan) -> RoutePlan:
+    """Finished rows go to each other's tokens."""
+    return dataclasses.replace(plan, row_of=np.roll(plan.row_of, 1))
 
 
-def wrong_destination(step: RouteStep) -> RouteStep:
-    """Finished rows go to each other's places."""
-    return dataclasses.replace(step, publish_tokens=np.roll(step.publish_tokens, 1))
+def unsorted_rows(plan: RoutePlan) -> RoutePlan:
+    """Rows stay in the order of tokens, so that those which are dropped are not the finished."""
+    return dataclasses.replace(plan, order=None)
 
 
+@every_step
 def attention_across_sequences(step: RouteStep) -> RouteStep:
     """The whole batch as one sequence: the defect of the original research code."""
-    n = np.array([step.n_active], dtype=np.int32)
-    order = np.arange(step.n_active, dtype=np.int32)
-    joined = PaddedLayout(gather_index=order[None], lengths=n, scatter_index=order)
-    context = step.context
+    n_heads = step.queries.gather_index.shape[1]
+    rows = np.arange(step.n_active, dtype=np.int32)
+    joined = head_layouts(np.array([[step.n_active]]), rows, n_heads, 1)[0]
+    context, bias = step.context, joined.key_bias
     if context is not None:
-        index = context.gather_index.reshape(1, -1)
-        context = dataclasses.replace(
-            context, gather_index=index, lengths=np.array([index.size], dtype=np.int32)
-        )
-    return dataclasses.replace(step, queries=joined, context=context)
+        index = context.gather_index.swapaxes(0, 1).reshape(1, n_heads, -1)
+        bias = context.key_bias.swapaxes(0, 1).reshape(1, n_heads, -1, 1)
+        context = dataclasses.replace(context, gather_index=np.ascontiguousarray(index))
+    bias = np.ascontiguousarray(bias)
+    return dataclasses.replace(step, queries=joined, context=context, key_bias=bias)
 
 
-def stale_rows(step: RouteStep) -> RouteStep:
-    """Finished rows are never written back."""
+@every_step
+def shifted_rows(step: RouteStep) -> RouteStep:
+    """Attention's outputs go to each other's rows."""
+    assert step.queries.scatter_index is not None
+    scatter = np.roll(step.queries.scatter_index, 1, axis=0)
     return dataclasses.replace(
-        step, publish_rows=np.zeros(0, np.int32), publish_tokens=np.zeros(0, np.int32)
+        step, queries=dataclasses.replace(step.queries, scatter_index=scatter)
     )
 
 
-def identity(step: RouteStep) -> RouteStep:
-    return step
+def identity(plan: RoutePlan) -> RoutePlan:
+    return plan
 
 
 def run_with(mutation: Mutation, context: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def mutated_plan(
-        depths: Int32, cu: Int32, stages: tuple[tuple[int, int], ...], kind: str
+        depths: Int32, cu: Int32, stages: tuple[tuple[int, int], ...], kind: str, n_heads: int
     ) -> RoutePlan:
-        plan = plan_route(depths, cu, stages, kind)  # type: ignore[arg-type]
-        return dataclasses.replace(plan, steps=tuple(mutation(step) for step in plan.steps))
+        plan = plan_route(depths, cu, stages, kind, n_heads)  # type: ignore[arg-type]
+        return mutation(plan)
 
     monkeypatch.setattr(session_module, "plan_route", mutated_plan)
     config = model_config(context)
@@ -105,10 +112,10 @@ def test_without_a_mutation_parity_holds(context: str, monkeypatch: pytest.Monke
     "mutation",
     [
         swapped_sequences,
-        unstable_compaction,
+        unsorted_rows,
         wrong_destination,
         attention_across_sequences,
-        stale_rows,
+        shifted_rows,
     ],
 )
 def test_parity_catches(

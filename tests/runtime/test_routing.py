@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.runtime.routing import (
-    PaddedLayout,
+    HIDDEN,
+    HeadLayout,
     RoutePlan,
     depths_from_scores,
     padded_layout,
@@ -31,19 +32,34 @@ def routed_batches(
     return np.array(depths, dtype=np.int32), cu, n_layers, stages
 
 
-def check_layout(layout: PaddedLayout, counts: np.ndarray, rows: np.ndarray) -> None:
-    """Every sequence's rows stand left-aligned and in order; scatter finds them again."""
-    assert (
-        layout.gather_index.dtype == layout.lengths.dtype == layout.scatter_index.dtype == "int32"
-    )
+N_HEADS = 3
+
+
+def check_layout(layout: HeadLayout, counts: np.ndarray, rows: np.ndarray) -> None:
+    """Every head of every row has a place of its own, in order; scatter finds it again."""
+    batch, longest = len(counts), int(counts.max())
     assert layout.lengths.tolist() == counts.tolist()
+    assert layout.gather_index.shape == (batch, N_HEADS, longest)
+    assert layout.key_bias.shape == (batch, N_HEADS, longest, 1)
+    assert layout.max_seqlen == longest
+    for array in (layout.gather_index, layout.lengths, layout.scatter_index):
+        assert array is None or (array.dtype == np.int32 and array.flags.c_contiguous)
     start = 0
-    for row, count in enumerate(counts):
-        assert layout.gather_index[row, :count].tolist() == rows[start : start + count].tolist()
+    for sequence, count in enumerate(counts):
+        for head in range(N_HEADS):
+            expected = rows[start : start + count] * N_HEADS + head
+            np.testing.assert_array_equal(layout.gather_index[sequence, head, :count], expected)
+            assert (layout.key_bias[sequence, head, :count] == 0).all()
+            assert (layout.key_bias[sequence, head, count:] == HIDDEN).all()
         start += count
-    flat = layout.gather_index.reshape(-1)
-    np.testing.assert_array_equal(flat[layout.scatter_index], rows)
-    assert layout.max_seqlen == counts.max()
+    padded = layout.padded
+    assert padded.gather_index.shape == (batch, longest)
+    if layout.scatter_index is None or padded.scatter_index is None:
+        return
+    places = layout.gather_index.reshape(-1)[layout.scatter_index]
+    np.testing.assert_array_equal(places, np.arange(len(rows) * N_HEADS).reshape(-1, N_HEADS))
+    places = padded.gather_index.reshape(-1)[padded.scatter_index]
+    np.testing.assert_array_equal(places, np.arange(len(rows)))
 
 
 @given(drawn=routed_batches(), context=st.sampled_from(["active", "all"]))
@@ -52,61 +68,73 @@ def test_plan_follows_its_definition(
     drawn: tuple[np.ndarray, np.ndarray, int, tuple[tuple[int, int], ...]], context: str
 ) -> None:
     depths, cu, _, stages = drawn
-    plan = plan_route(depths, cu, stages, context)  # type: ignore[arg-type]
+    plan = plan_route(depths, cu, stages, context, N_HEADS)  # type: ignore[arg-type]
     sequence_of = np.repeat(np.arange(len(cu) - 1), np.diff(cu))
     everyone = np.arange(len(depths))
-    previous = everyone
+    order = everyone if plan.order is None else plan.order
+    np.testing.assert_array_equal(order, sorted(everyone, key=lambda token: -depths[token]))
+    np.testing.assert_array_equal(plan.row_of[order], everyone)
     assert [s.stage for s in plan.steps] == [
         i for i, (first, _) in enumerate(stages) if (depths > first).any()
     ]
     for step in plan.steps:
         first, stop = stages[step.stage]
         active = np.flatnonzero(depths > first)
-        np.testing.assert_array_equal(step.token_index, active)
         assert step.n_active == len(active)
-        kept = previous if step.keep_index is None else previous[step.keep_index]
-        np.testing.assert_array_equal(kept, active)
-        assert (step.keep_index is None) == (len(previous) == len(active))
+        assert set(order[: step.n_active]) == set(active)
         alive = np.unique(sequence_of[active])
         counts = np.bincount(sequence_of[active])[alive]
-        np.testing.assert_array_equal(np.diff(step.cu_seqlens), counts)
-        check_layout(step.queries, counts, np.arange(len(active)))
+        check_layout(step.queries, counts, plan.row_of[active])
         if context == "all":
             assert step.context is not None
             context_tokens = everyone[np.isin(sequence_of, alive)]
-            check_layout(step.context, np.bincount(sequence_of)[alive], context_tokens)
+            rows = plan.row_of[context_tokens]
+            check_layout(step.context, np.bincount(sequence_of)[alive], rows)
         else:
             assert step.context is None
-        rows = np.arange(len(active)) if step.publish_rows is None else step.publish_rows
-        np.testing.assert_array_equal(active[rows], step.publish_tokens)
-        finished = active[depths[active] <= stop]
-        published = set(step.publish_tokens.tolist())
-        assert set(finished.tolist()) <= published
-        if context == "active":
-            assert published == set(finished.tolist())
+        if context == "active" and stop - first > 1:
+            assert step.key_bias.shape[0] == stop - first
+            assert step.remaining_depth is not None
+            places = step.queries.scatter_index
+            assert places is not None
+            for i, bias in enumerate(step.key_bias):
+                seen = bias.reshape(-1)[places] == 0
+                deeper = depths[order[: step.n_active]] > first + i
+                assert (seen == deeper[:, None]).all()
+                assert (bias[step.queries.key_bias != 0] == HIDDEN).all()
+        else:
+            seen_by = step.context or step.queries
+            np.testing.assert_array_equal(step.key_bias, seen_by.key_bias)
         if stop - first > 1:
             assert step.remaining_depth is not None
-            np.testing.assert_array_equal(step.remaining_depth, depths[active] - first)
+            rows_depths = depths[order[: step.n_active]]
+            np.testing.assert_array_equal(step.remaining_depth, rows_depths - first)
             if context == "all":
                 assert step.refresh_index is not None
-                rows_of = np.full(len(depths), -1)
-                rows_of[active] = np.arange(len(active)) + len(depths)
-                expected = np.where(rows_of >= 0, rows_of, everyone)
+                expected = np.arange(len(depths)) + len(depths) * (everyone < step.n_active)
                 np.testing.assert_array_equal(step.refresh_index, expected)
-        previous = active
 
 
 def steps_of(depths: list[int], lengths: list[int], context: str = "active") -> RoutePlan:
     cu = np.cumsum([0, *lengths], dtype=np.int32)
     stages = ExportConfig().stage_layers(3)
-    return plan_route(np.array(depths, dtype=np.int32), cu, stages, context)  # type: ignore[arg-type]
+    return plan_route(np.array(depths, dtype=np.int32), cu, stages, context, N_HEADS)  # type: ignore[arg-type]
 
 
 def test_nobody_leaves_nothing_is_copied() -> None:
     plan = steps_of([3, 3, 3], [1, 2])
-    assert [step.keep_index for step in plan.steps] == [None] * 3
-    assert [len(step.publish_tokens) for step in plan.steps] == [0, 0, 3]
+    assert plan.order is None
+    assert [step.n_active for step in plan.steps] == [3] * 3
     assert plan.steps[1].queries is plan.steps[0].queries
+
+
+def test_tokens_of_a_sequence_keep_their_order() -> None:
+    """Which causal attention and rotary positions will need: places follow tokens, rows do not."""
+    plan = steps_of([1, 3, 2, 3], [4])
+    assert plan.order is not None
+    assert plan.order.tolist() == [1, 3, 2, 0]
+    tokens = [plan.order[step.queries.padded.gather_index[0]].tolist() for step in plan.steps]
+    assert tokens == [[0, 1, 2, 3], [1, 2, 3], [1, 3]]
 
 
 def test_depth_0_is_never_run_and_a_stage_without_tokens_is_left_out() -> None:
@@ -118,7 +146,7 @@ def test_finished_sequences_leave_the_attention_batch() -> None:
     plan = steps_of([1, 1, 3, 1], [2, 2], "all")
     assert [len(step.queries.lengths) for step in plan.steps] == [2, 1, 1]
     assert plan.steps[1].context is not None
-    assert plan.steps[1].context.gather_index.tolist() == [[2, 3]]
+    assert plan.steps[1].context.padded.gather_index.tolist() == [[0, 3]]
 
 
 @given(

@@ -129,8 +129,9 @@ def test_result_describes_the_run(exported: Exported) -> None:
     assert usage.active_tokens == tuple(int((result.depths > i).sum()) for i in range(3))
     assert usage.ideal_ratio == pytest.approx(result.depths.mean() / 3)
     timings = result.timings
-    parts = timings.entry_ms + timings.route_ms + sum(timings.stage_ms)
-    assert parts + timings.move_ms + timings.head_ms == pytest.approx(timings.total_ms)
+    engines = timings.entry_ms + sum(timings.stage_ms) + timings.head_ms
+    assert engines + timings.move_ms + timings.overhead_ms == pytest.approx(timings.total_ms)
+    assert 0 < timings.route_ms < timings.overhead_ms
     assert [len(piece) for piece in result.split(result.output)] == [20, 9]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import BackendError
-from sdt_deploy.ort import open_session, run_into
-from sdt_deploy.runtime.backend import Array, Graph, HostMemory
+from sdt_deploy.ort import bind_arrays, open_session
+from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
 
 
 class OnnxRuntimeGraph:
@@ -18,9 +18,9 @@ class OnnxRuntimeGraph:
     def __init__(self, session: Any) -> None:
         self._session = session
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """See :meth:`sdt_deploy.runtime.backend.Graph.run`."""
-        run_into(self._session, inputs, outputs)
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """See :meth:`sdt_deploy.runtime.backend.Graph.bind`."""
+        return bind_arrays(self._session, inputs, outputs)
 
 
 class OnnxRuntimeCpuBackend(HostMemory):
