@@ -158,7 +158,7 @@ def measure_case(
         seq=size[1],
         n_tokens=batch.n_tokens,
         backend=session.backend.name,
-        precision=manifest.export.precision,
+        precision=manifest.export.numbers,
         n_stages=len(manifest.stages),
         mean_depth=result.layer_usage.mean_depth,
         depth_histogram=result.layer_usage.depth_histogram,
