@@ -56,6 +56,13 @@ class ImportanceChoice(StrEnum):
     random = "random"
 
 
+class QuantizationChoice(StrEnum):
+    """What the products of the layers are computed in, if not in the precision."""
+
+    none = "none"
+    int8 = "int8"
+
+
 class HeadChoice(StrEnum):
     """What is computed from the last hidden states."""
 
@@ -173,6 +180,10 @@ def export(
     model: Annotated[Path, typer.Argument(help="Native model directory.")],
     bundle: Annotated[Path, typer.Argument(help="Bundle directory to make.")],
     layers_per_stage: Annotated[int, typer.Option(min=1, help="Layers in one graph.")] = 1,
+    quantize: Annotated[
+        QuantizationChoice,
+        typer.Option(help="int8: faster on CPUs, outputs depend a little on the batch."),
+    ] = QuantizationChoice.none,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a model as a bundle of ONNX graphs and check each of them.
@@ -193,7 +204,7 @@ def export(
         manifest = export_model(
             checkpoint,
             bundle,
-            ExportConfig(layers_per_stage=layers_per_stage),
+            ExportConfig(layers_per_stage=layers_per_stage, quantization=quantize.value),
             overwrite=overwrite,
             progress=advance,
         )
@@ -222,6 +233,7 @@ def inspect(
         f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
         "head": config.head.kind,
         "context": config.context,
+        "numbers": manifest.export.numbers,
         "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
         "source": manifest.provenance.get("source", "unknown"),
         "licence": manifest.provenance.get("license") or "unknown",

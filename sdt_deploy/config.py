@@ -18,10 +18,15 @@ ProbeKind = Literal["linear", "none"]
 HeadKind = Literal["hidden", "lm", "embedding", "classify"]
 Pooling = Literal["mean", "cls"]
 Precision = Literal["float32"]
+Quantization = Literal["none", "int8"]
 Target = Literal["onnxruntime"]
 
 OPSETS: Mapping[str, int] = {"onnxruntime": 18}
 """ONNX opset of the exported graphs, per target."""
+
+INT8_TOLERANCE = 0.3
+"""Largest deviation of int8 outputs from those of the float32 model, as the ratio of their norms;
+``docs/decisions/007-int8.md`` says what was measured."""
 
 
 def _check(condition: bool, message: str) -> None:
@@ -224,18 +229,30 @@ class ExportConfig:
     layers_per_stage: int = 1
     """Consecutive layers in one stage graph."""
     precision: Precision = "float32"
+    quantization: Quantization = "none"
+    """``int8``: the products of the layers with their weights, everything else in ``precision``."""
     target: Target = "onnxruntime"
     """Decides the opset, see :data:`OPSETS`."""
 
     def __post_init__(self) -> None:
         _check_positive("layers_per_stage", self.layers_per_stage)
         _check_choice("precision", self.precision, Precision)
+        _check_choice("quantization", self.quantization, Quantization)
+        _check(
+            self.quantization == "none" or self.precision == "float32",
+            f"quantization needs precision 'float32', not {self.precision!r}",
+        )
         _check_choice("target", self.target, Target)
 
     @property
     def opset(self) -> int:
         """ONNX opset of every graph."""
         return OPSETS[self.target]
+
+    @property
+    def numbers(self) -> str:
+        """What the layers compute in, in one word."""
+        return self.precision if self.quantization == "none" else self.quantization
 
     def stage_layers(self, n_layers: int) -> tuple[tuple[int, int], ...]:
         """Return ``(first layer, one past the last)`` of every stage."""

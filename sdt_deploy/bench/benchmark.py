@@ -185,7 +185,7 @@ def measure_case(
         n_tokens=batches[0].n_tokens,
         n_batches=len(batches),
         backend=session.backend.name,
-        precision=manifest.export.precision,
+        precision=manifest.export.numbers,
         n_stages=len(manifest.stages),
         mean_depth=usage.mean_depth,
         depth_histogram=usage.depth_histogram,

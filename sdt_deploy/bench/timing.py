@@ -23,8 +23,19 @@ class Timed:
     n_runs: int
 
 
+def wall_ms(run: Callable[[], object]) -> float:
+    """Return how long one call takes."""
+    start = perf_counter()
+    run()
+    return (perf_counter() - start) * 1e3
+
+
 def interleave(
-    candidates: Mapping[str, Callable[[], object]], *, budget_s: float, seed: int = 0
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    budget_s: float,
+    seed: int = 0,
+    clock: Callable[[Callable[[], object]], float] = wall_ms,
 ) -> dict[str, Timed]:
     """Time ``candidates`` against each other.
 
@@ -32,6 +43,7 @@ def interleave(
         candidates: what to run, by name.
         budget_s: stop after about this long, but not before :data:`MIN_ROUNDS` rounds.
         seed: of the order within the rounds.
+        clock: runs a candidate and returns its milliseconds.
     """
     order = list(candidates)
     generator = random.Random(seed)
@@ -44,9 +56,7 @@ def interleave(
     while n_rounds < MIN_ROUNDS or (perf_counter() - start < budget_s and n_rounds < MAX_ROUNDS):
         generator.shuffle(order)
         for name in order:
-            before = perf_counter()
-            candidates[name]()
-            times[name].append((perf_counter() - before) * 1e3)
+            times[name].append(clock(candidates[name]))
         n_rounds += 1
     summary = {}
     for name, values in times.items():

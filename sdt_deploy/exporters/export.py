@@ -25,6 +25,7 @@ from sdt_deploy.bundle import (
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.exporters.onnx import WeightsWriter, graph_hash, parameters_of, save, trace
 from sdt_deploy.exporters.partition import GraphPart, partition
+from sdt_deploy.exporters.quantization import quantize
 from sdt_deploy.exporters.verify import assert_dynamic, verify_graph
 from sdt_deploy.files import new_directory
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
@@ -81,7 +82,9 @@ def export(
                 inputs=part.module.inputs,
                 outputs=part.module.outputs,
                 graph_sha256=hashes[part.name],
-                max_abs_error=verify_graph(path, part.name, layers.get(part.name), model),
+                max_abs_error=verify_graph(
+                    path, part.name, layers.get(part.name), model, config.quantization
+                ),
                 attention_layout="padded-heads" if part.name in layers else None,
                 layers=layers.get(part.name),
             )
@@ -120,7 +123,10 @@ def _write_graphs(
             progress(f"export {part.name}", i, 2 * len(parts))
             if part.topology not in traced:
                 traced[part.topology] = trace(part.module, opset=config.opset)
-            proto = weights.fill(traced[part.topology], parameters_of(part.module))
+            proto, parameters = traced[part.topology], parameters_of(part.module)
+            if config.quantization == "int8":
+                proto, parameters = quantize(proto, parameters)
+            proto = weights.fill(proto, parameters)
             hashes[part.name] = graph_hash(proto)
             save(proto, directory / f"{part.name}.onnx")
     return hashes

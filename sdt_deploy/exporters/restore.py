@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdt_deploy.bundle import Bundle
+from sdt_deploy.exporters.quantization import QUANTIZED, SCALE, ZERO_POINT, dequantize
 from sdt_deploy.extras import require
 from sdt_deploy.model.checkpoints import load_weights
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -19,6 +20,8 @@ _ATTENTION = ("query", "key", "value", "output")
 
 def restore(bundle: Bundle) -> SparseDepthTransformer:
     """Rebuild the model from the weights in a bundle's entry, stages and head.
+
+    int8 weights come back as the float32 numbers that they stand for.
 
     Raises:
         MissingExtraError: if onnx is not installed.
@@ -41,8 +44,13 @@ def restore(bundle: Bundle) -> SparseDepthTransformer:
 def _initializers(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     onnx = require("onnx", extra="export", purpose="Reading the weights of a bundle")
     graph = onnx.load(str(path)).graph
-    for tensor in graph.initializer:
-        yield tensor.name, onnx.numpy_helper.to_array(tensor)
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for name, array in arrays.items():
+        weight = name.removesuffix(QUANTIZED)
+        if weight != name:
+            yield weight, dequantize(array, arrays[weight + SCALE])
+        elif name.removesuffix(SCALE).removesuffix(ZERO_POINT) + QUANTIZED not in arrays:
+            yield name, array
 
 
 def _model_name(name: str, first_layer: int) -> tuple[str | None, bool]:
