@@ -17,7 +17,7 @@ Context = Literal["active", "all"]
 ProbeKind = Literal["linear", "none"]
 HeadKind = Literal["hidden", "lm", "embedding", "classify"]
 Pooling = Literal["mean", "cls"]
-Precision = Literal["float32"]
+Precision = Literal["float32", "float16", "bfloat16"]
 Target = Literal["onnxruntime"]
 
 OPSETS: Mapping[str, int] = {"onnxruntime": 18}
@@ -224,6 +224,8 @@ class ExportConfig:
     layers_per_stage: int = 1
     """Consecutive layers in one stage graph."""
     precision: Precision = "float32"
+    """Type of products and of the states between graphs. Scores, norms, softmax, residual sums and
+    outputs are float32 in all."""
     target: Target = "onnxruntime"
     """Decides the opset, see :data:`OPSETS`."""
 
