@@ -19,12 +19,16 @@ from sdt_deploy.errors import BundleFormatError, BundleIntegrityError, ConfigErr
 from sdt_deploy.files import sha256, write_file
 
 FORMAT = "sdt-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 knows no precision but float32."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 REFERENCE = "reference.npz"
 TOKENIZER = "tokenizer.json"
 SAMPLE = "sample.npz"
+STATES = frozenset({"hidden_states", "context_states", "updated_states"})
+"""Inputs and outputs in the precision of the export; the others are float32 or int32 in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class TensorSpec:
     axes: tuple[str | int, ...]
     """A name for each dynamic axis, a length for each static one."""
     dtype: str
-    """NumPy name."""
+    """NumPy name, or ``bfloat16``, which NumPy lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class GraphSpec:
     graph_sha256: str
     """Hash of the graph without the place of its weights; equal for layers of equal topology."""
     max_abs_error: float
-    """Largest deviation from the PyTorch model when the graph was exported."""
+    """Largest deviation from the float32 PyTorch model when the graph was exported."""
     attention_layout: str | None = None
     """``padded`` for stages; None for graphs whose inputs need no layout."""
     layers: tuple[int, int] | None = None
@@ -113,15 +117,19 @@ class Manifest:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise BundleFormatError(f'{where} is not the manifest of a bundle (no "{FORMAT}")')
         version = body.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        if version not in READABLE_VERSIONS or isinstance(version, bool):
             raise BundleFormatError(
                 f"{where} has format version {version!r}; this release of sdt-deploy reads "
-                f"version {FORMAT_VERSION}. Export again, or use the release that wrote it"
+                f"versions {' and '.join(map(str, READABLE_VERSIONS))}. Export again, or use the "
+                "release that wrote it"
             )
         if body.pop("digest", None) != _digest(body):
             raise BundleIntegrityError(f"{where} was altered after the export: digest mismatch")
         try:
-            return cls._from_body(body)
+            manifest = cls._from_body(body)
+            if version == 1 and manifest.export.precision != "float32":
+                raise ConfigError(f"version 1 has no precision {manifest.export.precision}")
+            return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleFormatError(f"{where} cannot be read: {error!r}") from error
 
@@ -173,8 +181,13 @@ class Manifest:
             if spec.attention_layout not in (None, "padded"):
                 raise ConfigError(f"graph {spec.name}: attention layout {spec.attention_layout!r}")
             for tensor in (*spec.inputs, *spec.outputs):
-                if tensor.dtype not in ("float32", "int32"):
-                    raise ConfigError(f"graph {spec.name}: {tensor.name} is {tensor.dtype!r}")
+                is_state = tensor.name in STATES
+                allowed = (self.export.precision,) if is_state else ("float32", "int32")
+                if tensor.dtype not in allowed:
+                    raise ConfigError(
+                        f"graph {spec.name}: {tensor.name} is {tensor.dtype!r}, not "
+                        f"{' or '.join(allowed)}"
+                    )
         expected = 0
         for first, stop in self.stage_layers:
             if first != expected or stop <= first:

@@ -56,6 +56,14 @@ class ImportanceChoice(StrEnum):
     random = "random"
 
 
+class PrecisionChoice(StrEnum):
+    """Type of products and states; scores, norms, softmax and outputs are float32 in all."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 class HeadChoice(StrEnum):
     """What is computed from the last hidden states."""
 
@@ -72,6 +80,13 @@ class PathChoice(StrEnum):
     masked = "masked"
     dense = "dense"
 
+
+CHECKED_WITH = {
+    PrecisionChoice.float32: "ONNX Runtime",
+    PrecisionChoice.float16: "ONNX Runtime and the reference evaluator of onnx; for GPUs: a CPU "
+    "computes float16 in float32, through casts",
+    PrecisionChoice.bfloat16: "the reference evaluator of onnx; for GPUs: no CPU backend runs it",
+}
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
@@ -173,6 +188,10 @@ def export(
     model: Annotated[Path, typer.Argument(help="Native model directory.")],
     bundle: Annotated[Path, typer.Argument(help="Bundle directory to make.")],
     layers_per_stage: Annotated[int, typer.Option(min=1, help="Layers in one graph.")] = 1,
+    precision: Annotated[
+        PrecisionChoice,
+        typer.Option(help="Type of products and states; float16 and bfloat16 are for GPUs."),
+    ] = PrecisionChoice.float32,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a model as a bundle of ONNX graphs and check each of them.
@@ -193,12 +212,15 @@ def export(
         manifest = export_model(
             checkpoint,
             bundle,
-            ExportConfig(layers_per_stage=layers_per_stage),
+            ExportConfig(layers_per_stage=layers_per_stage, precision=precision.value),
             overwrite=overwrite,
             progress=advance,
         )
     print_graphs(manifest.graphs.values())
-    console.print(f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files")
+    console.print(
+        f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files, {precision.value}, "
+        f"checked with {CHECKED_WITH[precision]}"
+    )
 
 
 @app.command()
@@ -222,6 +244,7 @@ def inspect(
         f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
         "head": config.head.kind,
         "context": config.context,
+        "precision": manifest.export.precision,
         "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
         "source": manifest.provenance.get("source", "unknown"),
         "licence": manifest.provenance.get("license") or "unknown",

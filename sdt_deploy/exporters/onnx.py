@@ -177,11 +177,15 @@ def parameters_of(module: GraphModule) -> dict[str, np.ndarray]:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """Return ``tensor`` as an array; NumPy gets bfloat16 from ml_dtypes, as onnx uses it."""
+    """Return ``tensor`` as an array, a bfloat16 one too."""
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
-    bfloat16 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
-    return tensor.view(torch.int16).numpy().view(bfloat16)
+    return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy type ``name``; bfloat16 comes from ml_dtypes, by way of onnx."""
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(_ONNX_TYPES[name]))
 
 
 def save(proto: onnx.ModelProto, path: Path) -> None:

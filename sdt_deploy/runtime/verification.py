@@ -8,12 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.bundle import REFERENCE, Bundle
+from sdt_deploy.config import TOLERANCES
 from sdt_deploy.errors import VerificationError
 from sdt_deploy.runtime.result import PathName, RunResult
 from sdt_deploy.runtime.session import Session
-
-TOLERANCE = 1e-3
-"""Largest deviation, relative to the largest value of a case, that passes for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +32,9 @@ def verify_bundle(bundle: Bundle, session: Session) -> list[PathCheck]:
     Sequences with a routing flip are counted and left out of the comparison.
 
     Raises:
-        VerificationError: if an output deviates by more than :data:`TOLERANCE` at equal depths, or
-            if more than two tokens and more than one in a hundred change their depth.
+        VerificationError: if an output deviates at equal depths by more than the tolerance of the
+            bundle's precision, relative to the largest output, or if more than two tokens and more
+            than one in a hundred change their depth.
     """
     with np.load(bundle.file(REFERENCE), allow_pickle=False) as arrays:
         reference = dict(arrays)
@@ -44,6 +43,9 @@ def verify_bundle(bundle: Bundle, session: Session) -> list[PathCheck]:
     paths: tuple[PathName, ...] = ("sparse", "masked", "dense")
     checks = []
     for path in paths:
+        answer = "dense_output" if path == "dense" else "output"
+        largest = max(float(np.abs(reference[f"{case}/{answer}"]).max()) for case in range(n_cases))
+        tolerance = TOLERANCES[bundle.manifest.export.precision] * largest
         worst, flips = 0.0, 0
         for case in range(n_cases):
             arrays_of = {
@@ -55,9 +57,8 @@ def verify_bundle(bundle: Bundle, session: Session) -> list[PathCheck]:
             if path == "dense":
                 flipped[:] = False
             flips += int(flipped.sum())
-            expected = arrays_of["dense_output" if path == "dense" else "output"]
-            error = _largest_error(result, expected, flipped)
-            if not error <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+            error = _largest_error(result, arrays_of[answer], flipped)
+            if not error <= tolerance:
                 raise VerificationError(
                     f"path {path}, case {case}: the output deviates by {error:.3g} from the "
                     "reference in the bundle"
