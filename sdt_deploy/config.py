@@ -23,7 +23,7 @@ Target = Literal["onnxruntime"]
 OPSETS: Mapping[str, int] = {"onnxruntime": 18}
 """ONNX opset of the exported graphs, per target."""
 
-TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 6e-2}
+TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 8e-2}
 """Relative deviation from the float32 model that passes for rounding, per precision; chosen from
 what was measured, see ``docs/decisions/006-precision.md``."""
 

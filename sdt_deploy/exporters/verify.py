@@ -96,6 +96,7 @@ def verify_graph(
                         f"graph {name} deviates by {deviation:.3g} from the PyTorch model in {key} "
                         f"(sequences of {cut.tolist()} tokens, {precision}, {engine}). Values are "
                         f"about {size:.3g}, and {tolerance:g} of that passes for rounding"
+                        f"{'' if precision == 'float32' else '. Try --precision float32'}"
                     )
                 worst = max(worst, float(error.max()))
     return worst
