@@ -20,7 +20,7 @@ from sdt_deploy.files import sha256, write_file
 
 FORMAT = "sdt-bundle"
 FORMAT_VERSION = 2
-"""Written; version 1 is read as well."""
+"""Written; version 1 is read as well, which knows no precision but float32."""
 ATTENTION_LAYOUTS: Mapping[int, str] = {1: "padded", 2: "padded-heads"}
 """What a stage takes to lay packed rows out for attention, by format version."""
 MANIFEST = "manifest.json"
@@ -28,6 +28,8 @@ WEIGHTS = "weights.bin"
 REFERENCE = "reference.npz"
 TOKENIZER = "tokenizer.json"
 SAMPLE = "sample.npz"
+STATES = frozenset({"hidden_states", "context_states", "updated_states"})
+"""Inputs and outputs in the precision of the export; the others are float32 or int32 in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class TensorSpec:
     axes: tuple[str | int, ...]
     """A name for each dynamic axis, a length for each static one."""
     dtype: str
-    """NumPy name."""
+    """NumPy name, or ``bfloat16``, which NumPy lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class GraphSpec:
     graph_sha256: str
     """Hash of the graph without the place of its weights; equal for layers of equal topology."""
     max_abs_error: float
-    """Largest deviation from the PyTorch model when the graph was exported."""
+    """Largest deviation from the float32 PyTorch model when the graph was exported."""
     attention_layout: str | None = None
     """``padded-heads`` for stages (``padded`` in format version 1); None for other graphs."""
     layers: tuple[int, int] | None = None
@@ -120,13 +122,16 @@ class Manifest:
         if isinstance(version, bool) or version not in tuple(ATTENTION_LAYOUTS):
             raise BundleFormatError(
                 f"{where} has format version {version!r}; this release of sdt-deploy reads "
-                f"versions {', '.join(map(str, ATTENTION_LAYOUTS))}. Export again, or use the "
+                f"versions {' and '.join(map(str, ATTENTION_LAYOUTS))}. Export again, or use the "
                 "release that wrote it"
             )
         if body.pop("digest", None) != _digest(body):
             raise BundleIntegrityError(f"{where} was altered after the export: digest mismatch")
         try:
-            return cls._from_body(body)
+            manifest = cls._from_body(body)
+            if version == 1 and manifest.export.precision != "float32":
+                raise ConfigError(f"version 1 has no precision {manifest.export.precision}")
+            return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleFormatError(f"{where} cannot be read: {error!r}") from error
 
@@ -179,8 +184,13 @@ class Manifest:
             if spec.attention_layout not in (None, ATTENTION_LAYOUTS[self.format_version]):
                 raise ConfigError(f"graph {spec.name}: attention layout {spec.attention_layout!r}")
             for tensor in (*spec.inputs, *spec.outputs):
-                if tensor.dtype not in ("float32", "int32"):
-                    raise ConfigError(f"graph {spec.name}: {tensor.name} is {tensor.dtype!r}")
+                is_state = tensor.name in STATES
+                allowed = (self.export.precision,) if is_state else ("float32", "int32")
+                if tensor.dtype not in allowed:
+                    raise ConfigError(
+                        f"graph {spec.name}: {tensor.name} is {tensor.dtype!r}, not "
+                        f"{' or '.join(allowed)}"
+                    )
         expected = 0
         for first, stop in self.stage_layers:
             if first != expected or stop <= first:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from zipfile import BadZipFile
@@ -12,6 +11,15 @@ from zipfile import BadZipFile
 import typer
 from rich.markup import escape
 
+from sdt_deploy.choices import (
+    ContextChoice,
+    HeadChoice,
+    ImportanceChoice,
+    LevelsChoice,
+    PathChoice,
+    PrecisionChoice,
+    QuantizationChoice,
+)
 from sdt_deploy.console import (
     console,
     messages,
@@ -32,53 +40,12 @@ app = typer.Typer(
 )
 
 
-class ContextChoice(StrEnum):
-    """What active tokens see."""
-
-    active = "active"
-    all = "all"
-
-
-class LevelsChoice(StrEnum):
-    """Which depths thresholds allow."""
-
-    graded = "graded"
-    two_level = "two-level"
-
-
-class ImportanceChoice(StrEnum):
-    """What the probe is fitted to."""
-
-    attention = "attention"
-    stability = "stability"
-    change = "change"
-    rarity = "rarity"
-    random = "random"
-
-
-class QuantizationChoice(StrEnum):
-    """What the products of the layers are computed in, if not in the precision."""
-
-    none = "none"
-    int8 = "int8"
-
-
-class HeadChoice(StrEnum):
-    """What is computed from the last hidden states."""
-
-    hidden = "hidden"
-    embedding = "embedding"
-    classify = "classify"
-
-
-class PathChoice(StrEnum):
-    """Which path computes the answer."""
-
-    auto = "auto"
-    sparse = "sparse"
-    masked = "masked"
-    dense = "dense"
-
+CHECKED_WITH = {
+    PrecisionChoice.float32: "ONNX Runtime",
+    PrecisionChoice.float16: "ONNX Runtime and the reference evaluator of onnx; for GPUs: a CPU "
+    "computes float16 in float32, through casts",
+    PrecisionChoice.bfloat16: "the reference evaluator of onnx; for GPUs: no CPU backend runs it",
+}
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
@@ -184,6 +151,10 @@ def export(
         QuantizationChoice,
         typer.Option(help="int8: faster on CPUs, outputs depend a little on the batch."),
     ] = QuantizationChoice.none,
+    precision: Annotated[
+        PrecisionChoice,
+        typer.Option(help="Type of products and states; float16 and bfloat16 are for GPUs."),
+    ] = PrecisionChoice.float32,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a model as a bundle of ONNX graphs and check each of them.
@@ -204,12 +175,19 @@ def export(
         manifest = export_model(
             checkpoint,
             bundle,
-            ExportConfig(layers_per_stage=layers_per_stage, quantization=quantize.value),
+            ExportConfig(
+                layers_per_stage=layers_per_stage,
+                precision=precision.value,
+                quantization=quantize.value,
+            ),
             overwrite=overwrite,
             progress=advance,
         )
     print_graphs(manifest.graphs.values())
-    console.print(f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files")
+    console.print(
+        f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files, {precision.value}, "
+        f"checked with {CHECKED_WITH[precision]}"
+    )
 
 
 @app.command()

@@ -17,12 +17,16 @@ Context = Literal["active", "all"]
 ProbeKind = Literal["linear", "none"]
 HeadKind = Literal["hidden", "lm", "embedding", "classify"]
 Pooling = Literal["mean", "cls"]
-Precision = Literal["float32"]
+Precision = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8"]
 Target = Literal["onnxruntime"]
 
 OPSETS: Mapping[str, int] = {"onnxruntime": 18}
 """ONNX opset of the exported graphs, per target."""
+
+TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 8e-2}
+"""Relative deviation from the float32 model that passes for rounding, per precision; chosen from
+what was measured, see ``docs/decisions/008-precision.md``."""
 
 INT8_TOLERANCE = 0.3
 """Largest deviation of int8 outputs from those of the float32 model, as the ratio of their norms;
@@ -229,6 +233,8 @@ class ExportConfig:
     layers_per_stage: int = 1
     """Consecutive layers in one stage graph."""
     precision: Precision = "float32"
+    """Type of products and of the states between graphs. Scores, norms, softmax, residual sums and
+    outputs are float32 in all."""
     quantization: Quantization = "none"
     """``int8``: the products of the layers with their weights, everything else in ``precision``."""
     target: Target = "onnxruntime"

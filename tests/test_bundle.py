@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sdt_deploy.bundle import MANIFEST, WEIGHTS, Bundle, Manifest, _digest
+from sdt_deploy.bundle import MANIFEST, STATES, WEIGHTS, Bundle, Manifest, _digest
 from sdt_deploy.errors import BundleError, BundleFormatError, BundleIntegrityError, OutputError
 from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.onnx import ALIGNMENT
@@ -74,7 +74,9 @@ def test_every_byte_of_every_file_counts(copied: Path) -> None:
 
 def test_a_newer_version_says_so(copied: Path) -> None:
     edit(copied, lambda body: body.update(format_version=3))
-    with pytest.raises(BundleFormatError, match=r"format version 3; this release.*versions 1, 2"):
+    with pytest.raises(
+        BundleFormatError, match=r"format version 3; this release.*versions 1 and 2"
+    ):
         Bundle.open(copied)
 
 
@@ -123,6 +125,21 @@ def _graphs(body: Any) -> list[dict[str, Any]]:
     return graphs
 
 
+def _in_half(body: Any, *, version: int) -> None:
+    """Turn a float32 manifest into one of bfloat16."""
+    body.update(format_version=version)
+    body["export"]["precision"] = "bfloat16"
+    for graph in _graphs(body):
+        for tensor in (*graph["inputs"], *graph["outputs"]):
+            if tensor["name"] in STATES:
+                tensor["dtype"] = "bfloat16"
+
+
+def test_half_precision_came_with_version_2(copied: Path) -> None:
+    edit(copied, lambda body: _in_half(body, version=2))
+    assert Bundle.open(copied).manifest.export.precision == "bfloat16"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -140,6 +157,9 @@ def _graphs(body: Any) -> list[dict[str, Any]]:
         lambda body: body.update(format_version=True),
         lambda body: body["model"].update(thresholds=[0.5, 0.1, 0.2]),
         lambda body: body["export"].update(precision="int3"),
+        lambda body: body["export"].update(precision="float16"),
+        lambda body: _graphs(body)[1]["outputs"][0].update(dtype="float16"),
+        lambda body: _in_half(body, version=1),
         lambda body: body.update(model=[]),
     ],
 )

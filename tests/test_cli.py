@@ -67,6 +67,15 @@ def test_export_inspect_verify(exported: Exported, tmp_path: Path) -> None:
     assert "is not a bundle" in call("verify", native, code=2)
 
 
+def test_export_in_bfloat16(exported: Exported, tmp_path: Path) -> None:
+    native, bundle = exported("dense-twin").native, tmp_path / "bundle"
+    text = call("export", native, bundle, "--precision", "bfloat16")
+    assert "bfloat16, checked with the reference evaluator" in text
+    assert "bfloat16" in call("inspect", bundle)
+    assert "no bfloat16 kernels" in call("verify", bundle, code=2)
+    assert "float64" in call("export", native, tmp_path / "x", "--precision", "float64", code=2)
+
+
 def test_run(exported: Exported, tmp_path: Path) -> None:
     sample = exported("all-embedding")
     ids = np.random.default_rng(0).integers(0, 47, (3, 11))

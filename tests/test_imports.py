@@ -32,6 +32,7 @@ LEVELS = (
     "bench",
     "testing",
     "__init__",
+    "choices",
     "console",
     "cli",
 )

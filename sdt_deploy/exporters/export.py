@@ -54,7 +54,7 @@ def export(
         progress: see :data:`Progress`.
 
     Raises:
-        ExportError: if a graph cannot be exported.
+        ExportError: if a graph cannot be exported, or a weight is beyond the precision's range.
         VerificationError: if a graph disagrees with the model.
         OutputError: if ``target`` exists or cannot be written.
     """
@@ -82,9 +82,7 @@ def export(
                 inputs=part.module.inputs,
                 outputs=part.module.outputs,
                 graph_sha256=hashes[part.name],
-                max_abs_error=verify_graph(
-                    path, part.name, layers.get(part.name), model, config.quantization
-                ),
+                max_abs_error=verify_graph(path, part.name, layers.get(part.name), model, config),
                 attention_layout="padded-heads" if part.name in layers else None,
                 layers=layers.get(part.name),
             )

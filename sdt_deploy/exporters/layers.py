@@ -8,6 +8,10 @@ Some forms are chosen for the kernels they reach (``docs/decisions/002-graph-for
 are stored as they are multiplied, GELU is written ``x · (1 + erf(x / √2)) · ½``, queries, keys and
 values are three products, and the mask enters the attention logits as one more dimension of queries
 and keys.
+
+Products are computed in the type of their weights, which is the precision of the export. Norms,
+softmax and residual sums are float32 in every precision (``docs/decisions/008-precision.md``); the
+casts around them vanish where the precision is float32.
 """
 
 from __future__ import annotations
@@ -80,18 +84,25 @@ def key_bias(visible: Tensor, n_heads: int, dtype: torch.dtype) -> Tensor:
     return bias.expand(-1, n_heads, -1, -1)
 
 
+def narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a float32 bias into ``dtype``, again with half of its smallest number."""
+    if bias.dtype == dtype:
+        return bias
+    return bias.clamp_min(torch.finfo(dtype).min / 2).to(dtype)
+
+
 def within(lengths: Tensor, max_seqlen: int) -> Tensor:
     """Return ``[batch, max_seqlen]`` bool: which places of a padded batch hold a token."""
     return torch.arange(max_seqlen, dtype=torch.int32)[None, :] < lengths[:, None]
 
 
 class PackedLinear(nn.Module):
-    """``rows @ weight + bias`` with the weight stored as ``[in, out]``."""
+    """``rows @ weight + bias`` in ``dtype`` with the weight stored as ``[in, out]``."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().T.contiguous())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach())
+        self.weight = nn.Parameter(linear.weight.detach().T.to(dtype).contiguous())
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(dtype))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""
@@ -102,11 +113,11 @@ class PackedLinear(nn.Module):
 class PackedFeedForward(nn.Module):
     """The feed-forward block over packed rows."""
 
-    def __init__(self, block: FeedForward) -> None:
+    def __init__(self, block: FeedForward, dtype: torch.dtype) -> None:
         super().__init__()
         self.activation = block.activation
-        self.up = PackedLinear(block.up)
-        self.down = PackedLinear(block.down)
+        self.up = PackedLinear(block.up, dtype)
+        self.down = PackedLinear(block.down, dtype)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, d_model]`` to the same shape."""
@@ -117,18 +128,21 @@ class PackedFeedForward(nn.Module):
 
 
 class PackedLayer(nn.Module):
-    """One transformer layer over packed rows, with queries and context apart."""
+    """One transformer layer over packed rows, with queries and context apart.
 
-    def __init__(self, layer: TransformerLayer) -> None:
+    Rows come and leave in ``dtype``; norms, softmax and residual sums are float32.
+    """
+
+    def __init__(self, layer: TransformerLayer, dtype: torch.dtype) -> None:
         super().__init__()
         attention = layer.attention
         self.pre_norm = layer.pre_norm
         self.n_heads = attention.n_heads
-        self.query = PackedLinear(attention.query)
-        self.key = PackedLinear(attention.key)
-        self.value = PackedLinear(attention.value)
-        self.output = PackedLinear(attention.output)
-        self.feed_forward = PackedFeedForward(layer.feed_forward)
+        self.query = PackedLinear(attention.query, dtype)
+        self.key = PackedLinear(attention.key, dtype)
+        self.value = PackedLinear(attention.value, dtype)
+        self.output = PackedLinear(attention.output, dtype)
+        self.feed_forward = PackedFeedForward(layer.feed_forward, dtype)
         self.attention_norm = layer.attention_norm
         self.feed_forward_norm = layer.feed_forward_norm
 
@@ -146,11 +160,13 @@ class PackedLayer(nn.Module):
         value = context_layout.spread(self.value(context))
         # The mask as one more dimension of the product, [q, 1] · [k, bias]: adding it to the
         # logits would be another pass over [batch, heads, max_seqlen, max_seqlen].
+        # Adjacent to the product, the scale is fused into it.
         scale = 1.0 / math.sqrt(query.shape[-1])
-        query = functional.pad(query, (0, 1), value=1.0)
+        query = functional.pad(query, (0, 1), value=1.0) * scale
         key = torch.cat([key, bias], -1)
-        logits = (query @ key.transpose(-1, -2)) * scale
-        return self.output(layout.collect(logits.softmax(dim=-1) @ value))
+        logits = query @ key.transpose(-1, -2)
+        weights = logits.float().softmax(dim=-1).to(value.dtype)
+        return self.output(layout.collect(weights @ value))
 
     def forward(
         self,
@@ -166,11 +182,15 @@ class PackedLayer(nn.Module):
         :func:`key_bias`, says so. Pass the same tensor and layout twice where every token that is
         seen is also updated.
         """
+        dtype, wide = states.dtype, states.float()
         if self.pre_norm:
-            queries = self.attention_norm(states)
-            keys = queries if context is states else self.attention_norm(context)
-            states = states + self.attend(queries, layout, keys, context_layout, bias)
-            return states + self.feed_forward(self.feed_forward_norm(states))
+            queries = self.attention_norm(wide).to(dtype)
+            keys = queries
+            if context is not states:
+                keys = self.attention_norm(context.float()).to(dtype)
+            wide = wide + self.attend(queries, layout, keys, context_layout, bias).float()
+            inner = self.feed_forward_norm(wide).to(dtype)
+            return (wide + self.feed_forward(inner).float()).to(dtype)
         mixed = self.attend(states, layout, context, context_layout, bias)
-        states = self.attention_norm(states + mixed)
-        return self.feed_forward_norm(states + self.feed_forward(states))
+        wide = self.attention_norm(wide + mixed.float())
+        return self.feed_forward_norm(wide + self.feed_forward(wide.to(dtype)).float()).to(dtype)

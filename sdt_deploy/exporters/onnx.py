@@ -22,7 +22,13 @@ from sdt_deploy.exporters.partition import GraphModule
 
 ALIGNMENT = 4096
 """Tensors start at multiples of this in the weights file, so that they can be memory-mapped."""
-_ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32}
+_ONNX_TYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "int32": onnx.TensorProto.INT32,
+    "int8": onnx.TensorProto.INT8,
+}
 _INLINE_BYTES = 1024
 
 
@@ -134,9 +140,13 @@ class WeightsWriter:
                     )
                 continue
             array = parameters[tensor.name]
-            if tuple(tensor.dims) != array.shape:
+            if (tuple(tensor.dims), tensor.data_type) != (
+                array.shape,
+                _ONNX_TYPES[array.dtype.name],
+            ):
                 raise ExportError(
-                    f"{tensor.name}: {tuple(tensor.dims)} in graph, {array.shape} given"
+                    f"{tensor.name}: {tuple(tensor.dims)} of type {tensor.data_type} in graph, "
+                    f"{array.shape} {array.dtype} given"
                 )
             offset, length = self.add(array)
             tensor.ClearField("raw_data")
@@ -149,9 +159,34 @@ class WeightsWriter:
 
 
 def parameters_of(module: GraphModule) -> dict[str, np.ndarray]:
-    """Return the parameters and buffers of ``module`` by their names in the graph."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.detach().cpu().numpy() for name, tensor in named if tensor.numel()}
+    """Return the parameters and buffers of ``module`` by their names in the graph.
+
+    Raises:
+        ExportError: if a weight is not finite, so beyond the range of the precision.
+    """
+    arrays = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ExportError(
+                f"{name} holds weights beyond the range of {dtype}; export with --precision "
+                "bfloat16 or float32"
+            )
+        if tensor.numel():
+            arrays[name] = to_numpy(tensor.detach().cpu())
+    return arrays
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return ``tensor`` as an array, a bfloat16 one too."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy type ``name``; bfloat16 comes from ml_dtypes, by way of onnx."""
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(_ONNX_TYPES[name]))
 
 
 def save(proto: onnx.ModelProto, path: Path) -> None:

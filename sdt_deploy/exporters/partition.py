@@ -4,6 +4,9 @@ Every module names its inputs and outputs with their axes as
 :class:`~sdt_deploy.bundle.TensorSpec`; exporter, manifest and runtime all read that one list.
 Parameters are copies of the oracle's; only the form of the computation differs (see
 :mod:`sdt_deploy.exporters.layers`).
+
+Everything up to the scores is float32 in every precision, and so are pooling, normalisation and
+outputs. The states between graphs have the precision of the export.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from sdt_deploy.bundle import TensorSpec
-from sdt_deploy.config import ExportConfig, ModelConfig
+from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.layers import (
     HeadLayout,
     PackedLayer,
     PackedLinear,
     gather_rows,
     key_bias,
+    narrowed,
     within,
 )
 from sdt_deploy.model.blocks import Head
@@ -43,6 +47,16 @@ def _float32(name: str, *axes: str | int) -> TensorSpec:
     return TensorSpec(name=name, axes=axes, dtype="float32")
 
 
+def _states(name: str, rows: str, d_model: int, precision: Precision) -> TensorSpec:
+    return TensorSpec(name=name, axes=(rows, d_model), dtype=precision)
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """Return the type of states and products."""
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
 def _layout(config: ModelConfig, length: str) -> tuple[TensorSpec, TensorSpec]:
     return (
         _int32("gather_index", "batch", config.n_heads, length),
@@ -55,25 +69,30 @@ def _bias(config: ModelConfig, length: str, *outer: int) -> TensorSpec:
 
 
 class PackedHead(nn.Module):
-    """The oracle's head with its products in packed form; pooling is the caller's part."""
+    """The oracle's head with its products in packed form; pooling is the caller's part.
 
-    def __init__(self, head: Head) -> None:
+    The products are in ``dtype``, all else is float32, the output too.
+    """
+
+    def __init__(self, head: Head, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = head.config
+        self.dtype = dtype
         self.norm = head.norm
-        self.dense = None if head.dense is None else PackedLinear(head.dense)
-        self.projection = None if head.projection is None else PackedLinear(head.projection)
+        self.dense = None if head.dense is None else PackedLinear(head.dense, dtype)
+        self.projection = None if head.projection is None else PackedLinear(head.projection, dtype)
 
     def normed(self, rows: Tensor) -> Tensor:
-        """Apply the final norm to ``[n_rows, d_model]``."""
+        """Apply the final norm to ``[n_rows, d_model]``; returns float32."""
+        rows = rows.float()
         return rows if self.norm is None else self.norm(rows)
 
     def project(self, rows: Tensor) -> Tensor:
         """Turn normed (and pooled) rows ``[n_rows, d_model]`` into ``[n_rows, width]``."""
         if self.dense is not None:
-            rows = torch.tanh(self.dense(rows))
+            rows = torch.tanh(self.dense(rows.to(self.dtype)).float())
         if self.projection is not None:
-            rows = self.projection(rows)
+            rows = self.projection(rows.to(self.dtype)).float()
         if not self.config.normalize:
             return rows
         norm = rows.pow(2).sum(dim=-1, keepdim=True).sqrt()
@@ -88,15 +107,16 @@ class PackedHead(nn.Module):
 class EntryGraph(GraphModule):
     """Ids to hidden states and scores."""
 
-    def __init__(self, model: SparseDepthTransformer) -> None:
+    def __init__(self, model: SparseDepthTransformer, precision: Precision) -> None:
         super().__init__()
+        self.dtype = torch_dtype(precision)
         self.embeddings = model.embeddings
         self.scorer = model.scorer
         config = model.config
         names = ["input_ids", "position_ids"] + ["token_type_ids"] * (config.n_token_types > 0)
         self.inputs = tuple(_int32(name, "n_tokens") for name in names)
         self.outputs = (
-            _float32("hidden_states", "n_tokens", config.d_model),
+            _states("hidden_states", "n_tokens", config.d_model, precision),
             _float32("scores", "n_tokens"),
         )
 
@@ -105,24 +125,26 @@ class EntryGraph(GraphModule):
     ) -> tuple[Tensor, Tensor]:
         """Embed and score packed tokens."""
         embedded = self.embeddings(input_ids, position_ids, token_type_ids)
-        return embedded, self.scorer(input_ids, embedded)
+        return embedded.to(self.dtype), self.scorer(input_ids, embedded)
 
 
 class ActiveStageGraph(GraphModule):
     """A run of layers with ``context="active"``: active tokens see each other only."""
 
-    def __init__(self, layers: Sequence[PackedLayer], config: ModelConfig) -> None:
+    def __init__(
+        self, layers: Sequence[PackedLayer], config: ModelConfig, precision: Precision
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.n_heads = config.n_heads
         grouped = len(layers) > 1
         self.inputs = (
-            _float32("hidden_states", "n_tokens", config.d_model),
+            _states("hidden_states", "n_tokens", config.d_model, precision),
             *_layout(config, "max_seqlen"),
             _bias(config, "max_seqlen", *(len(layers),) * grouped),
             *(_int32("remaining_depth", "n_tokens"),) * grouped,
         )
-        self.outputs = (_float32("updated_states", "n_tokens", config.d_model),)
+        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision),)
 
     def forward(
         self,
@@ -133,12 +155,12 @@ class ActiveStageGraph(GraphModule):
         remaining_depth: Tensor | None = None,
     ) -> Tensor:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
-        states = hidden_states
+        states, bias = hidden_states, narrowed(key_bias, hidden_states.dtype)
         layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
         if remaining_depth is None:
-            return self.layers[0](states, layout, states, layout, key_bias)
+            return self.layers[0](states, layout, states, layout, bias)
         for i, layer in enumerate(self.layers):
-            updated = layer(states, layout, states, layout, key_bias[i])
+            updated = layer(states, layout, states, layout, bias[i])
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
         return states
 
@@ -146,21 +168,23 @@ class ActiveStageGraph(GraphModule):
 class AllStageGraph(GraphModule):
     """A run of layers with ``context="all"``: active tokens also see others' last states."""
 
-    def __init__(self, layers: Sequence[PackedLayer], config: ModelConfig) -> None:
+    def __init__(
+        self, layers: Sequence[PackedLayer], config: ModelConfig, precision: Precision
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.n_heads = config.n_heads
         grouped = len(layers) > 1
         self.inputs = (
-            _float32("hidden_states", "n_tokens", config.d_model),
+            _states("hidden_states", "n_tokens", config.d_model, precision),
             *_layout(config, "max_seqlen"),
-            _float32("context_states", "n_context", config.d_model),
+            _states("context_states", "n_context", config.d_model, precision),
             _int32("context_gather_index", "batch", config.n_heads, "max_context_seqlen"),
             _bias(config, "max_context_seqlen"),
             *(_int32("remaining_depth", "n_tokens"),) * grouped,
             *(_int32("refresh_index", "n_context"),) * grouped,
         )
-        self.outputs = (_float32("updated_states", "n_tokens", config.d_model),)
+        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision),)
 
     def forward(
         self,
@@ -175,14 +199,15 @@ class AllStageGraph(GraphModule):
     ) -> Tensor:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, context = hidden_states, context_states
+        bias = narrowed(key_bias, states.dtype)
         layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
         context_layout = HeadLayout(self.n_heads, gather_index=context_gather_index)
         for i, layer in enumerate(self.layers):
             if i == 0 or remaining_depth is None or refresh_index is None:
-                states = layer(states, layout, context, context_layout, key_bias)
+                states = layer(states, layout, context, context_layout, bias)
                 continue
             context = gather_rows(torch.cat([context_states, states]), refresh_index)
-            updated = layer(states, layout, context, context_layout, key_bias)
+            updated = layer(states, layout, context, context_layout, bias)
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
         return states
 
@@ -190,10 +215,10 @@ class AllStageGraph(GraphModule):
 class HeadGraph(GraphModule):
     """Last hidden states to outputs."""
 
-    def __init__(self, head: PackedHead, config: ModelConfig) -> None:
+    def __init__(self, head: PackedHead, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.head = head
-        states = _float32("hidden_states", "n_tokens", config.d_model)
+        states = _states("hidden_states", "n_tokens", config.d_model, precision)
         if not config.head.per_sequence:
             self.inputs = (states,)
         elif config.head.pooling == "cls":
@@ -263,7 +288,7 @@ class DenseGraph(_PaddedGraph):
         """Run the dense model on a padded batch."""
         mask = attention_mask > 0
         layout = HeadLayout(self.n_heads, batch=input_ids.shape[0])
-        states = self.embed(input_ids, token_type_ids)
+        states = self.embed(input_ids, token_type_ids).to(self.head.dtype)
         bias = key_bias(mask, self.n_heads, states.dtype)
         for layer in self.layers:
             states = layer(states, layout, states, layout, bias)
@@ -289,8 +314,9 @@ class MaskedGraph(_PaddedGraph):
         *types, thresholds = rest
         mask = attention_mask > 0
         layout = HeadLayout(self.n_heads, batch=input_ids.shape[0])
-        states = self.embed(input_ids, types[0] if types else None)
-        scores = self.scorer(input_ids.reshape(-1), states).reshape(input_ids.shape)
+        embedded = self.embed(input_ids, types[0] if types else None)
+        scores = self.scorer(input_ids.reshape(-1), embedded).reshape(input_ids.shape)
+        states = embedded.to(self.head.dtype)
         bias = key_bias(mask, self.n_heads, states.dtype)
         for i, layer in enumerate(self.layers):
             active = mask & (scores > thresholds[i])
@@ -313,13 +339,14 @@ class GraphPart:
 
 def partition(model: SparseDepthTransformer, config: ExportConfig) -> Iterator[GraphPart]:
     """Yield the parts of ``model`` in the order of the manifest: entry, stages, head, baselines."""
-    layers = [PackedLayer(layer) for layer in model.blocks]
-    head = PackedHead(model.head)
-    yield GraphPart(name="entry", module=EntryGraph(model), topology="entry")
+    precision, dtype = config.precision, torch_dtype(config.precision)
+    layers = [PackedLayer(layer, dtype) for layer in model.blocks]
+    head = PackedHead(model.head, dtype)
+    yield GraphPart(name="entry", module=EntryGraph(model, precision), topology="entry")
     stage = ActiveStageGraph if model.config.context == "active" else AllStageGraph
     for i, (first, stop) in enumerate(config.stage_layers(model.config.n_layers)):
-        module = stage(layers[first:stop], model.config)
+        module = stage(layers[first:stop], model.config, precision)
         yield GraphPart(name=f"stage-{i:02d}", module=module, topology=f"stage of {stop - first}")
-    yield GraphPart(name="head", module=HeadGraph(head, model.config), topology="head")
+    yield GraphPart(name="head", module=HeadGraph(head, model.config, precision), topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
         yield GraphPart(name=name, module=baseline(model, layers, head), topology=name)

@@ -19,7 +19,9 @@ _ATTENTION = ("query", "key", "value", "output")
 
 
 def restore(bundle: Bundle) -> SparseDepthTransformer:
-    """Rebuild the model from the weights in a bundle's entry, stages and head.
+    """Rebuild the float32 model from the weights in a bundle's entry, stages and head.
+
+    Weights that the bundle holds in half precision come back as they were rounded.
 
     int8 weights come back as the float32 numbers that they stand for.
 
@@ -36,7 +38,8 @@ def restore(bundle: Bundle) -> SparseDepthTransformer:
         for name, array in _initializers(bundle.file(spec.file)):
             key, transposed = _model_name(name, offset)
             if key is not None:
-                tensors[key] = torch.from_numpy(array.T.copy() if transposed else array.copy())
+                weight = (array.T if transposed else array).astype(np.float32, order="C")
+                tensors[key] = torch.from_numpy(weight)
     load_weights(model, tensors, where=str(bundle.path))
     return model
 

@@ -8,13 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.bundle import REFERENCE, Bundle
-from sdt_deploy.config import INT8_TOLERANCE
+from sdt_deploy.config import INT8_TOLERANCE, TOLERANCES
 from sdt_deploy.errors import VerificationError
 from sdt_deploy.runtime.result import PathName, RunResult
 from sdt_deploy.runtime.session import Session
-
-TOLERANCE = 1e-3
-"""Largest deviation, relative to the largest value of a case, that passes for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +32,10 @@ def verify_bundle(bundle: Bundle, session: Session) -> list[PathCheck]:
     Sequences with a routing flip are counted and left out of the comparison.
 
     Raises:
-        VerificationError: if an output deviates by more than :data:`TOLERANCE` (int8:
-            :data:`~sdt_deploy.config.INT8_TOLERANCE`) at equal depths, or if more than two tokens
-            and more than one in a hundred change their depth.
+        VerificationError: if an output deviates at equal depths by more than the tolerance of the
+            bundle's precision, relative to the largest output (int8:
+            :data:`~sdt_deploy.config.INT8_TOLERANCE`), or if more than two tokens and more than one
+            in a hundred change their depth.
     """
     with np.load(bundle.file(REFERENCE), allow_pickle=False) as arrays:
         reference = dict(arrays)
@@ -46,6 +44,9 @@ def verify_bundle(bundle: Bundle, session: Session) -> list[PathCheck]:
     paths: tuple[PathName, ...] = ("sparse", "masked", "dense")
     checks = []
     for path in paths:
+        answer = "dense_output" if path == "dense" else "output"
+        largest = max(float(np.abs(reference[f"{case}/{answer}"]).max()) for case in range(n_cases))
+        tolerance = TOLERANCES[bundle.manifest.export.precision] * largest
         worst, flips = 0.0, 0
         for case in range(n_cases):
             arrays_of = {
@@ -57,10 +58,9 @@ def verify_bundle(bundle: Bundle, session: Session) -> list[PathCheck]:
             if path == "dense":
                 flipped[:] = False
             flips += int(flipped.sum())
-            expected = arrays_of["dense_output" if path == "dense" else "output"]
-            found, wanted = _without_flips(result, expected, flipped)
+            found, wanted = _without_flips(result, arrays_of[answer], flipped)
             error = float(np.abs(found - wanted).max(initial=0.0))
-            passes = error <= TOLERANCE * max(1.0, float(np.abs(expected).max()))
+            passes = error <= tolerance
             if bundle.manifest.export.quantization == "int8":
                 passes = np.linalg.norm(found - wanted) <= INT8_TOLERANCE * np.linalg.norm(wanted)
             if not passes:

@@ -102,9 +102,9 @@ def test_verification_notices_a_wrong_graph(exported, monkeypatch: pytest.Monkey
         ("masked", None, "layers.0.attention.query.weight"),
     ):
         path = sample.bundle / f"{name}.onnx"
-        assert verify.verify_graph(path, name, layers, sample.model) < 1e-4
+        assert verify.verify_graph(path, name, layers, sample.model, ExportConfig()) < 1e-4
         altered = random_model(config, seed=len("all-embedding"))
         with torch.no_grad():
             altered.get_parameter(parameter).mul_(1.2)
         with pytest.raises(VerificationError, match=f"graph {name} deviates"):
-            verify.verify_graph(path, name, layers, altered)
+            verify.verify_graph(path, name, layers, altered, ExportConfig())

@@ -29,11 +29,19 @@ class OnnxRuntimeCpuBackend(HostMemory):
     Args:
         bundle: the opened bundle.
         n_threads: see :func:`sdt_deploy.ort.ensure_thread_pool`.
+
+    Raises:
+        BackendError: if the bundle is one of bfloat16.
     """
 
     name = "onnxruntime-cpu"
 
     def __init__(self, bundle: Bundle, *, n_threads: int | None = None) -> None:
+        if bundle.manifest.export.precision == "bfloat16":
+            raise BackendError(
+                f"{bundle.path} is a bfloat16 bundle, and {self.name} has no bfloat16 kernels; "
+                "bfloat16 is for GPUs. Export with --precision float32 to run it on a CPU"
+            )
         self._bundle = bundle
         self._n_threads = n_threads
         self._graphs: dict[str, OnnxRuntimeGraph] = {}

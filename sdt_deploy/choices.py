@@ -1,0 +1,61 @@
+"""Choices that the command line offers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class ContextChoice(StrEnum):
+    """What active tokens see."""
+
+    active = "active"
+    all = "all"
+
+
+class LevelsChoice(StrEnum):
+    """Which depths thresholds allow."""
+
+    graded = "graded"
+    two_level = "two-level"
+
+
+class ImportanceChoice(StrEnum):
+    """What the probe is fitted to."""
+
+    attention = "attention"
+    stability = "stability"
+    change = "change"
+    rarity = "rarity"
+    random = "random"
+
+
+class QuantizationChoice(StrEnum):
+    """What the products of the layers are computed in, if not in the precision."""
+
+    none = "none"
+    int8 = "int8"
+
+
+class PrecisionChoice(StrEnum):
+    """Type of products and states; scores, norms, softmax and outputs are float32 in all."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class HeadChoice(StrEnum):
+    """What is computed from the last hidden states."""
+
+    hidden = "hidden"
+    embedding = "embedding"
+    classify = "classify"
+
+
+class PathChoice(StrEnum):
+    """Which path computes the answer."""
+
+    auto = "auto"
+    sparse = "sparse"
+    masked = "masked"
+    dense = "dense"
