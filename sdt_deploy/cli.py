@@ -7,7 +7,6 @@ import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from zipfile import BadZipFile
 
 import typer
 from rich.markup import escape
@@ -360,15 +359,12 @@ def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -
         from sdt_deploy.tokenization import read_lines
 
         return read_lines(texts)
-    import numpy as np
+    from sdt_deploy.arrays import read_npy
 
     assert ids is not None
     try:
-        loaded = np.load(ids, allow_pickle=False)
-        if not isinstance(loaded, np.ndarray):
-            raise ValueError("it holds several arrays")
-        return loaded
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        return read_npy(ids)
+    except (OSError, ValueError) as error:
         raise InputError(f"{ids} cannot be read as .npy: {error}") from error
 
 
