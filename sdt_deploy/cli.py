@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +11,9 @@ import typer
 from rich.markup import escape
 
 from sdt_deploy.console import (
+    clean_up_on_sigterm,
     console,
-    messages,
+    fail,
     print_depths,
     print_graphs,
     print_histogram,
@@ -73,7 +73,7 @@ class PathChoice(StrEnum):
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: all cores.")]
 BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
 
 
@@ -127,6 +127,7 @@ def convert(
     """
     from sdt_deploy.extras import require
 
+    clean_up_on_sigterm()
     require("torch", extra="export", purpose="Converting a model")
     require("safetensors", extra="export", purpose="Converting a model")
     from sdt_deploy.model.conversion import ProbeFit
@@ -180,6 +181,7 @@ def export(
     """
     from sdt_deploy.extras import require
 
+    clean_up_on_sigterm()
     for module in ("torch", "onnx", "onnxscript", "safetensors"):
         require(module, extra="export", purpose="Exporting a model")
     require("onnxruntime", extra="cpu", purpose="Checking the exported graphs")
@@ -213,7 +215,7 @@ def inspect(
 
     manifest = Bundle.open(bundle, check_files=False).manifest
     if as_json:
-        sys.stdout.write(manifest.to_json().decode())
+        console.file.write(manifest.to_json().decode())
         return
     config = manifest.model
     facts = {
@@ -348,8 +350,11 @@ def main() -> None:
     try:
         app()
     except SdtDeployError as error:
-        messages.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
-        raise SystemExit(2) from None
+        fail(str(error))
+    except MemoryError as error:
+        fail(f"not enough memory: {error}. Take a smaller batch, case or model")
+    except OSError as error:
+        fail(str(error))
 
 
 def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -> Any:

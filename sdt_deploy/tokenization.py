@@ -50,8 +50,8 @@ class TextTokenizer:
             InputError: if a text is no string, gives no token, or is too long.
             CheckpointError: if the tokenizer fails.
         """
-        if overflow not in get_args(Overflow):
-            raise InputError(f"overflow must be one of {get_args(Overflow)}, not {overflow!r}")
+        if not isinstance(overflow, str) or overflow not in get_args(Overflow):
+            raise InputError(f"overflow must be one of {get_args(Overflow)}, not {shown(overflow)}")
         texts = list(texts)
         if not texts:
             raise InputError("no texts were given")
