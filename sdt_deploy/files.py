@@ -46,7 +46,7 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
             reason = f"it has {status.st_size} bytes, at most {max_bytes} are read"
             raise OSError(errno.EFBIG, reason, str(path))
         with open(descriptor, "rb", closefd=False) as stream:
-            return stream.read(max_bytes)
+            return stream.read(status.st_size)
     finally:
         os.close(descriptor)
 

@@ -17,10 +17,11 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sdt_deploy.arrays import read_npz
 from sdt_deploy.bundle import SAMPLE, TOKENIZER
-from sdt_deploy.config import ModelConfig, is_number, shown
+from sdt_deploy.config import ModelConfig, is_integer, is_number, shown
 from sdt_deploy.errors import CheckpointError, ConfigError, OutputError
 from sdt_deploy.files import MAX_JSON_BYTES, is_partial, new_directory, parse_json, read_bytes
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -106,9 +107,10 @@ def load(source: Path) -> Checkpoint:
             f"{source} is not a native model directory; turn it into one with: "
             f"sdt-deploy convert {source} OUT"
         )
-    if config.get("format_version") != FORMAT_VERSION:
+    version = config.get("format_version")
+    if not is_integer(version, FORMAT_VERSION, FORMAT_VERSION):
         raise CheckpointError(
-            f"{path} has format version {config.get('format_version')!r}; this release reads "
+            f"{path} has format version {shown(version)}; this release reads "
             f"version {FORMAT_VERSION}"
         )
     if is_partial(source):
@@ -145,6 +147,17 @@ def is_native_config(config: object) -> bool:
     return isinstance(config, dict) and config.get("format") == FORMAT
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out ``normal_``, whose first call on the meta device loads for seconds."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.normal_:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def model_with_weights(
     config: ModelConfig, tensors: Mapping[str, Tensor], *, where: str
 ) -> SparseDepthTransformer:
@@ -161,7 +174,7 @@ def model_with_weights(
             f"{config.largest_tensor} numbers; there are {len(tensors)} tensors, of at most "
             f"{max((tensor.numel() for tensor in tensors.values()), default=0)}"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         expected = SparseDepthTransformer(config).state_dict()
     problems = [f"missing: {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected: {name}" for name in tensors.keys() - expected.keys()]
