@@ -9,14 +9,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from sdt_deploy.config import ExportConfig, ModelConfig
+from sdt_deploy.config import MAX_SIZE, ExportConfig, ModelConfig, is_integer, is_number, shown
 from sdt_deploy.errors import BundleFormatError, BundleIntegrityError, ConfigError
-from sdt_deploy.files import sha256, write_file
+from sdt_deploy.external_data import check_places
+from sdt_deploy.files import (
+    MAX_JSON_BYTES,
+    is_partial,
+    parse_json,
+    read_bytes,
+    sha256,
+    write_file,
+)
 
 FORMAT = "sdt-bundle"
 FORMAT_VERSION = 2
@@ -30,6 +39,8 @@ TOKENIZER = "tokenizer.json"
 SAMPLE = "sample.npz"
 STATES = frozenset({"hidden_states", "context_states", "updated_states"})
 """Inputs and outputs in the precision of the export; the others are float32 or int32 in all."""
+DTYPES = ("float32", "float16", "bfloat16", "int32")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +52,17 @@ class TensorSpec:
     """A name for each dynamic axis, a length for each static one."""
     dtype: str
     """NumPy name, or ``bfloat16``, which NumPy lacks."""
+
+    def __post_init__(self) -> None:
+        _check_text("name of a tensor", self.name)
+        for axis in self.axes:
+            if not (isinstance(axis, str) and axis) and not is_integer(axis, 1):
+                raise ConfigError(
+                    f"{self.name}: an axis is a name or a length up to {MAX_SIZE}, "
+                    f"not {shown(axis)}"
+                )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{self.name} is {shown(self.dtype)}, not {' or '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +81,27 @@ class GraphSpec:
     """``padded-heads`` for stages (``padded`` in format version 1); None for other graphs."""
     layers: tuple[int, int] | None = None
     """First layer and one past the last (stages only)."""
+
+    def __post_init__(self) -> None:
+        _check_text("name of a graph", self.name)
+        _check_text(f"file of graph {self.name}", self.file)
+        _check_text(f"graph_sha256 of graph {self.name}", self.graph_sha256)
+        if not is_number(self.max_abs_error) or self.max_abs_error < 0:
+            raise ConfigError(
+                f"graph {self.name}: max_abs_error must be a number, not "
+                f"{shown(self.max_abs_error)}"
+            )
+        if self.attention_layout not in (None, *ATTENTION_LAYOUTS.values()):
+            raise ConfigError(
+                f"graph {self.name}: attention layout {shown(self.attention_layout)} is not known"
+            )
+        if self.layers is not None and (
+            len(self.layers) != 2 or not all(is_integer(layer, 0) for layer in self.layers)
+        ):
+            raise ConfigError(
+                f"graph {self.name}: layers are the first and one past the last, not "
+                f"{shown(self.layers)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +156,15 @@ class Manifest:
             BundleIntegrityError: if its digest does not match.
         """
         try:
-            body = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            body = parse_json(content)
+        except ValueError as error:
             raise BundleFormatError(f"{where} is not JSON: {error}") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise BundleFormatError(f'{where} is not the manifest of a bundle (no "{FORMAT}")')
         version = body.get("format_version")
-        if isinstance(version, bool) or version not in tuple(ATTENTION_LAYOUTS):
+        if not is_integer(version, min(ATTENTION_LAYOUTS), max(ATTENTION_LAYOUTS)):
             raise BundleFormatError(
-                f"{where} has format version {version!r}; this release of sdt-deploy reads "
+                f"{where} has format version {shown(version)}; this release of sdt-deploy reads "
                 f"versions {' and '.join(map(str, ATTENTION_LAYOUTS))}. Export again, or use the "
                 "release that wrote it"
             )
@@ -132,40 +175,36 @@ class Manifest:
             if version == 1 and manifest.export.precision != "float32":
                 raise ConfigError(f"version 1 has no precision {manifest.export.precision}")
             return manifest
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleFormatError(f"{where} cannot be read: {error!r}") from error
+        except KeyError as error:
+            raise BundleFormatError(f"{where} cannot be read: {error} is missing") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BundleFormatError(f"{where} cannot be read: {error}") from error
 
     @classmethod
     def _from_body(cls, body: dict[str, Any]) -> Self:
-        graphs = {}
-        for raw in body["graphs"]:
-            values = dict(raw)
-            for side in ("inputs", "outputs"):
-                values[side] = tuple(
-                    TensorSpec(name=t["name"], axes=tuple(t["axes"]), dtype=t["dtype"])
-                    for t in values[side]
-                )
-            if values["layers"] is not None:
-                values["layers"] = tuple(values["layers"])
-            graphs[values["name"]] = GraphSpec(**values)
+        graphs = [_graph(raw) for raw in _typed("graphs", body["graphs"], list)]
         quantiles = body["score_quantiles"]
         manifest = cls(
             model=ModelConfig.from_dict(body["model"]),
-            export=ExportConfig(**body["export"]),
-            graphs=graphs,
-            files=body["files"],
-            created_by=body["created_by"],
-            provenance=body["provenance"],
-            score_quantiles=None if quantiles is None else tuple(quantiles),
+            export=ExportConfig(**_typed("export", body["export"], dict)),
+            graphs={spec.name: spec for spec in graphs},
+            files=_typed("files", body["files"], dict),
+            created_by=_typed("created_by", body["created_by"], dict),
+            provenance=_typed("provenance", body["provenance"], dict),
+            score_quantiles=(
+                None if quantiles is None else tuple(_typed("score_quantiles", quantiles, list))
+            ),
             pinned_share=body["pinned_share"],
-            quality=body["quality"],
+            quality=(None if body["quality"] is None else _typed("quality", body["quality"], dict)),
             format_version=body["format_version"],
         )
-        manifest._check(n_graphs=len(body["graphs"]))
+        if len(manifest.graphs) != len(graphs):
+            raise ConfigError("two graphs have one name")
+        manifest._check()
         return manifest
 
-    def _check(self, n_graphs: int) -> None:
-        """Check what the types alone do not say.
+    def _check(self) -> None:
+        """Check what the parts do not check themselves.
 
         Raises:
             BundleIntegrityError: if a path leads outside the bundle.
@@ -173,11 +212,12 @@ class Manifest:
         """
         for name, entry in self.files.items():
             _check_inside(name)
-            if not isinstance(entry["sha256"], str) or not isinstance(entry["size_bytes"], int):
-                raise ConfigError(f"files: {name} needs a sha256 and a size_bytes")
+            _check_entry(name, entry)
+        for tool, version in self.created_by.items():
+            _check_text(f"created_by: {tool}", version)
         missing = {"entry", "head", "dense", "masked"} - self.graphs.keys()
-        if missing or len(self.graphs) != n_graphs:
-            raise ConfigError(f"graphs are missing or named twice: {sorted(missing)}")
+        if missing:
+            raise ConfigError(f"graphs are missing: {', '.join(sorted(missing))}")
         for spec in self.graphs.values():
             if spec.file not in self.files:
                 raise ConfigError(f"graph {spec.name} names a file that is not listed: {spec.file}")
@@ -188,20 +228,29 @@ class Manifest:
                 allowed = (self.export.precision,) if is_state else ("float32", "int32")
                 if tensor.dtype not in allowed:
                     raise ConfigError(
-                        f"graph {spec.name}: {tensor.name} is {tensor.dtype!r}, not "
+                        f"graph {spec.name}: {tensor.name} is {tensor.dtype}, not "
                         f"{' or '.join(allowed)}"
                     )
         expected = 0
         for first, stop in self.stage_layers:
             if first != expected or stop <= first:
-                raise ConfigError(f"stages do not follow each other: {self.stage_layers}")
+                raise ConfigError(f"stages do not follow each other: {shown(self.stage_layers)}")
             expected = stop
         if expected != self.model.n_layers:
             raise ConfigError(f"stages cover {expected} of {self.model.n_layers} layers")
-        if self.score_quantiles is not None and len(self.score_quantiles) != 101:
+        if WEIGHTS in self.files:
+            n_bytes = self.files[WEIGHTS]["size_bytes"]
+            if 4 * self.model.largest_tensor > n_bytes:
+                raise ConfigError(
+                    f"the model has a parameter of {4 * self.model.largest_tensor} bytes, "
+                    f"and {WEIGHTS} has {n_bytes}"
+                )
+        if self.score_quantiles is not None and (
+            len(self.score_quantiles) != 101 or not all(map(is_number, self.score_quantiles))
+        ):
             raise ConfigError("score_quantiles must be 101 numbers")
-        if not 0.0 <= self.pinned_share <= 1.0:
-            raise ConfigError(f"pinned_share must lie in 0..1, not {self.pinned_share!r}")
+        if not is_number(self.pinned_share) or not 0.0 <= self.pinned_share <= 1.0:
+            raise ConfigError(f"pinned_share must lie in 0..1, not {shown(self.pinned_share)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,16 +270,28 @@ class Bundle:
 
         Raises:
             BundleFormatError: if ``path`` is no bundle, or of another format version.
-            BundleIntegrityError: if a file is missing or altered, the manifest included.
+            BundleIntegrityError: if a file is missing or altered, the manifest included, or if a
+                graph has weights elsewhere than in the weights file.
         """
         directory = Path(path)
         try:
-            content = (directory / MANIFEST).read_bytes()
+            content = read_bytes(directory / MANIFEST, max_bytes=MAX_JSON_BYTES)
         except OSError as error:
             raise BundleFormatError(f"{directory} is not a bundle: {error}") from error
+        if is_partial(directory):
+            raise BundleFormatError(
+                f"{directory} is what an export that was killed left behind: remove it and export "
+                "again"
+            )
         manifest = Manifest.from_json(content, where=str(directory / MANIFEST))
         for name, expected in manifest.files.items():
-            _check_file(directory, name, expected, check_files)
+            try:
+                _check_file(directory, name, expected, check_files)
+            except (OSError, ValueError, RuntimeError) as error:  # odd names, loops of links
+                raise BundleIntegrityError(f"{directory / name} cannot be read: {error}") from error
+        n_bytes = manifest.files[WEIGHTS]["size_bytes"] if WEIGHTS in manifest.files else 0
+        for spec in manifest.graphs.values():
+            check_places(directory / spec.file, weights=directory / WEIGHTS, n_bytes=n_bytes)
         return cls(path=directory, manifest=manifest)
 
     def file(self, name: str) -> Path:
@@ -270,10 +331,53 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _graph(raw: Any) -> GraphSpec:
+    values = dict(_typed("a graph", raw, dict))
+    for side in ("inputs", "outputs"):
+        values[side] = tuple(
+            TensorSpec(
+                name=_typed("a tensor", tensor, dict)["name"],
+                axes=tuple(_typed("axes", tensor["axes"], list)),
+                dtype=tensor["dtype"],
+            )
+            for tensor in _typed(side, values[side], list)
+        )
+    if values["layers"] is not None:
+        values["layers"] = tuple(_typed("layers", values["layers"], list))
+    return GraphSpec(**values)
+
+
+def _typed(what: str, value: Any, kind: type[list[Any]] | type[dict[str, Any]]) -> Any:
+    if not isinstance(value, kind):
+        name = "an object" if kind is dict else "a list"
+        raise ConfigError(f"{what} must be {name}, not {shown(value)}")
+    return value
+
+
+def _check_text(what: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{what} must be a string, not {shown(value)}")
+
+
 def _check_inside(name: str) -> None:
     parts = name.split("/")
     if not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in name:
         raise BundleIntegrityError(f"the manifest names a file outside the bundle: {name!r}")
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    if name == MANIFEST:
+        raise ConfigError(f"files: {MANIFEST} cannot list itself")
+    entry = _typed(f"files: {name}", entry, dict)
+    digest = entry["sha256"]
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise ConfigError(
+            f"files: sha256 of {name} must be 64 hexadecimal digits, not {shown(digest)}"
+        )
+    if not is_integer(entry["size_bytes"], 0, 2**63 - 1):
+        raise ConfigError(
+            f"files: size_bytes of {name} must be a size, not {shown(entry['size_bytes'])}"
+        )
 
 
 def _check_file(

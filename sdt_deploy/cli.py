@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from zipfile import BadZipFile
 
 import typer
 from rich.markup import escape
@@ -21,8 +19,9 @@ from sdt_deploy.choices import (
     QuantizationChoice,
 )
 from sdt_deploy.console import (
+    clean_up_on_sigterm,
     console,
-    messages,
+    fail,
     print_depths,
     print_graphs,
     print_histogram,
@@ -48,7 +47,7 @@ CHECKED_WITH = {
 }
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: all cores.")]
 BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
 
 
@@ -102,6 +101,7 @@ def convert(
     """
     from sdt_deploy.extras import require
 
+    clean_up_on_sigterm()
     require("torch", extra="export", purpose="Converting a model")
     require("safetensors", extra="export", purpose="Converting a model")
     from sdt_deploy.model.conversion import ProbeFit
@@ -163,6 +163,7 @@ def export(
     """
     from sdt_deploy.extras import require
 
+    clean_up_on_sigterm()
     for module in ("torch", "onnx", "onnxscript", "safetensors"):
         require(module, extra="export", purpose="Exporting a model")
     require("onnxruntime", extra="cpu", purpose="Checking the exported graphs")
@@ -203,7 +204,7 @@ def inspect(
 
     manifest = Bundle.open(bundle, check_files=False).manifest
     if as_json:
-        sys.stdout.write(manifest.to_json().decode())
+        console.file.write(manifest.to_json().decode())
         return
     config = manifest.model
     facts = {
@@ -339,8 +340,11 @@ def main() -> None:
     try:
         app()
     except SdtDeployError as error:
-        messages.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
-        raise SystemExit(2) from None
+        fail(str(error))
+    except MemoryError as error:
+        fail(f"not enough memory: {error}. Take a smaller batch, case or model")
+    except OSError as error:
+        fail(str(error))
 
 
 def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -> Any:
@@ -350,15 +354,12 @@ def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -
         from sdt_deploy.tokenization import read_lines
 
         return read_lines(texts)
-    import numpy as np
+    from sdt_deploy.arrays import read_npy
 
     assert ids is not None
     try:
-        loaded = np.load(ids, allow_pickle=False)
-        if not isinstance(loaded, np.ndarray):
-            raise ValueError("it holds several arrays")
-        return loaded
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        return read_npy(ids)
+    except (OSError, ValueError) as error:
         raise InputError(f"{ids} cannot be read as .npy: {error}") from error
 
 

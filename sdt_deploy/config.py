@@ -23,6 +23,9 @@ Target = Literal["onnxruntime"]
 
 OPSETS: Mapping[str, int] = {"onnxruntime": 18}
 """ONNX opset of the exported graphs, per target."""
+MAX_SIZE = 2**31 - 1
+"""Largest size of any axis: ids and indices are int32."""
+MAX_LAYERS = 4096
 
 TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 8e-2}
 """Relative deviation from the float32 model that passes for rounding, per precision; chosen from
@@ -41,15 +44,42 @@ def _check(condition: bool, message: str) -> None:
 def _check_choice(name: str, value: object, literal: Any) -> None:
     _check(
         value in get_args(literal),
-        f"{name} must be one of {', '.join(map(repr, get_args(literal)))}, not {value!r}",
+        f"{name} must be one of {', '.join(map(repr, get_args(literal)))}, not {shown(value)}",
     )
 
 
-def _check_positive(name: str, value: object) -> None:
+def is_integer(value: object, low: int, high: int = MAX_SIZE) -> bool:
+    """Tell whether ``value`` is an integer, and no boolean, from ``low`` to ``high``."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: object) -> bool:
+    """Tell whether ``value`` is a finite number that fits a float, and no boolean."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shown(value: object) -> str:
+    """Return ``value`` as it may stand in a message: its ``repr``, cut if it is long."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_positive(name: str, value: object, high: int = MAX_SIZE) -> None:
     _check(
-        isinstance(value, int) and not isinstance(value, bool) and value > 0,
-        f"{name} must be a positive integer, not {value!r}",
+        is_integer(value, 1, high),
+        f"{name} must be a positive integer up to {high}, not {shown(value)}",
     )
+
+
+def _check_flag(name: str, value: object) -> None:
+    _check(isinstance(value, bool), f"{name} must be true or false, not {shown(value)}")
 
 
 def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
@@ -63,10 +93,7 @@ def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
         f"thresholds: one per layer is needed, {n_layers} in all, {len(thresholds)} were given",
     )
     for i, value in enumerate(thresholds):
-        _check(
-            isinstance(value, int | float) and math.isfinite(value),
-            f"thresholds[{i}] must be a finite number, not {value!r}",
-        )
+        _check(is_number(value), f"thresholds[{i}] must be a finite number, not {shown(value)}")
     for i, (low, high) in enumerate(pairwise(thresholds)):
         _check(
             low <= high,
@@ -95,6 +122,8 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         _check_choice("head.kind", self.kind, HeadKind)
+        for name in ("normalize", "dense_tanh", "bias"):
+            _check_flag(f"head.{name}", getattr(self, name))
         if self.per_sequence:
             _check_choice("head.pooling", self.pooling, Pooling)
         else:
@@ -151,14 +180,17 @@ class ModelConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "max_positions"):
+        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "max_positions"):
             _check_positive(name, getattr(self, name))
+        _check_positive("n_layers", self.n_layers, MAX_LAYERS)
         for name in ("position_offset", "n_token_types"):
             value = getattr(self, name)
             _check(
-                isinstance(value, int) and value >= 0,
-                f"{name} must be a non-negative integer, not {value!r}",
+                is_integer(value, 0),
+                f"{name} must be a non-negative integer up to {MAX_SIZE}, not {shown(value)}",
             )
+        for name in ("embedding_norm", "final_norm"):
+            _check_flag(name, getattr(self, name))
         _check(
             self.d_model % self.n_heads == 0,
             f"d_model must be a multiple of n_heads: {self.d_model} is none of {self.n_heads}",
@@ -169,7 +201,7 @@ class ModelConfig:
         _check_choice("probe", self.probe, ProbeKind)
         _check(
             isinstance(self.eps, float) and 0.0 < self.eps < 1.0,
-            f"eps must lie between 0 and 1, not {self.eps!r}",
+            f"eps must lie between 0 and 1, not {shown(self.eps)}",
         )
         if not self.thresholds:
             even = tuple(i / self.n_layers for i in range(self.n_layers))
@@ -186,8 +218,9 @@ class ModelConfig:
         )
         for token_id in self.pinned_token_ids:
             _check(
-                isinstance(token_id, int) and 0 <= token_id < self.vocab_size,
-                f"pinned_token_ids must lie in the vocabulary of {self.vocab_size}: {token_id!r}",
+                is_integer(token_id, 0, self.vocab_size - 1),
+                f"pinned_token_ids must lie in the vocabulary of {self.vocab_size}: "
+                f"{shown(token_id)}",
             )
 
     @property
@@ -195,6 +228,12 @@ class ModelConfig:
         """Length of one output row."""
         widths = {"lm": self.vocab_size, "classify": self.head.n_classes}
         return widths.get(self.head.kind) or self.d_model
+
+    @property
+    def largest_tensor(self) -> int:
+        """Number of elements of the largest parameter."""
+        tables = (self.vocab_size, self.max_positions + self.position_offset, self.n_token_types)
+        return self.d_model * max(*tables, self.d_model, self.d_ff, self.output_width)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes``, validated anew."""
@@ -217,7 +256,7 @@ class ModelConfig:
             if name in values:
                 _check(
                     isinstance(values[name], (list, tuple)),
-                    f"{name} must be a list, not {values[name]!r}",
+                    f"{name} must be a list, not {shown(values[name])}",
                 )
                 values[name] = tuple(values[name])
         try:

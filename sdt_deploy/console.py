@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import signal
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 console = Console()
 messages = Console(stderr=True)
+
+
+def fail(message: str) -> NoReturn:
+    """End the process with one message and exit code 2."""
+    with suppress(OSError):  # nobody may be listening
+        messages.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False)
+    raise SystemExit(2) from None
+
+
+def clean_up_on_sigterm() -> None:
+    """Let SIGTERM end the process as Ctrl-C does: what was half written is removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextmanager

@@ -1,17 +1,87 @@
-"""Files and directories that appear whole or not at all."""
+"""Files: read within bounds, written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import functools
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+import stat
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sdt_deploy.errors import OutputError
+
+MAX_JSON_BYTES = 2**23
+"""Largest manifest or configuration that is read; the largest known have less than a megabyte."""
+_PARTIAL = ".partial"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def read_bytes(path: Path, *, max_bytes: int) -> bytes:
+    """Read a regular file.
+
+    Raises:
+        OSError: if it cannot be read, is no regular file (a FIFO is not waited for) or has more
+            than ``max_bytes``.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except ValueError as error:  # a NUL in the path
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > max_bytes:
+            reason = f"it has {status.st_size} bytes, at most {max_bytes} are read"
+            raise OSError(errno.EFBIG, reason, str(path))
+        with open(descriptor, "rb", closefd=False) as stream:
+            return stream.read(status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse JSON in UTF-8 strictly: no key twice in one object, no NaN, no infinity.
+
+    Raises:
+        ValueError: if it is not such JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(
+            content.decode(),
+            object_pairs_hook=_object,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def sha256(path: Path) -> str:
@@ -20,14 +90,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_partial(directory: Path) -> bool:
+    """Tell whether ``directory`` is what a killed writer left behind, by its name."""
+    name = directory.resolve().name
+    return name.startswith(".") and name.endswith(_PARTIAL)
+
+
 def sync_tree(directory: Path) -> None:
     """Flush every file under ``directory``, and the directory itself, to the disk."""
     for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_parent(path: Path) -> None:
+    # What was renamed is whole already; a parent that cannot be opened for reading is no failure.
+    with contextlib.suppress(OSError):
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -36,7 +122,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """Yield a temporary directory beside ``target`` that becomes ``target`` on success.
 
-    On an exception nothing remains, and what stood at ``target`` before stays.
+    On an exception nothing remains, and what stood at ``target`` before stays. A process that is
+    killed may leave the temporary directory, ``.NAME.….partial``, see :func:`is_partial`.
 
     Args:
         target: directory to make.
@@ -47,30 +134,58 @@ def new_directory(
     Raises:
         OutputError: if ``target`` exists and must not be replaced, or cannot be written.
     """
-    if target.exists():
-        if not overwrite:
-            raise OutputError(f"{target} exists already; choose another path or pass --overwrite")
-        if not _is_replaceable(target, marker):
-            raise OutputError(
-                f"{target} will not be replaced: it is neither empty nor a directory with a "
-                f"{marker[0]} of format {marker[1]!r}. Choose another path or remove it yourself"
-            )
+    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error}") from error
-    try:
+        place = _checked(target, marker, overwrite)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(place)
+        temporary.mkdir()
         temporary.chmod(0o755)
         yield temporary
         sync_tree(temporary)
-        if target.exists() and not overwrite:
-            raise OutputError(f"{target} exists already: it was made while this was being written")
-        _replace_directory(temporary, target)
+        if _checked(target, marker, overwrite) != place:
+            raise OutputError(f"{target} leads elsewhere than when this was begun; try again")
+        _put_in_place(temporary, place)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            _remove(temporary)
+
+
+def _temporary(place: Path) -> Path:
+    """Name what is to become ``place``; known before it is made, so a signal finds it to remove."""
+    return place.with_name(f".{place.name[:40]}.{secrets.token_hex(8)}{_PARTIAL}")
+
+
+def _remove(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except BaseException:  # a signal: finish first
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _checked(target: Path, marker: tuple[str, str], overwrite: bool) -> Path:
+    """Return where ``target`` leads, links followed, if it is free or may be replaced."""
+    try:
+        place = target.resolve()
+    except (RuntimeError, ValueError) as error:  # a loop of links (Python < 3.13), a NUL
+        raise OSError(errno.EINVAL, str(error), str(target)) from error
+    if is_partial(place):
+        raise OutputError(
+            f"{target} has a name of temporary directories (.….partial); choose another"
+        )
+    if not os.path.lexists(place):
+        return place
+    if not overwrite:
+        raise OutputError(f"{target} exists already; choose another path or pass --overwrite")
+    if not _is_replaceable(place, marker):
+        raise OutputError(
+            f"{target} will not be replaced: it is neither empty nor a directory with a "
+            f"{marker[0]} of format {marker[1]!r}. Choose another path or remove it yourself"
+        )
+    return place
 
 
 def _is_replaceable(target: Path, marker: tuple[str, str]) -> bool:
@@ -78,25 +193,57 @@ def _is_replaceable(target: Path, marker: tuple[str, str]) -> bool:
     try:
         if not any(target.iterdir()):
             return True
-        content = json.loads((target / name).read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(target / name, max_bytes=MAX_JSON_BYTES))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("format") == kind
 
 
-def _replace_directory(source: Path, target: Path) -> None:
+def _put_in_place(source: Path, target: Path) -> None:
+    """Move the directory ``source`` to ``target``, which is free or a directory to replace.
+
+    An existing ``target`` is exchanged with ``source`` in one step, so there is one at any moment,
+    the old or the new. Where the system cannot do that (Linux can, on almost every file system),
+    the old one is moved aside first, and a kill between the two steps leaves it under the name
+    ``.NAME.….partial``; an exception puts it back.
+    """
     if not target.exists():
         source.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(aside / target.name)
-    try:
-        source.rename(target)
-    except BaseException:
-        (aside / target.name).rename(target)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    elif not _exchange(source, target):
+        aside = _temporary(target)
+        try:
+            target.rename(aside)
+            source.rename(target)
+        finally:
+            if os.path.lexists(target):
+                _remove(aside)
+            else:
+                aside.rename(target)
+    _sync_parent(target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two directories in one step; False where the system cannot."""
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+@functools.cache
+def _renameat2() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    function: Callable[..., int] | None = getattr(
+        ctypes.CDLL(None, use_errno=True), "renameat2", None
+    )
+    return function
 
 
 def write_file(target: Path, content: bytes) -> None:
@@ -108,16 +255,17 @@ def write_file(target: Path, content: bytes) -> None:
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as stream:
+        temporary = _temporary(target)
+        with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.chmod(0o644)
         temporary.rename(target)
-    except OSError as error:
+        _sync_parent(target)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or no name at all
         raise OutputError(f"{target} cannot be written: {error}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()

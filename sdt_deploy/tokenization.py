@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from sdt_deploy.config import MAX_SIZE, shown
 from sdt_deploy.errors import CheckpointError, InputError
 from sdt_deploy.extras import require
+from sdt_deploy.files import read_bytes
 
 Overflow = Literal["error", "truncate"]
+MAX_TEXT_BYTES = 2**30
+"""Largest text file that is read."""
 
 
 class TextTokenizer:
@@ -19,12 +24,10 @@ class TextTokenizer:
 
     def __init__(self, content: bytes) -> None:
         tokenizers = require("tokenizers", extra="cpu", purpose="Reading texts")
-        try:
+        with _errors_of_the_library():
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"the tokenizer.json cannot be used: {error}") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
 
     def encode(
         self,
@@ -45,19 +48,27 @@ class TextTokenizer:
 
         Raises:
             InputError: if a text is no string, gives no token, or is too long.
+            CheckpointError: if the tokenizer fails.
         """
-        if overflow not in get_args(Overflow):
-            raise InputError(f"overflow must be one of {get_args(Overflow)}, not {overflow!r}")
+        if not isinstance(overflow, str) or overflow not in get_args(Overflow):
+            raise InputError(f"overflow must be one of {get_args(Overflow)}, not {shown(overflow)}")
         texts = list(texts)
         if not texts:
             raise InputError("no texts were given")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"text {i} is {type(text).__name__}, not a string")
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"text {i} cannot be written as UTF-8: {error}") from error
+        with _errors_of_the_library():
+            ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
         for i, row in enumerate(ids):
             if not row:
-                raise InputError(f"text {i} gives no token: {texts[i]!r}")
+                raise InputError(f"text {i} gives no token: {shown(texts[i])}")
+            if max(row) > MAX_SIZE:
+                raise CheckpointError(f"the tokenizer.json has an id above {MAX_SIZE}: {max(row)}")
             if max_length is not None and len(row) > max_length:
                 if overflow == "error":
                     raise InputError(
@@ -72,7 +83,7 @@ class TextTokenizer:
         encoding = self._tokenizer.encode(text)
         special = [i for i, flag in enumerate(encoding.special_tokens_mask) if flag]
         ids: list[int] = encoding.ids
-        tail = [i for i in special if i > len(ids) // 2]
+        tail = [i for i in special if i > len(ids) // 2][-max_length:]
         return ids[: max_length - len(tail)] + [ids[i] for i in tail]
 
     def tokens(self, input_ids: np.ndarray) -> list[str]:
@@ -81,9 +92,26 @@ class TextTokenizer:
 
     def ends(self) -> tuple[list[int], list[int]]:
         """Return the special ids that are put before and after every text."""
-        encoding = self._tokenizer.encode("a")
+        with _errors_of_the_library():
+            encoding = self._tokenizer.encode("a")
         inner = [i for i, flag in enumerate(encoding.special_tokens_mask) if not flag]
+        if not inner:
+            raise CheckpointError('the tokenizer.json cannot be used: the text "a" gives no token')
         return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
+
+
+@contextlib.contextmanager
+def _errors_of_the_library() -> Iterator[None]:
+    """Make what the tokenizers library raises a :class:`CheckpointError`.
+
+    It raises plain ``Exception``, and ``PanicException``, which is none, where its own code fails.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"the tokenizer.json cannot be used: {error}") from error
 
 
 def read_lines(path: Path) -> list[str]:
@@ -93,7 +121,7 @@ def read_lines(path: Path) -> list[str]:
         InputError: if the file cannot be read or holds no such line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path, max_bytes=MAX_TEXT_BYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     lines = [line.strip() for line in lines if line.strip()]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from sdt_deploy.bundle import MANIFEST, _digest, list_files
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -18,6 +23,23 @@ from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.session import Session
 
 TOLERANCE = 2e-4
+GOLDEN = Path(__file__).parent / "data" / "golden-bundle-v1"
+THOROUGH = bool(os.environ.get("SDT_DEPLOY_THOROUGH"))
+"""Whether fuzzing and stress tests take minutes rather than seconds."""
+
+
+def sign_bundle(bundle: Path, change: Callable[[Any], None] = lambda body: None) -> None:
+    """Make hashes and digest of an altered bundle match, as who makes a bundle can.
+
+    ``change`` may alter the parsed manifest first.
+    """
+    body = json.loads((bundle / MANIFEST).read_text())
+    body.pop("digest")
+    body["files"] = list_files(bundle)
+    change(body)
+    body["digest"] = _digest(body)
+    (bundle / MANIFEST).write_text(json.dumps(body))
+
 
 CONFIGS: dict[str, tuple[ModelConfig, ExportConfig]] = {
     "active-lm": (

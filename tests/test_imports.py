@@ -20,6 +20,8 @@ LEVELS = (
     "errors",
     "extras",
     "files",
+    "arrays",
+    "external_data",
     "config",
     "bundle",
     "costs",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from sdt_deploy.arrays import read_npz
 from sdt_deploy.bundle import SAMPLE, Bundle
-from sdt_deploy.errors import InputError
+from sdt_deploy.config import MAX_SIZE
+from sdt_deploy.errors import BundleFormatError, InputError
 from sdt_deploy.runtime.batch import TokenBatch
 
 GRID_BATCH = (2, 8, 16)
 GRID_SEQ = (20, 64, 128, 256, 512, 1024)
 """The grid of the original research benchmark."""
+MAX_TOKENS = 2**22
+"""Largest case; its dense attention alone needs many gigabytes."""
 
 CASE_TOKENS = 1024
 
@@ -65,8 +70,7 @@ def token_source(bundle: Bundle, texts: tuple[np.ndarray, np.ndarray] | None = N
         return TokenSource(stream=ids, before=(), after=(), description="random token ids")
     description = "tokens of the given texts"
     if texts is None:
-        with np.load(bundle.file(SAMPLE), allow_pickle=False) as arrays:
-            texts = arrays["input_ids"], arrays["cu_seqlens"]
+        texts = _sample(bundle)
         description = "tokens of the text sample in the bundle"
     ids, cu_seqlens = texts
     pinned = np.isin(ids, config.pinned_token_ids)
@@ -81,6 +85,17 @@ def token_source(bundle: Bundle, texts: tuple[np.ndarray, np.ndarray] | None = N
     )
 
 
+def _sample(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
+    path = bundle.file(SAMPLE)
+    longest = dataclasses.replace(bundle.manifest.model, max_positions=MAX_SIZE)
+    try:
+        arrays = read_npz(path)
+        batch = TokenBatch.from_packed(arrays["input_ids"], arrays["cu_seqlens"], config=longest)
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleFormatError(f"{path} is no text sample of this model: {error}") from error
+    return batch.input_ids, batch.cu_seqlens
+
+
 def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
     """Parse ``2x20,8x64``.
 
@@ -90,9 +105,12 @@ def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
     cases = []
     for item in text.split(","):
         batch, cross, seq = item.strip().lower().partition("x")
-        if not (cross and batch.isdigit() and seq.isdigit() and int(batch) and int(seq)):
-            raise InputError(f"cases are given as BATCHxSEQ,BATCHxSEQ (2x20,8x64), not {item!r}")
-        cases.append((int(batch), int(seq)))
+        sizes = [int(n) if n.isascii() and n.isdigit() and len(n) < 10 else 0 for n in (batch, seq)]
+        if not (cross and all(sizes)):
+            raise InputError(
+                f"cases are given as BATCHxSEQ,BATCHxSEQ (2x20,8x64), not {item[:80]!r}"
+            )
+        cases.append((sizes[0], sizes[1]))
     return tuple(cases)
 
 
@@ -105,10 +123,12 @@ def check_cases(cases: Sequence[tuple[int, int]], max_positions: int) -> None:
     """Check that the positions reach.
 
     Raises:
-        InputError: if a case is longer.
+        InputError: if a case is longer, or has more than :data:`MAX_TOKENS`.
     """
     for batch, seq in cases:
         if seq > max_positions:
             raise InputError(
                 f"case {batch}x{seq}: the model's positions reach {max_positions} tokens"
             )
+        if batch * seq > MAX_TOKENS:
+            raise InputError(f"case {batch}x{seq} has more than {MAX_TOKENS} tokens")

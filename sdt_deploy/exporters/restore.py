@@ -12,7 +12,7 @@ from torch import Tensor
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.exporters.quantization import QUANTIZED, SCALE, ZERO_POINT, dequantize
 from sdt_deploy.extras import require
-from sdt_deploy.model.checkpoints import load_weights
+from sdt_deploy.model.checkpoints import model_with_weights
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 _ATTENTION = ("query", "key", "value", "output")
@@ -29,7 +29,6 @@ def restore(bundle: Bundle) -> SparseDepthTransformer:
         MissingExtraError: if onnx is not installed.
         CheckpointError: if the graphs do not hold exactly the model's weights.
     """
-    model = SparseDepthTransformer(bundle.manifest.model)
     tensors: dict[str, Tensor] = {}
     for spec in bundle.manifest.graphs.values():
         if spec.name in ("dense", "masked"):
@@ -40,8 +39,7 @@ def restore(bundle: Bundle) -> SparseDepthTransformer:
             if key is not None:
                 weight = (array.T if transposed else array).astype(np.float32, order="C")
                 tensors[key] = torch.from_numpy(weight)
-    load_weights(model, tensors, where=str(bundle.path))
-    return model
+    return model_with_weights(bundle.manifest.model, tensors, where=str(bundle.path))
 
 
 def _initializers(path: Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -67,16 +67,19 @@ def load_any(source: Path, *, head: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: if it is none of these or cannot be used.
     """
-    if source.is_file():
+    try:
+        is_file, has_config = source.is_file(), (source / "config.json").exists()
+    except OSError as error:  # too long a name, a folder that may not be read
+        raise CheckpointError(f"{source} cannot be read: {error}") from error
+    if is_file:
         _only_for_huggingface(source, head)
         return load_original(source)
-    config = source / "config.json"
-    if not config.exists():
+    if not has_config:
         raise CheckpointError(
             f"{source} is not a checkpoint: expected a native or Hugging Face directory with "
             "config.json, or a .pt file of the original research code"
         )
-    if not checkpoints.is_native_config(checkpoints.read_json(config)):
+    if not checkpoints.is_native_config(checkpoints.read_json(source / "config.json")):
         return load_huggingface(source, head=head)
     _only_for_huggingface(source, head)
     return checkpoints.load(source)

@@ -15,9 +15,16 @@ from torch import Tensor
 
 from sdt_deploy.config import HeadConfig, ModelConfig
 from sdt_deploy.errors import CheckpointError, ConfigError
-from sdt_deploy.model.checkpoints import Checkpoint, load_weights, read_json, read_safetensors
-from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.files import read_bytes
+from sdt_deploy.model.checkpoints import (
+    Checkpoint,
+    model_with_weights,
+    read_json,
+    read_safetensors,
+    read_tokenizer,
+)
 
+MAX_CARD_BYTES = 2**22
 _PREFIXES = ("bert.", "roberta.")
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
 _LAYER_NAMES = {
@@ -70,20 +77,18 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
         model_config = _model_config(source, config, tensors, head)
     except KeyError as error:
         raise CheckpointError(f"{source / 'config.json'} has no {error}") from error
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, IndexError) as error:
         raise CheckpointError(f"{source / 'config.json'}: {error}") from error
-    model = SparseDepthTransformer(model_config)
-    load_weights(model, _rename(tensors, model_config, kind), where=str(weights))
-    tokenizer = source / "tokenizer.json"
+    renamed = _rename(tensors, model_config, kind)
     card = _model_card(source / "README.md")
     return Checkpoint(
-        model=model,
+        model=model_with_weights(model_config, renamed, where=str(weights)),
         provenance={
             "source": card.get("title") or source.name,
             "source_format": f"Hugging Face {kind}",
             "license": card.get("license"),
         },
-        tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
+        tokenizer=read_tokenizer(source / "tokenizer.json"),
     )
 
 
@@ -210,9 +215,10 @@ def _rename(tensors: Mapping[str, Tensor], config: ModelConfig, kind: str) -> di
 
 def _model_card(path: Path) -> dict[str, str]:
     """Return the title of a model card and the licence in its front matter, as far as given."""
-    if not path.exists():
+    try:
+        text = read_bytes(path, max_bytes=MAX_CARD_BYTES).decode(errors="replace")
+    except OSError:
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     license_line = re.search(r"^license:\s*(\S+)", front[1] if front else "", re.MULTILINE)
     title = re.search(r"^# (.+)$", text[front.end() if front else 0 :], re.MULTILINE)

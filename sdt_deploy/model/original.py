@@ -9,6 +9,8 @@ other; here attention stays inside each sequence, so outputs agree at batch size
 from __future__ import annotations
 
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +19,7 @@ from torch import Tensor
 
 from sdt_deploy.config import HeadConfig, ModelConfig
 from sdt_deploy.errors import CheckpointError
-from sdt_deploy.model.checkpoints import Checkpoint, load_weights
-from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.model.checkpoints import Checkpoint, model_with_weights
 
 N_HEADS = 2
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
@@ -52,8 +53,11 @@ def load_original(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: if it cannot be read safely or the tensors are not the original's.
     """
+    _check_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the file makes it raise
         raise CheckpointError(
             f"{path} cannot be read as a state_dict of tensors (code in it is not run): {error}"
@@ -62,6 +66,12 @@ def load_original(path: Path) -> Checkpoint:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise CheckpointError(f"{path} does not hold a state_dict: names with tensors")
+    odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds tensors that are not dense, or larger than what is stored of them: "
+            f"{', '.join(odd)}"
+        )
     try:
         if "pos_embed" in state:
             state["pos_embed.weight"] = state.pop("pos_embed").flatten(0, -2)
@@ -70,11 +80,34 @@ def load_original(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: a tensor does not have the shape of the original's: {error}"
         ) from error
-    model = SparseDepthTransformer(config)
-    load_weights(model, tensors, where=str(path))
     return Checkpoint(
-        model=model,
+        model=model_with_weights(config, tensors, where=str(path)),
         provenance={"source": path.name, "source_format": "original research code"},
+    )
+
+
+def _check_archive(path: Path) -> None:
+    """Check that nothing in the file is compressed, or claims to be larger than the file."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return  # the format before torch 1.6 has no sizes beside its bytes
+        with zipfile.ZipFile(path) as archive:
+            n_bytes = sum(member.file_size for member in archive.infolist())
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if n_bytes > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} cannot be read: {n_bytes} bytes are packed into {path.stat().st_size}; "
+            "torch.save does not compress"
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.config import ModelConfig
+from sdt_deploy.config import MAX_SIZE, ModelConfig
 from sdt_deploy.errors import InputError
 from sdt_deploy.runtime.routing import Int32
 
@@ -70,6 +70,9 @@ class TokenBatch:
         """
         ids = _integers("input_ids", input_ids, 1)
         cu = _integers("cu_seqlens", cu_seqlens, 1)
+        if cu.dtype == np.uint64:
+            cu = np.minimum(cu, np.uint64(2**63 - 1))
+        cu = cu.astype(np.int64)  # its differences have a sign
         if len(ids) == 0 or len(cu) < 2:
             raise InputError("the batch is empty; at least one sequence of one token is needed")
         if cu[0] != 0 or cu[-1] != len(ids):
@@ -86,10 +89,7 @@ class TokenBatch:
             )
         if lengths.max() > config.max_positions:
             at = int(lengths.argmax())
-            raise InputError(
-                f"sequence {at} has {lengths[at]} tokens; the model's positions reach "
-                f"{config.max_positions}. Truncate or split it"
-            )
+            raise _too_long(at, int(lengths[at]), config)
         _check_range("input_ids", ids, config.vocab_size)
         types = None
         if token_type_ids is not None:
@@ -121,9 +121,11 @@ class TokenBatch:
         """
         ids = _integers("input_ids", input_ids, 2)
         if attention_mask is None:
+            if len(ids) and ids.shape[1] > config.max_positions:
+                raise _too_long(0, ids.shape[1], config)
             mask = np.ones(ids.shape, dtype=bool)
         else:
-            mask = np.asarray(attention_mask)
+            mask = _array("attention_mask", attention_mask)
             if mask.shape != ids.shape:
                 raise InputError(
                     f"attention_mask {mask.shape} and input_ids {ids.shape} differ in shape"
@@ -151,11 +153,27 @@ class TokenBatch:
         return cls.from_packed(ids[mask], cu, types, config=config)
 
 
-def _integers(name: str, values: npt.ArrayLike, ndim: int) -> npt.NDArray[np.integer]:
+def _too_long(sequence: int, length: int, config: ModelConfig) -> InputError:
+    return InputError(
+        f"sequence {sequence} has {length} tokens; the model's positions reach "
+        f"{config.max_positions}. Truncate or split it"
+    )
+
+
+def _array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    if isinstance(values, np.ma.MaskedArray):
+        raise InputError(f"{name} is a masked array; pass its data, and attention_mask for padding")
     try:
         array = np.asarray(values)
-    except ValueError as error:
+    except Exception as error:  # tensors of other libraries raise what they like
         raise InputError(f"{name} is not an array: {error}") from error
+    if array.size > MAX_SIZE:
+        raise InputError(f"{name} has {array.size} entries; a batch has {MAX_SIZE} at most")
+    return array
+
+
+def _integers(name: str, values: npt.ArrayLike, ndim: int) -> npt.NDArray[np.integer]:
+    array = _array(name, values)
     if array.ndim != ndim:
         raise InputError(f"{name} must have {ndim} axes, it has the shape {array.shape}")
     if array.dtype.kind not in "iu" and array.size:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.bundle import TOKENIZER, Bundle, Manifest
-from sdt_deploy.config import check_thresholds
+from sdt_deploy.config import check_thresholds, shown
 from sdt_deploy.costs import dense_flops
 from sdt_deploy.errors import BackendError, ConfigError, InputError
 from sdt_deploy.runtime import dispatch
@@ -192,8 +192,8 @@ class Session:
         path: PathChoice = "auto",
     ) -> RunResult:
         """Run a checked batch; see :meth:`run`."""
-        if path not in PATHS:
-            raise InputError(f"path must be one of {', '.join(PATHS)}, not {path!r}")
+        if not isinstance(path, str) or path not in PATHS:
+            raise InputError(f"path must be one of {', '.join(PATHS)}, not {shown(path)}")
         config = self.manifest.model
         limits = config.thresholds
         if thresholds is not None:
@@ -376,8 +376,10 @@ def timed(call: Call) -> float:
 
 def _as_thresholds(values: object, n_layers: int) -> tuple[float, ...]:
     try:
+        if isinstance(values, str | bytes):
+            raise TypeError("a string was given")
         thresholds = tuple(map(float, values))  # type: ignore[call-overload]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"thresholds must be {n_layers} numbers: {error}") from error
     check_thresholds(thresholds, n_layers)
     return thresholds
