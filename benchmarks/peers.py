@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -301,13 +302,18 @@ def make_graphs(bundle: Bundle, huggingface: Path, directory: Path) -> None:
         "dense_int8": bundle.file(bundle.manifest.graphs["dense"].file),
         "hf_int8": paths["hf_optimized"],
     }
+    logging.getLogger().setLevel(logging.ERROR)  # a remark that the graphs were not preprocessed
     for name, source in sources.items():
+        model = onnx.load(source)
+        if all(entry.domain != "com.microsoft" for entry in model.opset_import):
+            model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
         quantize_dynamic(
-            onnx.load(source),
+            model,
             directory / f"{name}.onnx",
             per_channel=True,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Attention"],
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of fused operators
         )
 
 

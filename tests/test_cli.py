@@ -50,8 +50,6 @@ def test_export_inspect_verify(exported: Exported, tmp_path: Path) -> None:
     assert "stage-01" in text
     assert "stage-02" not in text
     assert "exists already" in call("export", native, tmp_path / "bundle", code=2)
-    call("export", native, tmp_path / "int8", "--quantize", "int8")
-    assert "int8" in call("inspect", tmp_path / "int8")
     text = call("inspect", tmp_path / "bundle")
     assert "4 layers" in text
     assert "not evaluated" in text
