@@ -17,11 +17,13 @@ from sdt_deploy.errors import (
     BundleIntegrityError,
     CheckpointError,
     ConfigError,
+    DeadlineExceededError,
     ExportError,
     InputError,
     MissingExtraError,
     MissingProviderError,
     OutputError,
+    RunCancelledError,
     SdtDeployError,
     VerificationError,
 )
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
     from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
     from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
     from sdt_deploy.runtime.session import Session
+    from sdt_deploy.runtime.statistics import DepthDriftWarning, SessionStatistics
 
 _LAZY = {
     "Bundle": "sdt_deploy.bundle",
+    "DepthDriftWarning": "sdt_deploy.runtime.statistics",
     "Manifest": "sdt_deploy.bundle",
     "ExportConfig": "sdt_deploy.config",
     "HeadConfig": "sdt_deploy.config",
@@ -41,6 +45,7 @@ _LAZY = {
     "LayerUsage": "sdt_deploy.runtime.result",
     "RunResult": "sdt_deploy.runtime.result",
     "Session": "sdt_deploy.runtime.session",
+    "SessionStatistics": "sdt_deploy.runtime.statistics",
     "Timings": "sdt_deploy.runtime.result",
 }
 
@@ -52,6 +57,8 @@ __all__ = [
     "BundleIntegrityError",
     "CheckpointError",
     "ConfigError",
+    "DeadlineExceededError",
+    "DepthDriftWarning",
     "ExportConfig",
     "ExportError",
     "HeadConfig",
@@ -62,9 +69,11 @@ __all__ = [
     "MissingProviderError",
     "ModelConfig",
     "OutputError",
+    "RunCancelledError",
     "RunResult",
     "SdtDeployError",
     "Session",
+    "SessionStatistics",
     "Timings",
     "VerificationError",
 ]

@@ -1,4 +1,4 @@
-"""Operation counts: pure functions, shared by the dispatcher and the benchmark.
+"""Operation counts and a memory estimate: pure functions of the sizes.
 
 Counted are the matrix products, two operations per multiply-add; norms, activations, softmax and
 gathers are left out on both sides. Padding is counted only where it is given in the sizes.
@@ -72,3 +72,23 @@ def sparse_flops(
             n_pairs=sum(q * k for q, k in zip(counts, seen, strict=True)),
         )
     return total
+
+
+FIXED_SCRATCH_BYTES = 4 << 20
+"""What a run needs besides :func:`scratch_bytes_per_sequence`, whatever its size."""
+
+
+def scratch_bytes_per_sequence(config: ModelConfig, length: int) -> float:
+    """Estimate the memory above the weights that each sequence of ``length`` tokens adds to a run.
+
+    Counted is the widest layer in float32, every token active: while it attends, the logits, their
+    softmax and five times the states; in the feed-forward, twice its inner width, and of what the
+    attention left in the arena the logits once and, buffers of the run included, eleven times the
+    states. Besides, the output. That live tensors need the former follows from the graphs; what an
+    arena's holes add is fitted to peaks, see ``benchmarks/memory_estimate.py``.
+    """
+    feed_forward = length * config.d_ff
+    states = length * config.d_model
+    logits = config.n_heads * length * length
+    output = config.output_width * (1 if config.head.per_sequence else length)
+    return 4 * (output + max(2 * logits + 5 * states, logits + 2 * feed_forward + 11 * states))

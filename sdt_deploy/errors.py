@@ -13,6 +13,8 @@
     ├── InputError              ids, lengths or texts that cannot be run
     ├── BackendError            an engine failed
     │   └── MissingProviderError    the engine lacks the execution provider that was asked for
+    ├── RunCancelledError       a run was cancelled by its caller
+    │   └── DeadlineExceededError   a run did not end in time
     ├── MissingExtraError       an optional dependency is not installed
     └── OutputError             a target exists already, or cannot be written
 
@@ -63,6 +65,14 @@ class BackendError(SdtDeployError):
 
 class MissingProviderError(BackendError):
     """The engine library is installed but lacks the execution provider that was asked for."""
+
+
+class RunCancelledError(SdtDeployError):
+    """A run was cancelled by its caller; the session can be used again."""
+
+
+class DeadlineExceededError(RunCancelledError, TimeoutError):
+    """A run did not end within its ``timeout_s``; the session can be used again."""
 
 
 class MissingExtraError(SdtDeployError, ImportError):

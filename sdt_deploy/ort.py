@@ -1,11 +1,15 @@
-"""The one place that makes ONNX Runtime sessions: thread pool, options, provider check."""
+"""The one place that makes ONNX Runtime sessions: thread pool, options, provider check.
+
+A forked child inherits opened sessions and shares their memory, but not the pool's threads, and the
+pool cannot be made again: it runs every operator in the calling thread. Fork while no session runs,
+or ONNX Runtime's own locks may stay locked in the child.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +19,13 @@ import numpy as np
 
 from sdt_deploy.errors import BackendError, MissingProviderError
 from sdt_deploy.extras import require
+from sdt_deploy.forking import fork_safe_lock
 
 SLOWER_FUSIONS = ("MatMulAddFusion", "BiasGeluFusion")
 """Graph optimisations of ONNX Runtime that cost time on the CPU, dense baseline included; see
 ``docs/decisions/002-graph-forms.md``."""
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 _pool_threads: int | None = None
 """Threads of the process-wide pool; 0 if the host application made it."""
 
@@ -48,7 +53,8 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
             pool already has.
 
     Raises:
-        BackendError: if the pool exists with another number of threads.
+        BackendError: if the pool exists with another number of threads, as it does, with one, in a
+            child that was forked after the first session was opened.
     """
     global _pool_threads
     with _lock:
@@ -69,8 +75,19 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
         elif n_threads and n_threads != _pool_threads:
             raise BackendError(
                 f"this process already runs ONNX Runtime with {_pool_threads} threads and cannot "
-                f"change to {n_threads}: the pool is made once. Set it before the first session"
+                f"change to {n_threads}: the pool is made once, and a forked process has one "
+                "thread. Set n_threads before the first session"
             )
+
+
+def _forget_threads() -> None:
+    """In a forked child: the pool is there, its threads are not."""
+    global _pool_threads
+    _pool_threads = _pool_threads and 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _share_arena() -> None:
@@ -122,6 +139,7 @@ def open_session(
     ensure_thread_pool(n_threads)
     options = ort.SessionOptions()
     options.use_per_session_threads = False
+    options.enable_mem_pattern = False  # would lay a second block out for each new batch size
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3

@@ -14,7 +14,8 @@ from sdt_deploy.errors import CheckpointError, InputError
 from sdt_deploy.extras import require
 from sdt_deploy.files import read_bytes
 
-Overflow = Literal["error", "truncate"]
+Overflow = Literal["error", "truncate", "split"]
+"""Texts that are too long: refused, cut to their beginning, or cut into windows."""
 MAX_TEXT_BYTES = 2**30
 """Largest text file that is read."""
 
@@ -41,7 +42,8 @@ class TextTokenizer:
         Args:
             texts: at least one.
             max_length: the longest sequence allowed, in tokens.
-            overflow: what to do with longer ones; ``truncate`` keeps the special tokens.
+            overflow: what to do with longer ones; ``split`` makes several sequences of one text,
+                see :meth:`encode_windows`.
 
         Returns:
             ``input_ids [n_tokens]`` and ``cu_seqlens [batch + 1]``, int32.
@@ -49,6 +51,32 @@ class TextTokenizer:
         Raises:
             InputError: if a text is no string, gives no token, or is too long.
             CheckpointError: if the tokenizer fails.
+        """
+        return self.encode_windows(texts, max_length=max_length, overflow=overflow)[:2]
+
+    def encode_windows(
+        self,
+        texts: Sequence[str],
+        *,
+        max_length: int | None = None,
+        overflow: Overflow = "split",
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokenize ``texts``; cut long ones into windows with special tokens around each.
+
+        Windows follow each other without overlap, as Hugging Face tokenizers cut with ``stride=0``;
+        all but a text's last are full.
+
+        Args:
+            texts: at least one.
+            max_length: the longest window, in tokens.
+            overflow: ``truncate`` keeps a text's first window only.
+
+        Returns:
+            As :meth:`encode`, with one sequence per window, and ``cu_windows [n_texts + 1]``: text
+            ``i`` became the sequences from ``cu_windows[i]`` to ``cu_windows[i + 1]``.
+
+        Raises:
+            InputError: as :meth:`encode`.
         """
         if not isinstance(overflow, str) or overflow not in get_args(Overflow):
             raise InputError(f"overflow must be one of {get_args(Overflow)}, not {shown(overflow)}")
@@ -63,28 +91,34 @@ class TextTokenizer:
             except UnicodeEncodeError as error:
                 raise InputError(f"text {i} cannot be written as UTF-8: {error}") from error
         with _errors_of_the_library():
-            ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
-        for i, row in enumerate(ids):
-            if not row:
+            windows = [[encoding.ids] for encoding in self._tokenizer.encode_batch(texts)]
+        for i, (ids,) in enumerate(windows):
+            if not ids:
                 raise InputError(f"text {i} gives no token: {shown(texts[i])}")
-            if max(row) > MAX_SIZE:
-                raise CheckpointError(f"the tokenizer.json has an id above {MAX_SIZE}: {max(row)}")
-            if max_length is not None and len(row) > max_length:
+            if max(ids) > MAX_SIZE:
+                raise CheckpointError(f"the tokenizer.json has an id above {MAX_SIZE}: {max(ids)}")
+            if max_length is not None and len(ids) > max_length:
                 if overflow == "error":
                     raise InputError(
-                        f"text {i} has {len(row)} tokens, {max_length} are allowed: shorten it or "
-                        'pass overflow="truncate"'
+                        f"text {i} has {len(ids)} tokens, {max_length} are allowed: shorten it or "
+                        'pass overflow="truncate" or "split"'
                     )
-                ids[i] = self._truncated(texts[i], max_length)
-        cu_seqlens = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-        return np.concatenate([np.asarray(row, dtype=np.int32) for row in ids]), cu_seqlens
+                windows[i] = self._windows(texts[i], max_length)
+                if overflow == "truncate":
+                    del windows[i][1:]
+        cu_windows = np.cumsum([0, *map(len, windows)], dtype=np.int32)
+        flat = [np.asarray(ids, dtype=np.int32) for rows in windows for ids in rows]
+        return np.concatenate(flat), np.cumsum([0, *map(len, flat)], dtype=np.int32), cu_windows
 
-    def _truncated(self, text: str, max_length: int) -> list[int]:
-        encoding = self._tokenizer.encode(text)
-        special = [i for i, flag in enumerate(encoding.special_tokens_mask) if flag]
-        ids: list[int] = encoding.ids
-        tail = [i for i in special if i > len(ids) // 2][-max_length:]
-        return ids[: max_length - len(tail)] + [ids[i] for i in tail]
+    def _windows(self, text: str, max_length: int) -> list[list[int]]:
+        room = max_length - self._tokenizer.num_special_tokens_to_add(False)
+        if room < 1:
+            raise InputError(f"{max_length} tokens leave no room beside the special ones")
+        with _errors_of_the_library():
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            encoding.truncate(room)
+            whole = self._tokenizer.post_process(encoding)
+        return [window.ids for window in (whole, *whole.overflowing)]
 
     def tokens(self, input_ids: np.ndarray) -> list[str]:
         """Return the token of each id, as written in the vocabulary."""

@@ -22,6 +22,7 @@ LEVELS = (
     "files",
     "arrays",
     "external_data",
+    "forking",
     "config",
     "bundle",
     "costs",

@@ -9,6 +9,7 @@ from time import perf_counter
 from sdt_deploy.bundle import GraphSpec, TensorSpec
 from sdt_deploy.runtime.backend import Array, Backend, Call, Graph
 from sdt_deploy.runtime.routing import HeadLayout, PaddedLayout, RoutePlan, RouteStep
+from sdt_deploy.runtime.stopping import StopCheck
 
 
 class StateBuffers:
@@ -52,11 +53,17 @@ class BoundStages:
     other: Array
     """The other buffer."""
 
-    def run(self) -> tuple[list[float], float]:
-        """Make the calls; return the milliseconds of each, and of all copies together."""
+    def run(self, check: StopCheck | None = None) -> tuple[list[float], float]:
+        """Make the calls; return the milliseconds of each, and of all copies together.
+
+        Args:
+            check: called before each stage.
+        """
         stage_ms = []
         move_ms = 0.0
         for call, copy in self.calls:
+            if check is not None:
+                check()
             start = perf_counter()
             call()
             stop = perf_counter()
@@ -92,6 +99,13 @@ def bind_stages(
             calls.append((call, (other[n:], states[n:]) if n < len(states) else None))
             states, other = other, states
     return BoundStages(calls=calls, states=states, other=other)
+
+
+def timed(call: Call) -> float:
+    """Make a call; return the milliseconds it took."""
+    start = perf_counter()
+    call()
+    return (perf_counter() - start) * 1e3
 
 
 def stage_inputs(spec: GraphSpec, step: RouteStep, states: Array) -> dict[str, Array]:

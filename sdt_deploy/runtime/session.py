@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
-from typing import Literal, Self, get_args
+from typing import Literal, NoReturn, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.bundle import TOKENIZER, Bundle, Manifest
-from sdt_deploy.config import check_thresholds, shown
-from sdt_deploy.costs import dense_flops
-from sdt_deploy.errors import BackendError, ConfigError, InputError
+from sdt_deploy.bundle import TOKENIZER, Bundle, GraphSpec, Manifest
+from sdt_deploy.config import shown
+from sdt_deploy.errors import BackendError, InputError
+from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.runtime import dispatch
-from sdt_deploy.runtime.backend import Array, Backend, Call
+from sdt_deploy.runtime.backend import Array, Backend, Graph
 from sdt_deploy.runtime.backends import open_backend
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.loop import BoundStages, StateBuffers, bind_stages
+from sdt_deploy.runtime.buffers import BufferPool
+from sdt_deploy.runtime.calibration import measure_costs
+from sdt_deploy.runtime.inputs import read_batch, read_thresholds
+from sdt_deploy.runtime.loop import BoundStages, bind_stages, timed
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.routing import RoutePlan, depths_from_scores, padded_layout, plan_route
-from sdt_deploy.runtime.splitting import merge, select, split_by_padding
+from sdt_deploy.runtime.splitting import PartLimits, merge, select, split_batch
+from sdt_deploy.runtime.statistics import MAX_DEPTH_DRIFT, DepthMonitor, SessionStatistics
+from sdt_deploy.runtime.stopping import StopCheck, stop_check
+from sdt_deploy.runtime.windows import join_windows
 from sdt_deploy.tokenization import Overflow, TextTokenizer
 
 PathChoice = Literal["auto", "sparse", "masked", "dense"]
 PATHS = get_args(PathChoice)
-DEFAULT_MAX_PADDED_TOKENS = 16_384
+Graphs = tuple[Graph, list[tuple[GraphSpec, Graph]], Graph]
+"""Entry, stages and head."""
 
 
 class Session:
     """Runs a bundle. Thread-safe: concurrent runs use buffers of their own.
 
     Buffers are as large as the largest batch needed and are kept for later runs until ``close``.
+
+    Servers that fork their workers open the session before they do: it runs in every child, on one
+    thread each, and the children share its weights. Fork while no run is under way. A process that
+    is started anew (``multiprocessing`` with ``spawn``) opens a session of its own.
 
     ::
 
@@ -49,21 +58,20 @@ class Session:
         bundle: Bundle,
         backend: Backend,
         *,
-        max_padded_tokens: int = DEFAULT_MAX_PADDED_TOKENS,
+        part_limits: PartLimits | None = None,
+        max_depth_drift: float | None = MAX_DEPTH_DRIFT,
     ) -> None:
-        if max_padded_tokens < 1:
-            raise ConfigError(f"max_padded_tokens must be positive, not {max_padded_tokens}")
-        self._max_padded_tokens = max_padded_tokens
+        self._part_limits = part_limits or PartLimits()
+        self._monitor = DepthMonitor(bundle.manifest, max_depth_drift)
         self.bundle = bundle
         self.backend = backend
-        self._lock = threading.Lock()
-        self._calibration_lock = threading.Lock()
-        self._idle_buffers: list[StateBuffers] = []
+        self._calibration_lock = fork_safe_lock()
+        self._buffers = BufferPool(backend, bundle.manifest.graphs["entry"].outputs[0])
         self._tokenizer: TextTokenizer | None = None
         self._costs: dispatch.CostModel | None = None
         self._closed = False
-        self._entry, self._head = backend.graph("entry"), backend.graph("head")
-        self._stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
+        stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
+        self._graphs: Graphs | None = backend.graph("entry"), stages, backend.graph("head")
 
     @classmethod
     def open(
@@ -72,7 +80,9 @@ class Session:
         *,
         backend: str = "onnxruntime-cpu",
         n_threads: int | None = None,
-        max_padded_tokens: int = DEFAULT_MAX_PADDED_TOKENS,
+        max_padded_tokens: int = PartLimits.max_padded_tokens,
+        max_memory_mb: float | None = None,
+        max_depth_drift: float | None = MAX_DEPTH_DRIFT,
         check_files: bool = True,
     ) -> Self:
         """Open a bundle: its entry, stages and head. Baselines open when they are first used.
@@ -85,6 +95,11 @@ class Session:
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
                 of similar lengths, which bounds memory and the padding inside attention; results
                 are the same. The dense baseline is not split.
+            max_memory_mb: batches that would need more memory than this above the weights, by
+                :func:`sdt_deploy.costs.scratch_bytes_per_sequence`, run in parts too; None: no cap.
+                Each of several concurrent runs may need as much.
+            max_depth_drift: layers by which the recent mean depth may differ from that on the
+                calibration text before a ``DepthDriftWarning`` says so; None: never.
             check_files: compare the SHA-256 of every file with the manifest before use.
 
         Raises:
@@ -92,10 +107,11 @@ class Session:
             BackendError: if the backend cannot be opened.
             MissingExtraError: if the backend's library is not installed.
         """
+        limits = PartLimits(max_padded_tokens=max_padded_tokens, max_memory_mb=max_memory_mb)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_files=check_files)
         opened = open_backend(backend, bundle, n_threads=n_threads)
-        return cls(bundle, opened, max_padded_tokens=max_padded_tokens)
+        return cls(bundle, opened, part_limits=limits, max_depth_drift=max_depth_drift)
 
     @property
     def manifest(self) -> Manifest:
@@ -108,30 +124,42 @@ class Session:
 
         Raises:
             InputError: if the bundle has none.
+            BackendError: if the session is closed.
         """
-        if self._tokenizer is None:
+        self._check_open()
+        tokenizer = self._tokenizer
+        if tokenizer is None:
             if not self.bundle.has(TOKENIZER):
                 raise InputError("this bundle has no tokenizer; pass token ids instead of texts")
-            content = self.bundle.file(TOKENIZER).read_bytes()
-            self._tokenizer = TextTokenizer(content)
-        return self._tokenizer
+            tokenizer = TextTokenizer(self.bundle.file(TOKENIZER).read_bytes())
+            self._tokenizer = tokenizer
+        return tokenizer
 
     def close(self) -> None:
-        """Free the engines; later runs raise."""
-        with self._lock:
-            self._closed = True
-            self._idle_buffers.clear()
+        """Free engines, buffers and the tokenizer; may be called again.
+
+        Later runs raise :class:`~sdt_deploy.errors.BackendError`. A run that is under way in
+        another thread ends, with its result or with that error, and then frees what it holds.
+        """
+        self._closed = True
+        self._buffers.close()
         self.backend.close()
+        self._tokenizer = self._costs = self._graphs = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError("the session is closed")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a session cannot be pickled: pass the path of its bundle, {str(self.bundle.path)!r}, "
+            "and open it where it is needed; forked processes may use this one as it is"
+        )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def run(
@@ -144,6 +172,8 @@ class Session:
         overflow: Overflow = "error",
         thresholds: Sequence[float] | None = None,
         path: PathChoice = "auto",
+        timeout_s: float | None = None,
+        cancel: threading.Event | None = None,
     ) -> RunResult:
         """Run a batch.
 
@@ -153,11 +183,18 @@ class Session:
             cu_seqlens: ``[batch + 1]``, cumulative sequence lengths.
             attention_mask: ``[batch, seq]`` for padded ids; None: nothing is padding.
             token_type_ids: shaped as the ids; None: zeros.
-            overflow: what to do with texts that are longer than the model's positions.
+            overflow: what to do with texts that are longer than the model's positions: ``error``,
+                ``truncate``, or ``split`` into windows that run as sequences of their own and give
+                one result, see :func:`sdt_deploy.runtime.windows.join_windows`.
             thresholds: one per layer, instead of the model's.
             path: ``sparse`` compacts between stages; ``masked`` computes the same function in one
                 graph; ``auto`` picks the faster of the two by a cost model that is calibrated when
                 it is first needed; ``dense`` is the baseline, every token through every layer.
+            timeout_s: seconds after which the run stops; None: no limit.
+            cancel: set from another thread, it stops the run.
+
+        Whether to stop is looked at before the run, between the stages of ``sparse`` and between
+        the parts of a large batch; a call of an engine, such as all of ``masked``, is finished.
 
         Returns:
             Arrays that belong to the caller, packed whichever way the ids came.
@@ -166,23 +203,23 @@ class Session:
             InputError: if the batch cannot be run.
             ConfigError: if ``thresholds`` are not one per layer and nondecreasing.
             BackendError: if the engine fails or the session is closed.
+            RunCancelledError: if ``cancel`` was set.
+            DeadlineExceededError: if ``timeout_s`` have passed.
         """
-        config = self.manifest.model
-        texts = _as_texts(inputs)
-        if texts is not None:
-            if cu_seqlens is not None or attention_mask is not None or token_type_ids is not None:
-                raise InputError("texts come alone; cu_seqlens and masks belong to token ids")
-            inputs, cu_seqlens = self.tokenizer.encode(
-                texts, max_length=config.max_positions, overflow=overflow
-            )
-        ids: npt.ArrayLike = inputs
-        if cu_seqlens is None:
-            batch = TokenBatch.from_padded(ids, attention_mask, token_type_ids, config=config)
-        elif attention_mask is None:
-            batch = TokenBatch.from_packed(ids, cu_seqlens, token_type_ids, config=config)
-        else:
-            raise InputError("pass cu_seqlens with packed ids or attention_mask with padded ones")
-        return self.run_batch(batch, thresholds=thresholds, path=path)
+        check = stop_check(timeout_s, cancel)
+        batch, cu_windows = read_batch(
+            inputs,
+            cu_seqlens,
+            attention_mask,
+            token_type_ids,
+            config=self.manifest.model,
+            overflow=overflow,
+            tokenizer=lambda: self.tokenizer,
+        )
+        result = self._run_checked(batch, thresholds, path, check)
+        if cu_windows is None:
+            return result
+        return join_windows(result, cu_windows, self.manifest.model.head)
 
     def run_batch(
         self,
@@ -190,32 +227,60 @@ class Session:
         *,
         thresholds: Sequence[float] | None = None,
         path: PathChoice = "auto",
+        timeout_s: float | None = None,
+        cancel: threading.Event | None = None,
     ) -> RunResult:
         """Run a checked batch; see :meth:`run`."""
+        return self._run_checked(batch, thresholds, path, stop_check(timeout_s, cancel))
+
+    def _run_checked(
+        self,
+        batch: TokenBatch,
+        thresholds: Sequence[float] | None,
+        path: PathChoice,
+        check: StopCheck | None,
+    ) -> RunResult:
+        self._check_open()
         if not isinstance(path, str) or path not in PATHS:
             raise InputError(f"path must be one of {', '.join(PATHS)}, not {shown(path)}")
         config = self.manifest.model
         limits = config.thresholds
         if thresholds is not None:
-            limits = _as_thresholds(thresholds, config.n_layers)
+            limits = read_thresholds(thresholds, config.n_layers)
+        if check is not None:
+            check()
         if path == "dense":
             return self._run_padded(batch, limits, path)
-        groups = split_by_padding(batch.lengths, self._max_padded_tokens)
+        groups = split_batch(batch.lengths, config, self._part_limits)
         if path == "auto":
             shares = dispatch.active_shares(self.manifest, limits)
             lengths = [batch.lengths[group].tolist() for group in groups]
             path = self.cost_model().choose(config, lengths, shares)
-        if len(groups) == 1:
-            return self._run_one(batch, limits, path)
-        parts = [self._run_one(select(batch, group), limits, path) for group in groups]
-        return merge(parts, groups, batch, per_sequence=config.head.per_sequence)
+        parts = [batch] if len(groups) == 1 else [select(batch, group) for group in groups]
+        results = [self._run_one(part, limits, path, check) for part in parts]
+        result = results[0]
+        if len(groups) > 1:
+            result = merge(results, groups, batch, per_sequence=config.head.per_sequence)
+        if thresholds is None:
+            self._monitor.count(result.layer_usage.depth_histogram)
+        return result
 
     def _run_one(
-        self, batch: TokenBatch, thresholds: tuple[float, ...], path: dispatch.Path
+        self,
+        batch: TokenBatch,
+        thresholds: tuple[float, ...],
+        path: dispatch.Path,
+        check: StopCheck | None = None,
     ) -> RunResult:
+        if check is not None:
+            check()
         if path == "sparse":
-            return self._run_sparse(batch, thresholds)
+            return self._run_sparse(batch, thresholds, check)
         return self._run_padded(batch, thresholds, path)
+
+    def statistics(self) -> SessionStatistics:
+        """Return what was run so far, and how deep the tokens went."""
+        return self._monitor.statistics()
 
     def cost_model(self) -> dispatch.CostModel:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.
@@ -223,49 +288,31 @@ class Session:
         Calibration runs both paths on two random batches; it takes well under a second for a model
         of MiniLM's size and opens the masked graph.
         """
-        with self._calibration_lock:
-            if self._costs is None:
-                self._costs = dispatch.calibrate(self.manifest.model, self._measure)
-            return self._costs
-
-    def _measure(self, path: dispatch.Path, lengths: Sequence[int]) -> tuple[float, float]:
         config = self.manifest.model
-        cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, cu_seqlens[-1])
-        batch = TokenBatch.from_packed(ids, cu_seqlens, config=config)
-        runs = [self.run_batch(batch, path=path) for _ in range(6)]
-        milliseconds = min(run.timings.total_ms for run in runs[1:])
-        if path == "masked":
-            return dense_flops(config, lengths), milliseconds
-        return dispatch.needed_flops(config, runs[0].depths, cu_seqlens), milliseconds
+        with self._calibration_lock:
+            costs = self._costs
+            if costs is None:
+                costs = self._costs = measure_costs(
+                    config, lambda batch, path: self._run_one(batch, config.thresholds, path)
+                )
+            return costs
 
-    @contextlib.contextmanager
-    def _buffers(self, n_tokens: int) -> Iterator[tuple[Array, Array]]:
-        """Lend two state buffers ``[n_tokens, d_model]`` to one run."""
-        with self._lock:
-            if self._closed:
-                raise BackendError("the session is closed")
-            idle = self._idle_buffers
-            states = self.manifest.graphs["entry"].outputs[0]
-            buffers = idle.pop() if idle else StateBuffers(self.backend, states)
-        try:
-            yield buffers.reserve(n_tokens)
-        finally:
-            with self._lock:
-                if not self._closed:
-                    self._idle_buffers.append(buffers)
-
-    def _run_sparse(self, batch: TokenBatch, thresholds: tuple[float, ...]) -> RunResult:
+    def _run_sparse(
+        self, batch: TokenBatch, thresholds: tuple[float, ...], check: StopCheck | None
+    ) -> RunResult:
         start = perf_counter()
         config, backend = self.manifest.model, self.backend
         n_tokens = batch.n_tokens
-        with self._buffers(n_tokens) as (states, other):
+        graphs = self._graphs
+        if graphs is None:
+            raise BackendError("the session is closed")
+        entry, stages, head = graphs
+        with self._buffers.lend(n_tokens) as (states, other):
             scores = np.empty(n_tokens, dtype=np.float32)
             ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
             if config.n_token_types:
                 ids["token_type_ids"] = _types(batch)
-            entry = self._entry.bind(ids, {"hidden_states": states, "scores": scores})
-            entry_ms = timed(entry)
+            entry_ms = timed(entry.bind(ids, {"hidden_states": states, "scores": scores}))
             entered = perf_counter()
             depths = depths_from_scores(scores, thresholds)
             plan = plan_route(
@@ -279,16 +326,16 @@ class Session:
             if plan.order is not None:
                 sort_ms = timed(partial(backend.take, states, plan.order, other))
                 states, other = other, states
-            bound = bind_stages(plan, states, other, self._stages)
+            bound = bind_stages(plan, states, other, stages)
             rows = len(batch.lengths) if config.head.per_sequence else n_tokens
             output = np.empty((rows, config.output_width), dtype=np.float32)
             head_inputs = self._head_inputs(batch, plan, bound)
-            head = self._head.bind(head_inputs, {"output": output})
+            call_head = head.bind(head_inputs, {"output": output})
             route_ms = (perf_counter() - entered) * 1e3 - sort_ms
-            stage_ms, move_ms = bound.run()
+            stage_ms, move_ms = bound.run(check)
             if not config.head.per_sequence and plan.order is not None:
                 move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
-            head_ms = timed(head)
+            head_ms = timed(call_head)
         return RunResult(
             output=output,
             depths=depths,
@@ -345,8 +392,6 @@ class Session:
     ) -> RunResult:
         start = perf_counter()
         config = self.manifest.model
-        if self._closed:
-            raise BackendError("the session is closed")
         inputs, outputs = self.padded_arrays(batch, thresholds, path)
         self.backend.graph(path).bind(inputs, outputs)()
         mask = inputs["attention_mask"] > 0
@@ -365,33 +410,6 @@ class Session:
             timings=Timings(total_ms=(perf_counter() - start) * 1e3),
             path=path,
         )
-
-
-def timed(call: Call) -> float:
-    """Make a call; return the milliseconds it took."""
-    start = perf_counter()
-    call()
-    return (perf_counter() - start) * 1e3
-
-
-def _as_thresholds(values: object, n_layers: int) -> tuple[float, ...]:
-    try:
-        if isinstance(values, str | bytes):
-            raise TypeError("a string was given")
-        thresholds = tuple(map(float, values))  # type: ignore[call-overload]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"thresholds must be {n_layers} numbers: {error}") from error
-    check_thresholds(thresholds, n_layers)
-    return thresholds
-
-
-def _as_texts(inputs: object) -> list[str] | None:
-    """Return ``inputs`` as texts, or None if they are token ids."""
-    if isinstance(inputs, str):
-        return [inputs]
-    if isinstance(inputs, (list, tuple)) and inputs and isinstance(inputs[0], str):
-        return list(inputs)
-    return None
 
 
 def _types(batch: TokenBatch) -> Array:

@@ -1,4 +1,4 @@
-"""Batches with too much padding run in parts and are put together again.
+"""Batches with too much padding, or too large for memory, run in parts and are put together again.
 
 Attention lays sequences out as ``[batch, max_seqlen]``, so its cost and its memory grow with the
 padded tokens. Parts hold sequences of similar length.
@@ -6,11 +6,16 @@ padded tokens. Parts hold sequences of similar length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from sdt_deploy.config import ModelConfig
+from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
+from sdt_deploy.errors import ConfigError, InputError
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import Int32
@@ -19,18 +24,58 @@ Groups = list[npt.NDArray[np.intp]]
 """Sequence numbers of each part."""
 
 
-def split_by_padding(lengths: Int32, max_padded_tokens: int) -> Groups:
-    """Group sequences so that no group pads to more than ``max_padded_tokens``.
+@dataclass(frozen=True, kw_only=True)
+class PartLimits:
+    """How large a part may be."""
+
+    max_padded_tokens: int = 16_384
+    """Sequences times the longest of them. A single sequence may be longer."""
+    max_memory_mb: float | None = None
+    """Memory above the weights, in 2²⁰ bytes, as :mod:`sdt_deploy.costs` estimates it."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_padded_tokens", "max_memory_mb"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be positive, not {value}")
+
+    def max_sequences(self, config: ModelConfig, longest: int) -> int:
+        """Return how many sequences of up to ``longest`` tokens may run together.
+
+        Raises:
+            InputError: if one alone would exceed ``max_memory_mb``.
+        """
+        n_sequences = max(1, self.max_padded_tokens // longest)
+        if self.max_memory_mb is None:
+            return n_sequences
+        each = scratch_bytes_per_sequence(config, longest)
+        fitting = int((self.max_memory_mb * 2**20 - FIXED_SCRATCH_BYTES) // each)
+        if fitting < 1:
+            needed = (each + FIXED_SCRATCH_BYTES) / 2**20
+            raise InputError(
+                f"a sequence of {longest} tokens needs about {needed:.1f} MB, max_memory_mb allows "
+                f"{self.max_memory_mb:g}: shorten it or open the session with a higher cap"
+            )
+        return min(n_sequences, fitting)
+
+
+def split_batch(lengths: Int32, config: ModelConfig, limits: PartLimits) -> Groups:
+    """Group sequences so that no group exceeds ``limits``.
 
     A batch that fits is one group, in its own order. Otherwise the longest sequences go together
-    first. A single sequence that is longer than the limit is a group of its own.
+    first.
+
+    Raises:
+        InputError: if a sequence alone needs too much memory.
     """
-    if len(lengths) * int(lengths.max()) <= max_padded_tokens:
+    if len(lengths) <= limits.max_sequences(config, int(lengths.max())):
         return [np.arange(len(lengths))]
     order = np.argsort(-lengths, kind="stable")
     groups, start = [], 0
     while start < len(order):
-        size = max(1, max_padded_tokens // int(lengths[order[start]]))
+        left = len(order) - start
+        n_parts = math.ceil(left / limits.max_sequences(config, int(lengths[order[start]])))
+        size = math.ceil(left / n_parts)  # even parts instead of a small last one
         groups.append(order[start : start + size])
         start += size
     return groups
@@ -53,6 +98,8 @@ def merge(
 ) -> RunResult:
     """Put the results of the parts of ``batch`` together, in the order of ``batch``."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     rows = np.concatenate([_rows(batch.cu_seqlens, group) for group in groups])
     places = np.concatenate(groups) if per_sequence else rows
     output = np.empty((len(places), first.output.shape[1]), dtype=first.output.dtype)

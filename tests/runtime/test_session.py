@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import BackendError, ConfigError, InputError
-from sdt_deploy.runtime import dispatch
+from sdt_deploy.runtime import calibration
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.session import Session
 from tests.samples import ExportedModel, lengths_lists, random_batch, seeds
@@ -157,8 +157,8 @@ def test_a_failed_allocation_does_not_poison_the_session(
 def test_threads_calibrate_once(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = exported("active-lm")
     calls = []
-    calibrate = dispatch.calibrate
-    monkeypatch.setattr(dispatch, "calibrate", lambda *a: calls.append(a) or calibrate(*a))
+    calibrate = calibration.calibrate
+    monkeypatch.setattr(calibration, "calibrate", lambda *a: calls.append(a) or calibrate(*a))
     with Session.open(sample.bundle) as session:
         threads = [threading.Thread(target=session.cost_model) for _ in range(6)]
         for thread in threads:

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdt_deploy.config import ExportConfig, ModelConfig
-from sdt_deploy.errors import ConfigError
+from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
+from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
+from sdt_deploy.errors import ConfigError, InputError
 from sdt_deploy.runtime.session import Session
-from sdt_deploy.runtime.splitting import select, split_by_padding
+from sdt_deploy.runtime.splitting import PartLimits, select, split_batch
 from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
@@ -28,12 +29,13 @@ from tests.samples import (
 )
 
 Exported = Callable[[str], ExportedModel]
+CONFIG = CONFIGS["all-embedding"][0]
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(1, 400))
 def test_groups_stay_below_the_limit_and_hold_everyone_once(lengths: list[int], limit: int) -> None:
     array = np.array(lengths, dtype=np.int32)
-    groups = split_by_padding(array, limit)
+    groups = split_batch(array, CONFIG, PartLimits(max_padded_tokens=limit))
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
     for group in groups:
         assert len(group) * array[group].max() <= limit or len(group) == 1
@@ -45,9 +47,41 @@ def test_groups_stay_below_the_limit_and_hold_everyone_once(lengths: list[int], 
     assert minimal <= padded <= len(lengths) * max(lengths)
 
 
+def estimate_mb(lengths: list[int]) -> float:
+    each = scratch_bytes_per_sequence(CONFIG, max(lengths))
+    return (FIXED_SCRATCH_BYTES + len(lengths) * each) / 2**20
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20), spare=st.floats(1.001, 30))
+def test_groups_fit_into_memory(lengths: list[int], spare: float) -> None:
+    fixed = FIXED_SCRATCH_BYTES / 2**20
+    cap = fixed + (estimate_mb([max(lengths)]) - fixed) * spare
+    array = np.array(lengths, dtype=np.int32)
+    groups = split_batch(array, CONFIG, PartLimits(max_memory_mb=cap))
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    for group in groups:
+        assert estimate_mb(array[group].tolist()) <= cap
+    assert (len(groups) == 1) == (estimate_mb(lengths) <= cap)
+
+
+def test_a_sequence_that_does_not_fit_into_memory_is_refused() -> None:
+    limits = PartLimits(max_memory_mb=estimate_mb([40]))
+    assert len(split_batch(np.array([40, 40]), CONFIG, limits)) == 2
+    with pytest.raises(
+        InputError, match=r"a sequence of 41 tokens needs about 4\.\d MB.* allows 4"
+    ):
+        split_batch(np.array([1, 41]), CONFIG, limits)
+
+
+def test_the_estimate_counts_what_grows() -> None:
+    """Twice the sequences need twice, a longer sequence more than in proportion, logits count."""
+    wide = CONFIG.replace(head=HeadConfig(kind="lm"), vocab_size=30_000)
+    assert scratch_bytes_per_sequence(wide, 10) > 4 * 10 * 30_000
+    assert scratch_bytes_per_sequence(CONFIG, 400) > 20 * scratch_bytes_per_sequence(CONFIG, 40)
+
+
 def test_a_part_is_a_batch_of_its_own() -> None:
-    config = CONFIGS["all-embedding"][0]
-    batch = random_batch(config, [3, 1, 4], 0)
+    batch = random_batch(CONFIG, [3, 1, 4], 0)
     assert batch.token_type_ids is not None
     part = select(batch, np.array([2, 0]))
     assert part.cu_seqlens.tolist() == [0, 4, 7]
@@ -77,7 +111,8 @@ def test_any_model_in_parts(
     config, export_config = drawn
     model = random_model(config, seed % 10_000)
     bundle = memory_bundle(model, export_config)
-    session = Session(bundle, OracleBackend(bundle, model), max_padded_tokens=limit)
+    limits = PartLimits(max_padded_tokens=limit)
+    session = Session(bundle, OracleBackend(bundle, model), part_limits=limits)
     batch = random_batch(config, lengths, seed)
     thresholds = quantile_thresholds(model, batch, data.draw(cut_points(config.n_layers)))
     result = assert_parity(session, model, batch, thresholds, path)
@@ -100,6 +135,18 @@ def test_an_uneven_batch_on_onnxruntime(exported: Exported, name: str) -> None:
         assert dense.output.shape == result.output.shape
 
 
-def test_the_limit_is_checked(exported: Exported) -> None:
-    with pytest.raises(ConfigError, match="must be positive"):
-        Session.open(exported("active-lm").bundle, max_padded_tokens=0)
+def test_a_memory_cap_splits_and_changes_nothing(exported: Exported) -> None:
+    sample = exported("all-embedding")
+    batch = random_batch(sample.model.config, [30] * 6, 3)
+    with Session.open(sample.bundle, max_memory_mb=estimate_mb([30, 30])) as session:
+        for path in ("sparse", "masked"):
+            result = assert_parity(session, sample.model, batch, path=path)
+        n_stages = len(session.manifest.stages)
+        assert len(session.run_batch(batch, path="sparse").timings.stage_ms) == 3 * n_stages
+        assert result.path == "masked"
+
+
+@pytest.mark.parametrize("name", ["max_padded_tokens", "max_memory_mb"])
+def test_the_limits_are_checked(exported: Exported, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be positive, not 0"):
+        Session.open(exported("active-lm").bundle, **{name: 0})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import BackendError
-from sdt_deploy.ort import bind_arrays, open_session
+from sdt_deploy.forking import fork_safe_lock
+from sdt_deploy.ort import bind_arrays, ensure_thread_pool, open_session
 from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
 
 
@@ -43,9 +43,9 @@ class OnnxRuntimeCpuBackend(HostMemory):
                 "bfloat16 is for GPUs. Export with --precision float32 to run it on a CPU"
             )
         self._bundle = bundle
-        self._n_threads = n_threads
+        ensure_thread_pool(n_threads)  # once: a forked child has other threads
         self._graphs: dict[str, OnnxRuntimeGraph] = {}
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self._closed = False
 
     def graph(self, name: str) -> Graph:
@@ -55,7 +55,7 @@ class OnnxRuntimeCpuBackend(HostMemory):
                 raise BackendError("the session is closed")
             if name not in self._graphs:
                 path = self._bundle.file(self._bundle.manifest.graphs[name].file)
-                self._graphs[name] = OnnxRuntimeGraph(open_session(path, n_threads=self._n_threads))
+                self._graphs[name] = OnnxRuntimeGraph(open_session(path))
             return self._graphs[name]
 
     def close(self) -> None:

@@ -1,0 +1,56 @@
+"""State buffers that runs borrow and give back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from sdt_deploy.bundle import TensorSpec
+from sdt_deploy.errors import BackendError
+from sdt_deploy.runtime.backend import Array, Backend
+from sdt_deploy.runtime.loop import StateBuffers
+
+
+class BufferPool:
+    """Lends state buffers; concurrent runs get buffers of their own. Thread-safe.
+
+    Args:
+        backend: allocates them.
+        states: the entry's output, which says width and dtype.
+    """
+
+    def __init__(self, backend: Backend, states: TensorSpec) -> None:
+        self._backend = backend
+        self._states = states
+        self._idle: list[StateBuffers] = []  # its methods are atomic
+        self._closed = False
+
+    @property
+    def n_idle(self) -> int:
+        """Pairs that are kept for later runs."""
+        return len(self._idle)
+
+    @contextlib.contextmanager
+    def lend(self, n_tokens: int) -> Iterator[tuple[Array, Array]]:
+        """Lend two state buffers ``[n_tokens, d_model]`` to one run.
+
+        Raises:
+            BackendError: if the session is closed.
+        """
+        if self._closed:
+            raise BackendError("the session is closed")
+        try:
+            buffers = self._idle.pop()
+        except IndexError:
+            buffers = StateBuffers(self._backend, self._states)
+        try:
+            yield buffers.reserve(n_tokens)
+        finally:
+            self._idle.append(buffers)
+            if self._closed:
+                self._idle.clear()
+
+    def close(self) -> None:
+        """Free idle buffers now and lent ones when they come back; lend no more."""
+        self._closed = True
+        self._idle.clear()

@@ -1,0 +1,29 @@
+"""Times the two exact paths, for the cost model behind ``path="auto"``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sdt_deploy.config import ModelConfig
+from sdt_deploy.costs import dense_flops
+from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate, needed_flops
+from sdt_deploy.runtime.result import RunResult
+
+
+def measure_costs(config: ModelConfig, run: Callable[[TokenBatch, Path], RunResult]) -> CostModel:
+    """Return the cost model of ``run`` after a few runs on random tokens."""
+
+    def measure(path: Path, lengths: Sequence[int]) -> tuple[float, float]:
+        cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, cu_seqlens[-1])
+        batch = TokenBatch.from_packed(ids, cu_seqlens, config=config)
+        runs = [run(batch, path) for _ in range(6)]
+        milliseconds = min(one.timings.total_ms for one in runs[1:])
+        if path == "masked":
+            return dense_flops(config, lengths), milliseconds
+        return needed_flops(config, runs[0].depths, cu_seqlens), milliseconds
+
+    return calibrate(config, measure)

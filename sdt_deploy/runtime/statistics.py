@@ -1,0 +1,138 @@
+"""What a session has run so far, and whether its depths drift from those that were expected.
+
+Thresholds are set for a mean depth on calibration text. Where the traffic differs, tokens go deeper
+than planned, which costs time, or less deep, which costs quality; nothing else would show it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdt_deploy.bundle import Manifest
+from sdt_deploy.errors import ConfigError
+from sdt_deploy.forking import fork_safe_lock
+from sdt_deploy.runtime.dispatch import active_shares
+
+MIN_TOKENS = 2_000
+"""Fewer say little: tokens of one text resemble each other, and this is a few dozen texts."""
+WINDOW_TOKENS = 20_000
+"""Memory of the recent mean: a token counts 1/e as much after so many others. A plain mean over
+everything would need as much new traffic as it has seen old to notice a change."""
+MAX_DEPTH_DRIFT = 1.0
+"""Layers of drift that are reported, unless the session is told otherwise."""
+
+
+class DepthDriftWarning(UserWarning):
+    """The tokens of recent runs go deeper, or less deep, than those of the calibration text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionStatistics:
+    """Runs of a session on the ``sparse`` and ``masked`` paths at the model's own thresholds.
+
+    Runs with thresholds of their own are left out: their depths say nothing about the traffic.
+    """
+
+    n_runs: int
+    n_tokens: int
+    depth_histogram: tuple[int, ...]
+    """Tokens that passed through 0, 1, …, n_layers layers."""
+    mean_depth: float | None
+    """Over all tokens; None before the first."""
+    recent_mean_depth: float | None
+    """The same with older tokens fading out, see :data:`WINDOW_TOKENS`."""
+    expected_mean_depth: float | None
+    """From the scores of the calibration text; None if the bundle does not know them."""
+
+    @property
+    def drift(self) -> float | None:
+        """Layers by which the recent mean depth exceeds the expected one; None if one is unknown.
+
+        Short texts go deeper than long ones where the special tokens at their ends are pinned.
+        """
+        if self.recent_mean_depth is None or self.expected_mean_depth is None:
+            return None
+        return self.recent_mean_depth - self.expected_mean_depth
+
+
+def expected_mean_depth(manifest: Manifest) -> float | None:
+    """Return the mean depth on the calibration text at the model's own thresholds, if known."""
+    if manifest.score_quantiles is None:
+        return None
+    return sum(active_shares(manifest, manifest.model.thresholds))
+
+
+def drifts(drift: float, limit: float, *, reported: bool) -> bool:
+    """Decide whether a drift is to be reported, or stays so.
+
+    A reported one counts as over only when it has halved, so that a mean that wavers around the
+    limit is reported once.
+    """
+    return abs(drift) > (limit / 2 if reported else limit)
+
+
+class DepthMonitor:
+    """Counts depths; thread-safe.
+
+    Args:
+        manifest: of the bundle that is run.
+        max_drift: warn past so many layers; None: never.
+    """
+
+    def __init__(self, manifest: Manifest, max_drift: float | None) -> None:
+        if max_drift is not None and not max_drift > 0:
+            raise ConfigError(f"max_depth_drift must be positive, not {max_drift}")
+        self._max_drift = max_drift
+        self._expected = expected_mean_depth(manifest)
+        self._lock = fork_safe_lock()
+        self._n_runs = 0
+        self._histogram = [0] * (manifest.model.n_layers + 1)
+        self._recent_tokens = self._recent_depths = 0.0
+        self._reported = False
+
+    def count(self, depth_histogram: Sequence[int]) -> None:
+        """Add one run; warns (:class:`DepthDriftWarning`) if the drift has passed the limit."""
+        n_tokens = sum(depth_histogram)
+        depths = sum(depth * count for depth, count in enumerate(depth_histogram))
+        kept = math.exp(-n_tokens / WINDOW_TOKENS)
+        with self._lock:
+            self._n_runs += 1
+            self._histogram = [a + b for a, b in zip(self._histogram, depth_histogram, strict=True)]
+            self._recent_tokens = kept * self._recent_tokens + n_tokens
+            self._recent_depths = kept * self._recent_depths + depths
+            if self._max_drift is None or self._expected is None:
+                return
+            if not self._reported and sum(self._histogram) < MIN_TOKENS:
+                return
+            mean = self._recent_depths / self._recent_tokens
+            was_reported = self._reported
+            self._reported = drifts(mean - self._expected, self._max_drift, reported=was_reported)
+            warn = self._reported and not was_reported
+        if warn:
+            warnings.warn(_message(mean, self._expected), DepthDriftWarning, stacklevel=4)
+
+    def statistics(self) -> SessionStatistics:
+        """Return the counts so far."""
+        with self._lock:
+            histogram, n_tokens = tuple(self._histogram), sum(self._histogram)
+            depths = sum(depth * count for depth, count in enumerate(histogram))
+            return SessionStatistics(
+                n_runs=self._n_runs,
+                n_tokens=n_tokens,
+                depth_histogram=histogram,
+                mean_depth=depths / n_tokens if n_tokens else None,
+                recent_mean_depth=self._recent_depths / self._recent_tokens if n_tokens else None,
+                expected_mean_depth=self._expected,
+            )
+
+
+def _message(mean: float, expected: float) -> str:
+    direction = "deeper, which costs time" if mean > expected else "less deep, which costs quality"
+    return (
+        f"tokens lately pass through {mean:.2f} layers on average, {expected:.2f} were expected "
+        f"from the calibration text: they go {direction}. If this traffic is to stay, convert and "
+        "export again with --texts from it; max_depth_drift of Session.open sets the limit"
+    )

@@ -1,0 +1,119 @@
+"""What a closed session leaves behind: nothing."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.errors import BackendError
+from sdt_deploy.runtime.backends import onnxruntime_cpu
+from sdt_deploy.runtime.session import Session
+from tests.runtime.test_stopping import FULL, hooked_session
+from tests.runtime.test_windows import HEADS, open_with_tokenizer
+from tests.samples import ExportedModel, random_batch
+
+Exported = Callable[[str], ExportedModel]
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """Every ONNX Runtime session that a test opens."""
+    found: list[weakref.ref[Any]] = []
+    open_session = onnxruntime_cpu.open_session
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        session = open_session(*args, **kwargs)
+        found.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(onnxruntime_cpu, "open_session", remember)
+    return found
+
+
+def test_close_frees_engines_and_buffers(
+    exported: Exported, engines: list[weakref.ref[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(exported("active-lm").bundle)
+    batch = random_batch(bundle.manifest.model, [9, 4], 0)
+    session = Session.open(bundle)
+    buffers: list[weakref.ref[np.ndarray]] = []
+    allocate = session.backend.empty
+
+    def remember(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        array = allocate(shape, dtype)
+        buffers.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(session.backend, "empty", remember)
+    session.run_batch(batch)
+    result = session.run_batch(batch, path="dense")
+    gc.collect()
+    assert len(engines) == len(bundle.manifest.graphs)
+    assert all(ref() is not None for ref in [*engines, *buffers[-2:]])
+    session.close()
+    session.close()
+    gc.collect()
+    assert [ref() for ref in [*engines, *buffers]] == [None] * len([*engines, *buffers])
+    assert result.output.shape == (13, 53)
+    for path in ("auto", "sparse", "masked", "dense"):
+        with pytest.raises(BackendError, match="closed"):
+            session.run_batch(batch, path=path)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="closed"):
+        session.cost_model()
+
+
+def test_close_frees_the_tokenizer(tmp_path: Path) -> None:
+    session = open_with_tokenizer(tmp_path, HEADS["mean"])
+    tokenizer = weakref.ref(session.tokenizer)
+    session.close()
+    assert tokenizer() is None
+    with pytest.raises(BackendError, match="closed"):
+        session.run("w1 w2")
+
+
+def test_a_run_that_is_closed_under_way_gives_its_buffers_up() -> None:
+    session, backend = hooked_session()
+    backend.hook = lambda name: session.close() if name == "stage-00" else None
+    session.run([1, 2], [0, 2], thresholds=FULL, path="sparse")  # this engine outlives its closing
+    assert session._buffers.n_idle == 0
+    with pytest.raises(BackendError, match="closed"):
+        session.run([1, 2], [0, 2], path="sparse")
+
+
+@pytest.mark.parametrize("path", ["sparse", "masked"])
+def test_runs_under_way_end(exported: Exported, engines: list[weakref.ref[Any]], path: str) -> None:
+    sample = exported("all-embedding")
+    batch = random_batch(sample.model.config, [30, 12, 25], 0)
+    session = Session.open(sample.bundle)
+    started = threading.Barrier(4)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        session.run_batch(batch, path=path)  # type: ignore[arg-type]
+        started.wait()
+        try:
+            while True:
+                session.run_batch(batch, path=path)  # type: ignore[arg-type]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    session.close()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [type(error) for error in errors] == [BackendError] * 3
+    assert all("closed" in str(error) for error in errors)
+    errors.clear()  # their tracebacks hold frames
+    gc.collect()
+    assert all(ref() is None for ref in engines)
