@@ -20,7 +20,7 @@ def main(path: Path) -> None:
     for batch, seq in CASES:
         each = scratch_bytes_per_sequence(bundle.manifest.model, seq)
         estimate = (FIXED_SCRATCH_BYTES + batch * each) / 2**20
-        measured = peak_bytes(path, "sparse", source.batch(batch, seq, bundle), None)
+        measured = peak_bytes(path, "sparse", source.batches(batch, seq, bundle)[0], None)
         assert measured is not None, "this system does not tell peak memory"
         ratio = estimate / (measured / 2**20)
         print(f"{batch}x{seq}: {estimate:.0f} estimated, {measured / 2**20:.0f} peak, {ratio:.2f}")

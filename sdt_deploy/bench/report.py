@@ -15,19 +15,8 @@ from sdt_deploy.files import write_file
 
 def table(cases: Sequence[CaseResult]) -> Table:
     """Lay out the results; ``ratio`` is the time of sparse over dense."""
-    result = Table(title="sparse against dense, median times")
-    columns = (
-        "case",
-        "dense ms",
-        "sparse ms",
-        "ratio",
-        "FLOPs",
-        "full",
-        "auto",
-        "µs/call",
-        "depth",
-        "error",
-    )
+    result = Table(title="sparse against dense: median ms; µs of the runtime per stage")
+    columns = "case", "dense", "sparse", "ratio", "FLOPs", "full", "auto", "µs", "depth", "error"
     for name in columns:
         result.add_column(name, justify="right", no_wrap=True)
     for case in cases:

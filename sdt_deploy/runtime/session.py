@@ -16,6 +16,7 @@ from sdt_deploy.bundle import TOKENIZER, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import shown
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
+from sdt_deploy.ort import usable_cores
 from sdt_deploy.runtime import dispatch
 from sdt_deploy.runtime.backend import Array, Backend, Graph
 from sdt_deploy.runtime.backends import open_backend
@@ -80,7 +81,7 @@ class Session:
         *,
         backend: str = "onnxruntime-cpu",
         n_threads: int | None = None,
-        max_padded_tokens: int = PartLimits.max_padded_tokens,
+        max_padded_tokens: int | None = None,
         max_memory_mb: float | None = None,
         max_depth_drift: float | None = MAX_DEPTH_DRIFT,
         check_files: bool = True,
@@ -94,7 +95,8 @@ class Session:
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
                 of similar lengths, which bounds memory and the padding inside attention; results
-                are the same. The dense baseline is not split.
+                are the same. The dense baseline is not split. None: 1024 per thread, 2048 at
+                least.
             max_memory_mb: batches that would need more memory than this above the weights, by
                 :func:`sdt_deploy.costs.scratch_bytes_per_sequence`, run in parts too; None: no cap.
                 Each of several concurrent runs may need as much.
@@ -107,6 +109,8 @@ class Session:
             BackendError: if the backend cannot be opened.
             MissingExtraError: if the backend's library is not installed.
         """
+        if max_padded_tokens is None:
+            max_padded_tokens = max(2048, 1024 * (n_threads or usable_cores()))
         limits = PartLimits(max_padded_tokens=max_padded_tokens, max_memory_mb=max_memory_mb)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_files=check_files)
