@@ -319,13 +319,8 @@ class Session:
             entry_ms = timed(entry.bind(ids, {"hidden_states": states, "scores": scores}))
             entered = perf_counter()
             depths = depths_from_scores(scores, thresholds)
-            plan = plan_route(
-                depths,
-                batch.cu_seqlens,
-                self.manifest.stage_layers,
-                config.context,
-                config.n_heads,
-            )
+            layers = self.manifest.stage_layers
+            plan = plan_route(depths, batch.cu_seqlens, layers, config.context, config.n_heads)
             sort_ms = 0.0
             if plan.order is not None:
                 sort_ms = timed(partial(backend.take, states, plan.order, other))
