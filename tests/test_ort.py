@@ -78,4 +78,4 @@ def test_a_graph_that_does_not_open(tmp_path: Path) -> None:
 def test_a_wrong_input_is_a_backend_error() -> None:
     session = ort.open_session(GOLDEN / "head.onnx")
     with pytest.raises(BackendError, match="ONNX Runtime failed"):
-        ort.run_into(session, {}, {})
+        ort.bind_arrays(session, {}, {})()

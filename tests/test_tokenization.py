@@ -96,7 +96,10 @@ def test_truncation_below_the_special_tokens() -> None:
     }
     split = {"type": "WhitespaceSplit"}
     tokenizer = made(post_processor=ends, pre_tokenizer=split)
-    for length in range(1, 6):
+    for length in (1, 2):
+        with pytest.raises(InputError, match="leave no room beside the special ones"):
+            tokenizer.encode(["b b b"], max_length=length, overflow="truncate")
+    for length in range(3, 6):
         ids, cu_seqlens = tokenizer.encode(["b b b"], max_length=length, overflow="truncate")
         assert cu_seqlens.tolist() == [0, length]
         assert ids[-1] == 0

@@ -24,6 +24,9 @@ from tests.test_cli import call
 Exported = Callable[[str], ExportedModel]
 
 
+INT8 = ExportConfig(quantization="int8")
+
+
 def test_an_int8_bundle(exported: Exported, tmp_path: Path) -> None:
     sample = exported("all-embedding")
     call("export", sample.native, tmp_path / "int8", "--quantize", "int8")
@@ -82,17 +85,17 @@ def test_a_poor_quantisation_is_refused(exported: Exported, tmp_path: Path) -> N
     proto, _ = quantization.quantize(*stage(sample))
     path = tmp_path / "stage.onnx"
     onnx.save(proto, path)
-    error = verify_graph(path, "stage-00", (0, 1), sample.model, "int8")
+    error = verify_graph(path, "stage-00", (0, 1), sample.model, INT8)
     assert error > 1e-3
     with pytest.raises(VerificationError, match="stage-00 deviates"):
-        verify_graph(path, "stage-00", (0, 1), sample.model)
+        verify_graph(path, "stage-00", (0, 1), sample.model, ExportConfig())
     for tensor in proto.graph.initializer:
         if tensor.name == "layers.0.value.weight_scale":
             tripled = onnx.numpy_helper.to_array(tensor) * 3
             tensor.CopyFrom(onnx.numpy_helper.from_array(tripled, tensor.name))
     onnx.save(proto, path)
     with pytest.raises(VerificationError, match="stage-00 deviates"):
-        verify_graph(path, "stage-00", (0, 1), sample.model, "int8")
+        verify_graph(path, "stage-00", (0, 1), sample.model, INT8)
 
 
 def test_what_was_not_quantised_is_an_error(
