@@ -172,8 +172,8 @@ class Manifest:
             raise BundleIntegrityError(f"{where} was altered after the export: digest mismatch")
         try:
             manifest = cls._from_body(body)
-            if version == 1 and manifest.export.precision != "float32":
-                raise ConfigError(f"version 1 has no precision {manifest.export.precision}")
+            if version == 1 and manifest.export.numbers != "float32":
+                raise ConfigError(f"version 1 knows float32, not {manifest.export.numbers}")
             return manifest
         except KeyError as error:
             raise BundleFormatError(f"{where} cannot be read: {error} is missing") from error
