@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy.typing as npt
 
-from sdt_deploy.config import ModelConfig, check_thresholds
+from sdt_deploy.config import ModelConfig, check_thresholds, shown
 from sdt_deploy.errors import ConfigError, InputError
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.routing import Int32
@@ -41,9 +41,9 @@ def read_batch(
         )
         batch = TokenBatch.from_packed(ids, cu_seqlens, config=config)
         return batch, cu_windows if len(cu_windows) < len(cu_seqlens) else None
-    if overflow != "error":
+    if not isinstance(overflow, str) or overflow != "error":
         raise InputError(
-            f"overflow={overflow!r} is for texts; cut token ids into sequences of up to "
+            f"overflow={shown(overflow)} is for texts; cut token ids into sequences of up to "
             f"{config.max_positions} tokens, special ones included, as "
             "TextTokenizer.encode_windows does, and put the outputs of each text together"
         )

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from sdt_deploy.config import is_number, shown
 from sdt_deploy.errors import DeadlineExceededError, InputError, RunCancelledError
 
 StopCheck = Callable[[], None]
@@ -20,8 +21,8 @@ def stop_check(timeout_s: float | None, cancel: threading.Event | None) -> StopC
     """
     if timeout_s is None and cancel is None:
         return None
-    if timeout_s is not None and not timeout_s >= 0:
-        raise InputError(f"timeout_s must not be negative, it is {timeout_s}")
+    if timeout_s is not None and not (is_number(timeout_s) and timeout_s >= 0):
+        raise InputError(f"timeout_s must be a number, 0 or more, it is {shown(timeout_s)}")
     deadline = None if timeout_s is None else monotonic() + timeout_s
 
     def check() -> None:
