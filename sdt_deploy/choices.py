@@ -59,3 +59,10 @@ class PathChoice(StrEnum):
     sparse = "sparse"
     masked = "masked"
     dense = "dense"
+
+
+class TargetChoice(StrEnum):
+    """Library that engines are built for."""
+
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from sdt_deploy import engine_commands
 from sdt_deploy.choices import (
     ContextChoice,
     HeadChoice,
@@ -23,6 +24,7 @@ from sdt_deploy.console import (
     console,
     fail,
     print_depths,
+    print_engines,
     print_graphs,
     print_histogram,
     progress_bar,
@@ -223,6 +225,7 @@ def inspect(
     for name, value in facts.items():
         console.print(f"[bold]{name:<11}[/bold]{escape(str(value))}", highlight=False)
     print_graphs(manifest.graphs.values())
+    print_engines(manifest.engines)
 
 
 @app.command()
@@ -333,6 +336,10 @@ def bench(
     for written in (json_file, plot_file):
         if written is not None:
             console.print(f"[bold]{escape(str(written))}[/bold]")
+
+
+app.command("build-engine")(engine_commands.build_engine)
+app.command("doctor")(engine_commands.doctor)
 
 
 def main() -> None:

@@ -9,7 +9,8 @@
     │   ├── BundleFormatError       not a bundle, or of a version this release cannot read
     │   └── BundleIntegrityError    a file is missing, altered or lies outside the bundle
     ├── ExportError             a graph could not be exported
-    │   └── VerificationError       an exported graph disagrees with the PyTorch model
+    │   ├── VerificationError       an exported graph disagrees with the PyTorch model
+    │   └── BuildError              an engine could not be built from a graph
     ├── InputError              ids, lengths or texts that cannot be run
     ├── BackendError            an engine failed
     │   └── MissingProviderError    the engine lacks the execution provider that was asked for
@@ -53,6 +54,10 @@ class ExportError(SdtDeployError):
 
 class VerificationError(ExportError):
     """An exported graph or a bundle disagrees with the PyTorch model."""
+
+
+class BuildError(ExportError):
+    """Engines could not be built; the message holds what the library said about each."""
 
 
 class InputError(SdtDeployError, ValueError):

@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 
-from sdt_deploy.bundle import Manifest
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import dense_flops, sparse_flops
 from sdt_deploy.runtime.routing import Int32
@@ -82,21 +81,6 @@ def needed_flops(config: ModelConfig, depths: Int32, cu_seqlens: Int32) -> float
     starts = cu_seqlens[:-1]
     active = [np.add.reduceat(depths > i, starts).tolist() for i in range(config.n_layers)]
     return sparse_flops(config, np.diff(cu_seqlens).tolist(), active)
-
-
-def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:
-    """Return the share of tokens above each threshold, from the manifest's score quantiles.
-
-    Without quantiles the scores are taken to be uniform; without a probe all of them are 1.
-    """
-    if manifest.model.probe == "none":
-        return tuple(float(threshold < 1.0) for threshold in thresholds)
-    quantiles = manifest.score_quantiles
-    levels = np.linspace(0.0, 1.0, 101)
-    scores = levels if quantiles is None else np.asarray(quantiles)
-    below = np.interp(thresholds, scores, levels, left=0.0, right=1.0)
-    pinned = manifest.pinned_share
-    return tuple(float(pinned + (1 - pinned) * (1 - share)) for share in below)
 
 
 def calibrate(

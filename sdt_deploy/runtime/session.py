@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sdt_deploy.bundle import TOKENIZER, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import shown
+from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.ort import usable_cores
@@ -257,7 +258,7 @@ class Session:
             return self._run_padded(batch, limits, path)
         groups = split_batch(batch.lengths, config, self._part_limits)
         if path == "auto":
-            shares = dispatch.active_shares(self.manifest, limits)
+            shares = active_shares(self.manifest, limits)
             lengths = [batch.lengths[group].tolist() for group in groups]
             path = self.cost_model().choose(config, lengths, shares)
         parts = [batch] if len(groups) == 1 else [select(batch, group) for group in groups]

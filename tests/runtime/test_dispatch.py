@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from sdt_deploy.config import HeadConfig, ModelConfig
-from sdt_deploy.costs import dense_flops, head_flops, score_flops, sparse_flops
-from sdt_deploy.runtime.dispatch import CostModel, LinearCost, active_shares, calibrate
+from sdt_deploy.costs import active_shares, dense_flops, head_flops, score_flops, sparse_flops
+from sdt_deploy.runtime.dispatch import CostModel, LinearCost, calibrate
 from sdt_deploy.testing import memory_bundle
 from tests.samples import random_model
 
