@@ -58,14 +58,6 @@ class OptimizationProfile:
     batch: AxisRange
     max_seqlen: AxisRange
 
-    def holds(self, *, n_tokens: int, batch: int, max_seqlen: int) -> bool:
-        """Tell whether a batch of this size runs in the profile; short sequences always do."""
-        return (
-            n_tokens <= self.n_tokens.max
-            and batch <= self.batch.max
-            and max_seqlen <= self.max_seqlen.max
-        )
-
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Rebuild a profile from ``dataclasses.asdict``.
@@ -162,16 +154,24 @@ def _band_edges(max_seqlen: int, lengths: Sequence[int] | None) -> list[int]:
     return [*sorted(edge for edge in aligned if edge < max_seqlen), max_seqlen]
 
 
-def choose_profile(
-    profiles: Sequence[OptimizationProfile], *, n_tokens: int, batch: int, max_seqlen: int
+def fitting_profile(
+    profiles: Sequence[Mapping[str, Shapes]], shapes: Mapping[str, tuple[int, ...]]
 ) -> int | None:
-    """Return the number of the first profile that holds a batch; None: no one does.
+    """Return the number of the first profile whose ranges hold the ``shapes`` of all inputs.
 
-    It is chosen once per batch. Stages, whose batches are smaller, run in the same one: to switch
-    profiles costs more than a better kernel saves.
+    Args:
+        profiles: for each profile, smallest, best and largest shape by input.
+        shapes: by input.
     """
     for number, profile in enumerate(profiles):
-        if profile.holds(n_tokens=n_tokens, batch=batch, max_seqlen=max_seqlen):
+        if all(
+            len(shape) == len(profile[name][0])
+            and all(
+                low <= size <= high
+                for low, size, high in zip(profile[name][0], shape, profile[name][2], strict=True)
+            )
+            for name, shape in shapes.items()
+        ):
             return number
     return None
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from sdt_deploy.buckets import OptimizationProfile
 from sdt_deploy.config import EngineFlavour, check_choice, is_integer, is_number, shown
-from sdt_deploy.errors import ConfigError
+from sdt_deploy.errors import BundleIntegrityError, ConfigError
+from sdt_deploy.files import read_bytes
 from sdt_deploy.gpu import read_capability
 
 ENGINES = "engines"
@@ -127,3 +130,23 @@ def _checked(cls: type, data: Any) -> Mapping[str, Any]:
     if not isinstance(data, Mapping) or set(data) != names:
         raise ConfigError(f"{cls.__name__} has {', '.join(sorted(names))}, not {shown(data)}")
     return data
+
+
+def read_engine(bundle: Path, spec: EngineSpec) -> bytes:
+    """Read an engine's file.
+
+    Raises:
+        BundleIntegrityError: if it is missing or not the one that was built.
+    """
+    path = bundle / spec.file
+    try:
+        if path.resolve() != bundle.resolve() / spec.file:
+            raise BundleIntegrityError(f"{path} is a link to elsewhere")
+        content = read_bytes(path, max_bytes=spec.size_bytes)
+    except OSError as error:
+        raise BundleIntegrityError(f"{path} cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest() != spec.sha256:
+        raise BundleIntegrityError(
+            f"{path} was altered after it was built: SHA-256 mismatch. Build it again"
+        )
+    return content

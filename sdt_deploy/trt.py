@@ -7,11 +7,14 @@ each version, and for TensorRT-RTX 1.7 from experiments (``docs/decisions/010-en
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from sdt_deploy.buckets import Shapes
 from sdt_deploy.config import EngineFlavour, Precision
 from sdt_deploy.errors import BackendError, ConfigError
 from sdt_deploy.extras import require
@@ -136,3 +139,64 @@ def features(chosen: Flavour, found: str) -> Features:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+class _ErrorLog:
+    """What the library logged of late; TensorRT keeps the first logger of a process."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=20)
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        lines = list(self._lines)
+        self._lines.clear()
+        return lines
+
+
+@functools.cache
+def logger(library: Any) -> Any:
+    """Return the logger of the process, an ``ILogger`` whose ``take()`` gives the last errors."""
+
+    class Logger(library.ILogger, _ErrorLog):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            _ErrorLog.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity <= library.ILogger.Severity.ERROR:
+                self.add(msg)
+
+    return Logger()
+
+
+def profile_shapes(engine: Any, tensor: str, profile: int) -> Shapes:
+    """Return smallest, best and largest shape of an input in a profile."""
+    low, best, high = engine.get_tensor_profile_shape(tensor, profile)
+    return tuple(low), tuple(best), tuple(high)
+
+
+def create_context(library: Any, engine: Any) -> Any:
+    """Return an execution context without scratch memory of its own; None on failure."""
+    strategy = getattr(library, "ExecutionContextAllocationStrategy", None)
+    if strategy is None:  # 8.6
+        return engine.create_execution_context_without_device_memory()
+    return engine.create_execution_context(strategy.USER_MANAGED)
+
+
+def scratch_bytes(engine: Any, profile: int) -> int:
+    """Return the scratch memory that a profile needs at its largest."""
+    for name in ("get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"):
+        if hasattr(engine, name):
+            return int(getattr(engine, name)(profile))
+    return int(engine.device_memory_size)  # 8.6: of the largest profile
+
+
+def set_scratch(context: Any, address: int, n_bytes: int) -> None:
+    """Give a context its scratch memory for the next call."""
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(address, n_bytes)
+    else:  # 8.6 and 10.0
+        context.device_memory = address

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -63,7 +64,7 @@ class Session:
         part_limits: PartLimits | None = None,
         max_depth_drift: float | None = MAX_DEPTH_DRIFT,
     ) -> None:
-        self._part_limits = part_limits or PartLimits()
+        self._part_limits = replace(part_limits or PartLimits(), profiles=backend.profiles)
         self._monitor = DepthMonitor(bundle.manifest, max_depth_drift)
         self.bundle = bundle
         self.backend = backend
@@ -91,13 +92,13 @@ class Session:
 
         Args:
             bundle: its directory, or an opened one.
-            backend: ``onnxruntime-cpu``.
+            backend: ``onnxruntime-cpu``, or ``tensorrt`` or ``tensorrt-rtx`` if the bundle has
+                engines for this GPU.
             n_threads: threads of the pool that all sessions of the process share; see
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
-                of similar lengths, which bounds memory and the padding inside attention; results
-                are the same. The dense baseline is not split. None: 1024 per thread, 2048 at
-                least.
+                of similar lengths, with the same results; the dense baseline is not split. None:
+                1024 per thread, 2048 at least.
             max_memory_mb: batches that would need more memory than this above the weights, by
                 :func:`sdt_deploy.costs.scratch_bytes_per_sequence`, run in parts too; None: no cap.
                 Each of several concurrent runs may need as much.
@@ -188,9 +189,9 @@ class Session:
             cu_seqlens: ``[batch + 1]``, cumulative sequence lengths.
             attention_mask: ``[batch, seq]`` for padded ids; None: nothing is padding.
             token_type_ids: shaped as the ids; None: zeros.
-            overflow: what to do with texts that are longer than the model's positions: ``error``,
-                ``truncate``, or ``split`` into windows that run as sequences of their own and give
-                one result, see :func:`sdt_deploy.runtime.windows.join_windows`.
+            overflow: what to do with texts longer than the model's positions: ``error``,
+                ``truncate``, or ``split`` into windows, see
+                :func:`sdt_deploy.runtime.windows.join_windows`.
             thresholds: one per layer, instead of the model's.
             path: ``sparse`` compacts between stages; ``masked`` computes the same function in one
                 graph; ``auto`` picks the faster of the two by a cost model that is calibrated when
@@ -290,8 +291,7 @@ class Session:
     def cost_model(self) -> dispatch.CostModel:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.
 
-        Calibration runs both paths on two random batches; it takes well under a second for a model
-        of MiniLM's size and opens the masked graph.
+        Calibration runs both paths on two random batches, which opens the masked graph.
         """
         config = self.manifest.model
         with self._calibration_lock:
@@ -324,9 +324,10 @@ class Session:
             plan = plan_route(depths, batch.cu_seqlens, layers, config.context, config.n_heads)
             sort_ms = 0.0
             if plan.order is not None:
-                sort_ms = timed(partial(backend.take, states, plan.order, other))
+                (order,) = backend.upload([plan.order])
+                sort_ms = timed(partial(backend.take, states, order, other))
                 states, other = other, states
-            bound = bind_stages(plan, states, other, stages)
+            bound = bind_stages(backend, plan, states, other, stages)
             rows = len(batch.lengths) if config.head.per_sequence else n_tokens
             output = np.empty((rows, config.output_width), dtype=np.float32)
             head_inputs = self._head_inputs(batch, plan, bound)
@@ -334,7 +335,8 @@ class Session:
             route_ms = (perf_counter() - entered) * 1e3 - sort_ms
             stage_ms, move_ms = bound.run(check)
             if not config.head.per_sequence and plan.order is not None:
-                move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
+                (row_of,) = backend.upload([plan.row_of])
+                move_ms += timed(partial(backend.take, bound.states, row_of, bound.other))
             head_ms = timed(call_head)
         return RunResult(
             output=output,
