@@ -66,3 +66,12 @@ class TargetChoice(StrEnum):
 
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
+
+
+class BackendChoice(StrEnum):
+    """What runs the graphs of a bundle."""
+
+    onnxruntime_cpu = "onnxruntime-cpu"
+    onnxruntime_cuda = "onnxruntime-cuda"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from sdt_deploy import engine_commands
 from sdt_deploy.choices import (
+    BackendChoice,
     ContextChoice,
     HeadChoice,
     ImportanceChoice,
@@ -50,6 +51,9 @@ CHECKED_WITH = {
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: all cores.")]
+BackendOption = Annotated[
+    BackendChoice, typer.Option(help="What runs the graphs; see sdt-deploy doctor.")
+]
 BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
 
 
@@ -229,7 +233,11 @@ def inspect(
 
 
 @app.command()
-def verify(bundle: BundleArgument, n_threads: Threads = None) -> None:
+def verify(
+    bundle: BundleArgument,
+    backend: BackendOption = BackendChoice.onnxruntime_cpu,
+    n_threads: Threads = None,
+) -> None:
     """Check every file of a bundle and its outputs against the reference in it.
 
     Example: sdt-deploy verify bundle
@@ -239,7 +247,7 @@ def verify(bundle: BundleArgument, n_threads: Threads = None) -> None:
     from sdt_deploy.runtime.verification import verify_bundle
 
     opened = Bundle.open(bundle)
-    with Session.open(opened, n_threads=n_threads) as session:
+    with Session.open(opened, backend=backend.value, n_threads=n_threads) as session:
         checks = verify_bundle(opened, session)
     console.print(f"{len(opened.manifest.files)} files are as they were exported")
     for check in checks:
@@ -263,6 +271,7 @@ def run(
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Print every token in the colour of its depth.")
     ] = False,
+    backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
 ) -> None:
     """Run texts or token ids and print or save the outputs.
@@ -274,7 +283,7 @@ def run(
     given = [bool(text), texts is not None, ids is not None]
     if sum(given) != 1:
         raise InputError("give one of --text, --texts and --ids")
-    with Session.open(bundle, n_threads=n_threads) as session:
+    with Session.open(bundle, backend=backend.value, n_threads=n_threads) as session:
         result = session.run(
             _read_inputs(text, texts, ids),
             path=path.value,
@@ -311,6 +320,7 @@ def bench(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
+    backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
 ) -> None:
     """Measure sparse against dense: same backend, same threads, interleaved, medians.
@@ -326,6 +336,7 @@ def bench(
         plot_file=plot_file,
         budget_s=budget,
         with_memory=memory,
+        backend=backend.value,
         n_threads=n_threads,
     )
     with progress_bar("bench") as advance:

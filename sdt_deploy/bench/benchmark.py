@@ -294,7 +294,15 @@ def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
 def padded_call(session: Session, batch: TokenBatch, path: str) -> Callable[[], None]:
     """Return a call of a whole-model graph with inputs and outputs bound beforehand."""
     inputs, outputs = session.padded_arrays(batch, session.manifest.model.thresholds, path)
-    return session.backend.graph(path).bind(inputs, outputs)
+    backend = session.backend
+    with backend.running():
+        bound = backend.graph(path).bind(inputs, outputs)
+
+    def call() -> None:
+        with backend.running():
+            bound()
+
+    return call
 
 
 def environment() -> dict[str, Any]:

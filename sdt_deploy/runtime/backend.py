@@ -8,6 +8,7 @@ A backend opens the graphs of a bundle and moves rows between buffers; it decide
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -65,6 +66,12 @@ class Backend(Protocol):
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """``out[i] = rows[index[i]]``; ``index [n]`` int32, all in range, from :meth:`upload`."""
 
+    def running(self) -> AbstractContextManager[None]:
+        """Return a context around everything that belongs to one run.
+
+        A GPU backend selects its stream in it.
+        """
+
     def close(self) -> None:
         """Free the engines; nothing may be called afterwards."""
 
@@ -85,3 +92,7 @@ class HostMemory:
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """See :meth:`Backend.take`."""
         rows.take(index, axis=0, out=out, mode="clip")  # "raise" would copy through a buffer
+
+    def running(self) -> AbstractContextManager[None]:
+        """See :meth:`Backend.running`."""
+        return nullcontext()

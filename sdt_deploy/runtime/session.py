@@ -18,10 +18,9 @@ from sdt_deploy.config import shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
-from sdt_deploy.ort import usable_cores
 from sdt_deploy.runtime import dispatch
 from sdt_deploy.runtime.backend import Array, Backend, Graph
-from sdt_deploy.runtime.backends import open_backend
+from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs
@@ -92,13 +91,13 @@ class Session:
 
         Args:
             bundle: its directory, or an opened one.
-            backend: ``onnxruntime-cpu``, or ``tensorrt`` or ``tensorrt-rtx`` if the bundle has
-                engines for this GPU.
+            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, or, if the bundle has engines for
+                this GPU, ``tensorrt`` or ``tensorrt-rtx``.
             n_threads: threads of the pool that all sessions of the process share; see
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
                 of similar lengths, with the same results; the dense baseline is not split. None:
-                1024 per thread, 2048 at least.
+                1024 per thread, 2048 at least; 131072 on a GPU.
             max_memory_mb: batches that would need more memory than this above the weights, by
                 :func:`sdt_deploy.costs.scratch_bytes_per_sequence`, run in parts too; None: no cap.
                 Each of several concurrent runs may need as much.
@@ -112,7 +111,7 @@ class Session:
             MissingExtraError: if the backend's library is not installed.
         """
         if max_padded_tokens is None:
-            max_padded_tokens = max(2048, 1024 * (n_threads or usable_cores()))
+            max_padded_tokens = default_padded_tokens(backend, n_threads)
         limits = PartLimits(max_padded_tokens=max_padded_tokens, max_memory_mb=max_memory_mb)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_files=check_files)
@@ -256,7 +255,7 @@ class Session:
         if check is not None:
             check()
         if path == "dense":
-            return self._run_padded(batch, limits, path)
+            return self._run_one(batch, limits, path)
         groups = split_batch(batch.lengths, config, self._part_limits)
         if path == "auto":
             shares = active_shares(self.manifest, limits)
@@ -275,24 +274,22 @@ class Session:
         self,
         batch: TokenBatch,
         thresholds: tuple[float, ...],
-        path: dispatch.Path,
+        path: PathName,
         check: StopCheck | None = None,
     ) -> RunResult:
         if check is not None:
             check()
-        if path == "sparse":
-            return self._run_sparse(batch, thresholds, check)
-        return self._run_padded(batch, thresholds, path)
+        with self.backend.running():
+            if path == "sparse":
+                return self._run_sparse(batch, thresholds, check)
+            return self._run_padded(batch, thresholds, path)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""
         return self._monitor.statistics()
 
     def cost_model(self) -> dispatch.CostModel:
-        """Return the cost model behind ``path="auto"``, calibrating it on the first call.
-
-        Calibration runs both paths on two random batches, which opens the masked graph.
-        """
+        """Return the cost model behind ``path="auto"``, calibrated on the first call."""
         config = self.manifest.model
         with self._calibration_lock:
             costs = self._costs

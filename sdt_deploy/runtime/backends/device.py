@@ -7,6 +7,7 @@ stream still uses them are reused in stream order only, so nothing has to wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,10 @@ class DeviceMemory:
             .view(array.shape)
             for array, start in zip(arrays, starts, strict=True)
         ]
+
+    def running(self) -> AbstractContextManager[None]:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.running`."""
+        return nullcontext()
 
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.take`."""
