@@ -157,7 +157,9 @@ def open_cuda_session(path: Path, *, device_id: int, stream: int) -> Any:
     provider = "CUDAExecutionProvider"
     ort = _with_provider(provider, extra="gpu")
     ort.preload_dlls()  # from the packages that torch brought
+    ensure_thread_pool()  # for what is left to the CPU; where there is one, all sessions use it
     options = ort.SessionOptions()
+    options.use_per_session_threads = False
     options.log_severity_level = 3
     where = {
         "device_id": device_id,
