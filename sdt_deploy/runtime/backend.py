@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from sdt_deploy.buckets import OptimizationProfile
+from sdt_deploy.runtime.routing import RoutePlan, RouteRules, depths_from_scores, plan_route
 
 Array: TypeAlias = Any
 """``[rows, …]``: a NumPy array, or an array in a GPU's memory with the same indexing. ``empty``
@@ -66,6 +67,28 @@ class Backend(Protocol):
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """``out[i] = rows[index[i]]``; ``index [n]`` int32, all in range, from :meth:`upload`."""
 
+    def plan(
+        self,
+        scores: Array,
+        thresholds: Sequence[float],
+        cu_seqlens: HostArray,
+        rules: RouteRules,
+    ) -> RoutePlan:
+        """Plan the route of a batch; see :func:`sdt_deploy.runtime.routing.plan_route`.
+
+        Args:
+            scores: ``[n_tokens]`` float32, from :meth:`empty`.
+            thresholds: one per layer, nondecreasing.
+            cu_seqlens: ``[batch + 1]`` int32.
+            rules: of the bundle.
+
+        Returns:
+            A plan in arrays of the backend's own kind.
+        """
+
+    def fetch(self, *arrays: Array) -> tuple[HostArray, ...]:
+        """Return arrays of the backend's own kind as NumPy arrays, which belong to the caller."""
+
     def running(self) -> AbstractContextManager[None]:
         """Return a context around everything that belongs to one run.
 
@@ -96,3 +119,17 @@ class HostMemory:
     def running(self) -> AbstractContextManager[None]:
         """See :meth:`Backend.running`."""
         return nullcontext()
+
+    def plan(
+        self,
+        scores: Array,
+        thresholds: Sequence[float],
+        cu_seqlens: HostArray,
+        rules: RouteRules,
+    ) -> RoutePlan:
+        """See :meth:`Backend.plan`."""
+        return plan_route(depths_from_scores(scores, thresholds), cu_seqlens, rules)
+
+    def fetch(self, *arrays: Array) -> tuple[HostArray, ...]:
+        """See :meth:`Backend.fetch`; they are the same."""
+        return arrays

@@ -25,9 +25,9 @@ from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs
 from sdt_deploy.runtime.inputs import read_batch, read_thresholds
-from sdt_deploy.runtime.loop import BoundStages, bind_stages, timed
+from sdt_deploy.runtime.loop import bind_stages, timed
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
-from sdt_deploy.runtime.routing import RoutePlan, depths_from_scores, padded_layout, plan_route
+from sdt_deploy.runtime.routing import RouteRules, depths_from_scores
 from sdt_deploy.runtime.splitting import PartLimits, merge, select, split_batch
 from sdt_deploy.runtime.statistics import MAX_DEPTH_DRIFT, DepthMonitor, SessionStatistics
 from sdt_deploy.runtime.stopping import StopCheck, stop_check
@@ -67,6 +67,7 @@ class Session:
         self._monitor = DepthMonitor(bundle.manifest, max_depth_drift)
         self.bundle = bundle
         self.backend = backend
+        self._rules = RouteRules.of(bundle.manifest)
         self._calibration_lock = fork_safe_lock()
         self._buffers = BufferPool(backend, bundle.manifest.graphs["entry"].outputs[0])
         self._tokenizer: TextTokenizer | None = None
@@ -310,15 +311,13 @@ class Session:
             raise BackendError("the session is closed")
         entry, stages, head = graphs
         with self._buffers.lend(n_tokens) as (states, other):
-            scores = np.empty(n_tokens, dtype=np.float32)
+            scores = backend.empty((n_tokens,), "float32")
             ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
             if config.n_token_types:
                 ids["token_type_ids"] = _types(batch)
             entry_ms = timed(entry.bind(ids, {"hidden_states": states, "scores": scores}))
             entered = perf_counter()
-            depths = depths_from_scores(scores, thresholds)
-            layers = self.manifest.stage_layers
-            plan = plan_route(depths, batch.cu_seqlens, layers, config.context, config.n_heads)
+            plan = backend.plan(scores, thresholds, batch.cu_seqlens, self._rules)
             sort_ms = 0.0
             if plan.order is not None:
                 (order,) = backend.upload([plan.order])
@@ -327,14 +326,16 @@ class Session:
             bound = bind_stages(backend, plan, states, other, stages)
             rows = len(batch.lengths) if config.head.per_sequence else n_tokens
             output = np.empty((rows, config.output_width), dtype=np.float32)
-            head_inputs = self._head_inputs(batch, plan, bound)
-            call_head = head.bind(head_inputs, {"output": output})
+            in_order = config.head.per_sequence or plan.order is None
+            last = bound.states if in_order else bound.other
+            call_head = head.bind({"hidden_states": last, **plan.head}, {"output": output})
             route_ms = (perf_counter() - entered) * 1e3 - sort_ms
             stage_ms, move_ms = bound.run(check)
-            if not config.head.per_sequence and plan.order is not None:
+            if not in_order:
                 (row_of,) = backend.upload([plan.row_of])
                 move_ms += timed(partial(backend.take, bound.states, row_of, bound.other))
             head_ms = timed(call_head)
+            depths, scores = backend.fetch(plan.depths, scores)
         return RunResult(
             output=output,
             depths=depths,
@@ -352,20 +353,6 @@ class Session:
             ),
             path="sparse",
         )
-
-    def _head_inputs(
-        self, batch: TokenBatch, plan: RoutePlan, bound: BoundStages
-    ) -> dict[str, Array]:
-        head = self.manifest.model.head
-        if not head.per_sequence:
-            return {"hidden_states": bound.states if plan.order is None else bound.other}
-        inputs = {"hidden_states": bound.states}
-        if head.pooling == "cls":
-            inputs["first_index"] = plan.row_of[batch.cu_seqlens[:-1]]
-        else:
-            layout = padded_layout(batch.lengths, plan.row_of)
-            inputs["gather_index"], inputs["lengths"] = layout.gather_index, layout.lengths
-        return inputs
 
     def padded_arrays(
         self, batch: TokenBatch, thresholds: Sequence[float], path: str

@@ -15,6 +15,8 @@ import numpy as np
 from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.backend import Array, HostArray
+from sdt_deploy.runtime.device_routing import plan_on_device
+from sdt_deploy.runtime.routing import RoutePlan, RouteRules
 
 _ALIGNMENT = 256
 """Bytes; TensorRT wants addresses to be multiples of it."""
@@ -52,7 +54,15 @@ class DeviceMemory:
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def upload(self, arrays: Sequence[HostArray]) -> list[Array]:
-        """See :meth:`sdt_deploy.runtime.backend.Backend.upload`; one copy for all of them."""
+        """See :meth:`sdt_deploy.runtime.backend.Backend.upload`; one copy for all of them.
+
+        What is in the GPU's memory already stays there.
+        """
+        on_host = [array for array in arrays if isinstance(array, np.ndarray)]
+        moved = iter(self._moved(on_host) if on_host else ())
+        return [next(moved) if isinstance(array, np.ndarray) else array for array in arrays]
+
+    def _moved(self, arrays: Sequence[HostArray]) -> list[Array]:
         torch = self._torch
         starts, total = [], 0
         for array in arrays:
@@ -75,6 +85,33 @@ class DeviceMemory:
         """See :meth:`sdt_deploy.runtime.backend.Backend.running`."""
         return nullcontext()
 
+    def plan(
+        self,
+        scores: Array,
+        thresholds: Sequence[float],
+        cu_seqlens: HostArray,
+        rules: RouteRules,
+    ) -> RoutePlan:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.plan`; it waits for the GPU once."""
+        return plan_on_device(self, scores, thresholds, cu_seqlens, rules)
+
+    def fetch(self, *arrays: Array) -> tuple[HostArray, ...]:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.fetch`; it waits for the GPU once."""
+        pinned = self.device.type == "cuda"
+        copies = []
+        for array in arrays:
+            copy = self._torch.empty(array.shape, dtype=array.dtype, pin_memory=pinned)
+            copies.append(copy.copy_(array, non_blocking=True))
+        self.wait()
+        return tuple(copy.numpy().copy() if pinned else copy.numpy() for copy in copies)
+
+    def wait(self) -> None:
+        """Wait for what was enqueued on the current stream so far."""
+        if self.device.type == "cuda":
+            event = self._torch.cuda.Event()
+            event.record()
+            event.synchronize()
+
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.take`."""
         self._torch.index_select(rows, 0, index, out=out)
@@ -90,7 +127,6 @@ class DeviceMemory:
                 waits for the stream.
             dtypes: of the outputs.
         """
-        torch = self._torch
         on_host = {name: a for name, a in inputs.items() if isinstance(a, np.ndarray)}
         uploaded = dict(zip(on_host, self.upload(list(on_host.values())), strict=True))
         there = {name: uploaded.get(name, array) for name, array in inputs.items()}
@@ -98,7 +134,9 @@ class DeviceMemory:
         made = {name: self.empty(a.shape, dtypes[name]) for name, a in targets.items()}
 
         def fetch() -> None:
-            for name, target in targets.items():
-                torch.from_numpy(target).copy_(made[name])
+            if targets:
+                found = self.fetch(*(made[name] for name in targets))
+                for target, array in zip(targets.values(), found, strict=True):
+                    target[...] = array
 
         return there, {name: made.get(name, array) for name, array in outputs.items()}, fetch
