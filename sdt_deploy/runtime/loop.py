@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from sdt_deploy.bundle import GraphSpec, TensorSpec
+from sdt_deploy.config import shown
+from sdt_deploy.errors import BundleFormatError
 from sdt_deploy.runtime.backend import Array, Backend, Call, Graph
 from sdt_deploy.runtime.routing import HeadLayout, PaddedLayout, RoutePlan, RouteStep
 from sdt_deploy.runtime.stopping import StopCheck
@@ -109,7 +111,11 @@ def timed(call: Call) -> float:
 
 
 def stage_inputs(spec: GraphSpec, step: RouteStep, states: Array) -> dict[str, Array]:
-    """Name the arrays that the graph of ``spec`` takes in ``step``."""
+    """Name the arrays that the graph of ``spec`` takes in ``step``.
+
+    Raises:
+        BundleFormatError: if it takes something else.
+    """
     layout: HeadLayout | PaddedLayout = step.queries
     context: HeadLayout | PaddedLayout | None = step.context
     if spec.attention_layout == "padded":  # format version 1
@@ -129,7 +135,11 @@ def stage_inputs(spec: GraphSpec, step: RouteStep, states: Array) -> dict[str, A
         available["context_lengths"] = context.lengths
     named = {}
     for tensor in spec.inputs:
-        array = available[tensor.name]
-        assert array is not None, f"{spec.name} takes {tensor.name}, the route plan has none"
+        array = available.get(tensor.name)
+        if array is None:
+            raise BundleFormatError(
+                f"graph {spec.name} takes {shown(tensor.name)}, which no stage of this kind has; "
+                "export again"
+            )
         named[tensor.name] = array
     return named
