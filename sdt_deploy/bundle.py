@@ -237,6 +237,11 @@ class Manifest:
                         f"graph {spec.name}: {tensor.name} is {tensor.dtype}, not "
                         f"{' or '.join(allowed)}"
                     )
+                if is_state and (len(tensor.axes) != 2 or tensor.axes[1] != self.model.d_model):
+                    raise ConfigError(
+                        f"graph {spec.name}: {tensor.name} has the axes {shown(tensor.axes)}, "
+                        f"not rows and {self.model.d_model}"
+                    )
         expected = 0
         for first, stop in self.stage_layers:
             if first != expected or stop <= first:

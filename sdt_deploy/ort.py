@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sdt_deploy.errors import BackendError, MissingProviderError
+from sdt_deploy.config import is_integer, shown
+from sdt_deploy.errors import BackendError, ConfigError, MissingProviderError
 from sdt_deploy.extras import require
 from sdt_deploy.forking import fork_safe_lock
 
@@ -25,6 +26,8 @@ SLOWER_FUSIONS = ("MatMulAddFusion", "BiasGeluFusion")
 """Graph optimisations of ONNX Runtime that cost time on the CPU, dense baseline included; see
 ``docs/decisions/002-graph-forms.md``."""
 
+MAX_THREADS = 1024
+"""More are taken for a slip; ONNX Runtime would try to start them all."""
 _lock = fork_safe_lock()
 _pool_threads: int | None = None
 """Threads of the process-wide pool; 0 if the host application made it."""
@@ -53,10 +56,16 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
             pool already has.
 
     Raises:
+        ConfigError: if ``n_threads`` is not a number of threads from 1 to :data:`MAX_THREADS`.
         BackendError: if the pool exists with another number of threads, as it does, with one, in a
             child that was forked after the first session was opened.
     """
     global _pool_threads
+    if n_threads is not None and not is_integer(n_threads, 1, MAX_THREADS):
+        raise ConfigError(
+            f"n_threads must be a whole number from 1 to {MAX_THREADS}, not {shown(n_threads)}; "
+            "None takes all cores"
+        )
     with _lock:
         if _pool_threads is None:
             wanted = n_threads or usable_cores()

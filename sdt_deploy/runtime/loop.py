@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from sdt_deploy.bundle import STATES, GraphSpec, TensorSpec
+from sdt_deploy.config import shown
+from sdt_deploy.errors import BundleFormatError
 from sdt_deploy.runtime.backend import Array, Backend, Call, Graph, HostArray
 from sdt_deploy.runtime.routing import HeadLayout, PaddedLayout, RoutePlan, RouteStep
 from sdt_deploy.runtime.stopping import StopCheck
@@ -119,7 +121,11 @@ def timed(call: Call) -> float:
 
 
 def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, HostArray]:
-    """Name the arrays of ``step`` that the graph of ``spec`` takes besides the states."""
+    """Name the arrays of ``step`` that the graph of ``spec`` takes besides the states.
+
+    Raises:
+        BundleFormatError: if it takes something else.
+    """
     layout: HeadLayout | PaddedLayout = step.queries
     context: HeadLayout | PaddedLayout | None = step.context
     if spec.attention_layout == "padded":  # format version 1
@@ -139,7 +145,11 @@ def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, HostArray]:
     for tensor in spec.inputs:
         if tensor.name in STATES:
             continue
-        array = available[tensor.name]
-        assert array is not None, f"{spec.name} takes {tensor.name}, the route plan has none"
+        array = available.get(tensor.name)
+        if array is None:
+            raise BundleFormatError(
+                f"graph {spec.name} takes {shown(tensor.name)}, which no stage of this kind has; "
+                "export again"
+            )
         named[tensor.name] = array
     return named

@@ -108,15 +108,16 @@ class Session:
 
         Raises:
             BundleError: if the bundle cannot be used.
+            ConfigError: if an argument is out of range.
             BackendError: if the backend cannot be opened.
             MissingExtraError: if the backend's library is not installed.
         """
-        if max_padded_tokens is None:
-            max_padded_tokens = default_padded_tokens(backend, n_threads)
-        limits = PartLimits(max_padded_tokens=max_padded_tokens, max_memory_mb=max_memory_mb)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_files=check_files)
         opened = open_backend(backend, bundle, n_threads=n_threads)
+        if max_padded_tokens is None:
+            max_padded_tokens = default_padded_tokens(backend, n_threads)
+        limits = PartLimits(max_padded_tokens=max_padded_tokens, max_memory_mb=max_memory_mb)
         return cls(bundle, opened, part_limits=limits, max_depth_drift=max_depth_drift)
 
     @property
