@@ -57,5 +57,6 @@ class PathChoice(StrEnum):
 
     auto = "auto"
     sparse = "sparse"
+    single = "single"
     masked = "masked"
     dense = "dense"

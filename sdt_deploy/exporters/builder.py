@@ -73,18 +73,20 @@ class GraphBuilder:
         self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, opset: int
     ) -> onnx.ModelProto:
         """Return the graph as a model with these inputs and outputs."""
-        ends = [
-            [
-                helper.make_tensor_value_info(spec.name, element_type(spec.dtype), spec.axes)
-                for spec in specs
-            ]
-            for specs in (inputs, outputs)
-        ]
-        initializers = list(self._initializers.values())
-        graph = helper.make_graph(self._nodes, "graph", *ends, initializer=initializers)
+        graph = helper.make_graph(
+            self._nodes,
+            "graph",
+            [_value(spec) for spec in inputs],
+            [_value(spec) for spec in outputs],
+            initializer=list(self._initializers.values()),
+        )
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", opset)],
             ir_version=IR_VERSION,
             producer_name="sdt-deploy",
         )
+
+
+def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(spec.name, element_type(spec.dtype), spec.axes)

@@ -302,9 +302,7 @@ class _SingleGraph:
     def norm(self, rows: str, name: str) -> str:
         """LayerNorm over the last axis."""
         weight, bias = self.add.parameter(f"{name}.weight"), self.add.parameter(f"{name}.bias")
-        return self.add(
-            "LayerNormalization", rows, weight, bias, axis=-1, epsilon=self.config.eps
-        )
+        return self.add("LayerNormalization", rows, weight, bias, axis=-1, epsilon=self.config.eps)
 
     def linear(self, rows: str, name: str) -> str:
         """``rows [n, in] @ weight + bias``."""

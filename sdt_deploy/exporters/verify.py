@@ -142,6 +142,7 @@ def _case(
         "head": _head_case,
         "dense": _dense_case,
         "masked": _masked_case,
+        "single": _masked_case,
     }
     made: tuple[dict[str, np.ndarray], dict[str, Tensor]] = makers[name](model, lengths, rng)
     return made

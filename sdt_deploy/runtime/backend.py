@@ -40,7 +40,7 @@ class Backend(Protocol):
     """As in ``Session.open(..., backend=name)``."""
 
     def graph(self, name: str) -> Graph:
-        """Return the graph ``name`` (``entry``, ``stage-00``, …, ``head``, ``dense``, ``masked``).
+        """Return the graph ``name`` (``entry``, ``stage-00``, …, ``head``, ``dense``, …).
 
         Opened when first asked for, then kept. Thread-safe.
         """

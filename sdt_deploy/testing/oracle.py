@@ -155,6 +155,9 @@ class _OracleGraph:
     def _dense(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         return {"output": self._model.as_dense()(*_padded(inputs)).output}
 
+    def _single(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        return self._masked(inputs)
+
     def _masked(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         limits = inputs["thresholds"].tolist()
         found = self._model(*_padded(inputs), thresholds=limits)
