@@ -98,7 +98,7 @@ def test_bad_calls(exported: Exported) -> None:
             session.run([1], [0, 1], token_type_ids=[0])
         with pytest.raises(InputError, match="packed ids or attention_mask"):
             session.run([1], [0, 1], attention_mask=[[1]])
-    for path in ("sparse", "masked"):
+    for path in ("sparse", "single", "masked"):
         with pytest.raises(BackendError, match="closed"):
             session.run([1], [0, 1], path=path)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="no backend is called 'abacus'"):
@@ -110,7 +110,7 @@ def test_auto_picks_one_of_the_two_exact_paths_and_calibrates_once(exported: Exp
     batch = random_batch(sample.model.config, [9, 4], 1)
     with Session.open(sample.bundle) as session:
         result = session.run_batch(batch)
-        assert result.path in ("sparse", "masked")
+        assert result.path in ("sparse", "single", "masked")
         costs = session.cost_model()
         assert session.cost_model() is costs
         other = "masked" if result.path == "sparse" else "sparse"
