@@ -126,6 +126,6 @@ def test_only_standard_operators() -> None:
 )
 def test_other_numbers_are_refused(config: ExportConfig, tmp_path: Path) -> None:
     checkpoint = Checkpoint(model=random_model(CONFIGS["active-lm"][0], 0), provenance={})
-    with pytest.raises(ConfigError, match="float32 only.*--no-single-file"):
+    with pytest.raises(ConfigError, match=r"float32 only.*--no-single-file"):
         export(checkpoint, tmp_path / "bundle", config, single_file=True)
     assert not (tmp_path / "bundle").exists()
