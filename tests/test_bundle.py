@@ -173,7 +173,7 @@ def test_the_golden_bundle_keeps_opening() -> None:
     bundle = Bundle.open(GOLDEN)
     with Session.open(bundle) as session:
         checks = verify_bundle(bundle, session)
-    assert [check.path for check in checks] == ["sparse", "single", "masked", "dense"]
+    assert [check.path for check in checks] == ["sparse", "masked", "dense"]
     assert all(check.max_abs_error < 1e-4 and check.routing_flips == 0 for check in checks)
 
 

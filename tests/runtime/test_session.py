@@ -13,7 +13,7 @@ from sdt_deploy.errors import BackendError, ConfigError, InputError
 from sdt_deploy.runtime import calibration
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.session import Session
-from tests.samples import ExportedModel, lengths_lists, random_batch, seeds
+from tests.samples import GOLDEN, ExportedModel, lengths_lists, random_batch, seeds
 
 Exported = Callable[[str], ExportedModel]
 CONFIG = ModelConfig(
@@ -166,3 +166,11 @@ def test_threads_calibrate_once(exported: Exported, monkeypatch: pytest.MonkeyPa
         for thread in threads:
             thread.join()
     assert len(calls) == 1
+
+
+def test_a_bundle_without_the_single_graph_says_so() -> None:
+    with Session.open(GOLDEN) as session:
+        ids = [1] * 5
+        with pytest.raises(InputError, match="--single-file"):
+            session.run(ids, [0, 5], path="single")
+        assert session.run(ids, [0, 5]).path in ("sparse", "masked")
