@@ -57,6 +57,7 @@ class PathChoice(StrEnum):
 
     auto = "auto"
     sparse = "sparse"
+    single = "single"
     masked = "masked"
     dense = "dense"
 

@@ -161,6 +161,13 @@ def export(
         PrecisionChoice,
         typer.Option(help="Type of products and states; float16 and bfloat16 are for GPUs."),
     ] = PrecisionChoice.float32,
+    single_file: Annotated[
+        bool | None,
+        typer.Option(
+            "--single-file/--no-single-file",
+            help="The whole loop in one more graph, fastest at small sizes; default: in float32.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a model as a bundle of ONNX graphs and check each of them.
@@ -187,6 +194,7 @@ def export(
                 precision=precision.value,
                 quantization=quantize.value,
             ),
+            single_file=single_file,
             overwrite=overwrite,
             progress=advance,
         )

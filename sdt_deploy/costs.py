@@ -6,6 +6,7 @@ gathers are left out on both sides. Padding is counted only where it is given in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -104,9 +105,14 @@ def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[floa
     """
     if manifest.model.probe == "none":
         return tuple(float(threshold < 1.0) for threshold in thresholds)
-    quantiles = manifest.score_quantiles
+    return _shares(manifest.score_quantiles, manifest.pinned_share, tuple(thresholds))
+
+
+@functools.lru_cache(maxsize=64)
+def _shares(
+    quantiles: tuple[float, ...] | None, pinned: float, thresholds: tuple[float, ...]
+) -> tuple[float, ...]:
     levels = np.linspace(0.0, 1.0, 101)
     scores = levels if quantiles is None else np.asarray(quantiles)
     below = np.interp(thresholds, scores, levels, left=0.0, right=1.0)
-    pinned = manifest.pinned_share
     return tuple(float(pinned + (1 - pinned) * (1 - share)) for share in below)

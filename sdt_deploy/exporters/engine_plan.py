@@ -21,6 +21,9 @@ from sdt_deploy.exporters.engine_process import EngineJob
 from sdt_deploy.gpu import driver, read_capability
 from sdt_deploy.tokenization import read_lines
 
+NO_ENGINES = frozenset({"single"})
+"""Graphs whose shapes depend on their data inside, which TensorRT does not take."""
+
 
 def target_gpus(config: BuildConfig, chosen: trt.Flavour) -> tuple[str, ...]:
     """Return the compute capabilities to build for.
@@ -86,16 +89,16 @@ def plan_jobs(bundle: Bundle, engines: EngineSet, graphs: Sequence[str] = ()) ->
         BundleFormatError: if a graph takes something that no profile is known for.
     """
     manifest = bundle.manifest
-    unknown = [name for name in graphs if name not in manifest.graphs]
+    possible = [name for name in manifest.graphs if name not in NO_ENGINES]
+    unknown = [name for name in graphs if name not in possible]
     if unknown:
         raise ConfigError(
-            f"the bundle has no graph {', '.join(unknown)}; it has {', '.join(manifest.graphs)}"
+            f"the bundle has no graph {', '.join(unknown)} to build; it has {', '.join(possible)}"
         )
     shares = active_shares(manifest, manifest.model.thresholds)
     jobs = []
-    for name, spec in manifest.graphs.items():
-        if graphs and name not in graphs:
-            continue
+    for name in graphs or possible:
+        spec = manifest.graphs[name]
         share = None if spec.layers is None else shares[spec.layers[0]]
         try:
             profiles = tuple(

@@ -49,8 +49,11 @@ class Backend(Protocol):
     profiles: tuple[OptimizationProfile, ...]
     """Sizes of the batches that the engines take; empty: any size."""
 
+    def has(self, name: str) -> bool:
+        """Tell whether there is a graph ``name`` that this backend runs."""
+
     def graph(self, name: str) -> Graph:
-        """Return the graph ``name`` (``entry``, ``stage-00``, …, ``head``, ``dense``, ``masked``).
+        """Return the graph ``name`` (``entry``, ``stage-00``, …, ``head``, ``dense``, …).
 
         Opened when first asked for, then kept. Thread-safe.
         """

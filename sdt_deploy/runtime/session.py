@@ -19,22 +19,23 @@ from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.runtime import dispatch
-from sdt_deploy.runtime.backend import Array, Backend, Graph
+from sdt_deploy.runtime.backend import Backend, Graph
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs
 from sdt_deploy.runtime.inputs import read_batch, read_thresholds
 from sdt_deploy.runtime.loop import bind_stages, timed
+from sdt_deploy.runtime.padded import run_padded
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
-from sdt_deploy.runtime.routing import RouteRules, depths_from_scores
+from sdt_deploy.runtime.routing import RouteRules
 from sdt_deploy.runtime.splitting import PartLimits, merge, select, split_batch
 from sdt_deploy.runtime.statistics import MAX_DEPTH_DRIFT, DepthMonitor, SessionStatistics
 from sdt_deploy.runtime.stopping import StopCheck, stop_check
 from sdt_deploy.runtime.windows import join_windows
 from sdt_deploy.tokenization import Overflow, TextTokenizer
 
-PathChoice = Literal["auto", "sparse", "masked", "dense"]
+PathChoice = Literal["auto", "sparse", "single", "masked", "dense"]
 PATHS = get_args(PathChoice)
 Graphs = tuple[Graph, list[tuple[GraphSpec, Graph]], Graph]
 """Entry, stages and head."""
@@ -194,14 +195,15 @@ class Session:
                 ``truncate``, or ``split`` into windows, see
                 :func:`sdt_deploy.runtime.windows.join_windows`.
             thresholds: one per layer, instead of the model's.
-            path: ``sparse`` compacts between stages; ``masked`` computes the same function in one
-                graph; ``auto`` picks the faster of the two by a cost model that is calibrated when
-                it is first needed; ``dense`` is the baseline, every token through every layer.
+            path: ``sparse`` compacts between stages; ``single`` does so inside one graph, in one
+                call; ``masked`` computes the same function without compaction; ``auto`` picks the
+                fastest of them by a cost model that is calibrated when it is first needed;
+                ``dense`` is the baseline, every token through every layer.
             timeout_s: seconds after which the run stops; None: no limit.
             cancel: set from another thread, it stops the run.
 
         Whether to stop is looked at before the run, between the stages of ``sparse`` and between
-        the parts of a large batch; a call of an engine, such as all of ``masked``, is finished.
+        the parts of a large batch; a call of an engine, such as all of ``single``, is finished.
 
         Returns:
             Arrays that belong to the caller, packed whichever way the ids came.
@@ -258,6 +260,11 @@ class Session:
             check()
         if path == "dense":
             return self._run_one(batch, limits, path)
+        if path == "single" and not self.backend.has("single"):
+            raise InputError(
+                f'{self.bundle.path} holds no graph for path="single" on {self.backend.name}; '
+                'export it with --single-file, for ONNX Runtime, or take path="auto"'
+            )
         groups = split_batch(batch.lengths, config, self._part_limits)
         if path == "auto":
             shares = active_shares(self.manifest, limits)
@@ -284,20 +291,27 @@ class Session:
         with self.backend.running():
             if path == "sparse":
                 return self._run_sparse(batch, thresholds, check)
-            return self._run_padded(batch, thresholds, path)
+            graph = self.backend.graph(path)
+            return run_padded(self.manifest.model, graph, batch, thresholds, path)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""
         return self._monitor.statistics()
 
     def cost_model(self) -> dispatch.CostModel:
-        """Return the cost model behind ``path="auto"``, calibrated on the first call."""
+        """Return the cost model behind ``path="auto"``, calibrating it on the first call.
+
+        Calibration runs the paths to choose from, :func:`sdt_deploy.runtime.dispatch.candidates`,
+        on two random batches; it takes well under a second for a model of MiniLM's size.
+        """
         config = self.manifest.model
         with self._calibration_lock:
             costs = self._costs
             if costs is None:
                 costs = self._costs = measure_costs(
-                    config, lambda batch, path: self._run_one(batch, config.thresholds, path)
+                    config,
+                    dispatch.candidates(config, self.backend.has),
+                    lambda batch, path: self._run_one(batch, config.thresholds, path),
                 )
             return costs
 
@@ -315,7 +329,7 @@ class Session:
             scores = backend.empty((n_tokens,), "float32")
             ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
             if config.n_token_types:
-                ids["token_type_ids"] = _types(batch)
+                ids["token_type_ids"] = batch.types
             entry_ms = timed(entry.bind(ids, {"hidden_states": states, "scores": scores}))
             entered = perf_counter()
             plan = backend.plan(scores, thresholds, batch.cu_seqlens, self._rules)
@@ -354,52 +368,3 @@ class Session:
             ),
             path="sparse",
         )
-
-    def padded_arrays(
-        self, batch: TokenBatch, thresholds: Sequence[float], path: str
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Make the inputs and the empty outputs of a whole-model graph, ``masked`` or ``dense``."""
-        config = self.manifest.model
-        mask = batch.attention_mask
-        inputs: dict[str, Array] = {
-            "input_ids": batch.padded(batch.input_ids),
-            "attention_mask": mask.astype(np.int32),
-        }
-        if config.n_token_types:
-            inputs["token_type_ids"] = batch.padded(_types(batch))
-        shape = mask.shape[:1] if config.head.per_sequence else mask.shape
-        outputs = {"output": np.empty((*shape, config.output_width), dtype=np.float32)}
-        if path == "masked":
-            inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
-            outputs["scores"] = np.empty(mask.shape, dtype=np.float32)
-        return inputs, outputs
-
-    def _run_padded(
-        self, batch: TokenBatch, thresholds: tuple[float, ...], path: PathName
-    ) -> RunResult:
-        start = perf_counter()
-        config = self.manifest.model
-        inputs, outputs = self.padded_arrays(batch, thresholds, path)
-        self.backend.graph(path).bind(inputs, outputs)()
-        mask = inputs["attention_mask"] > 0
-        output, scores = outputs["output"], None
-        depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
-        if path == "masked":
-            scores = outputs["scores"][mask]
-            depths = depths_from_scores(scores, thresholds)
-        return RunResult(
-            output=output if config.head.per_sequence else output[mask],
-            depths=depths,
-            scores=scores,
-            input_ids=batch.input_ids.copy(),
-            cu_seqlens=batch.cu_seqlens.copy(),
-            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
-            timings=Timings(total_ms=(perf_counter() - start) * 1e3),
-            path=path,
-        )
-
-
-def _types(batch: TokenBatch) -> Array:
-    if batch.token_type_ids is None:
-        return np.zeros(batch.n_tokens, dtype=np.int32)
-    return batch.token_type_ids

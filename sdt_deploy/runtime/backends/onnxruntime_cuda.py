@@ -89,6 +89,10 @@ class OnnxRuntimeCudaBackend(DeviceMemory):
         finally:
             outer.wait_stream(self._own_stream)
 
+    def has(self, name: str) -> bool:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
+        return name in self._bundle.manifest.graphs
+
     def graph(self, name: str) -> Graph:
         """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
         with self._opening:

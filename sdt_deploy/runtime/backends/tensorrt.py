@@ -117,6 +117,10 @@ class TensorRtBackend(DeviceMemory):
         self._scratch: dict[int, Array] = {}
         self._lock = threading.Lock()
 
+    def has(self, name: str) -> bool:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
+        return name in self._engines.engines
+
     def graph(self, name: str) -> Graph:
         """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
         with self._lock:
