@@ -54,6 +54,7 @@ def test_close_frees_engines_and_buffers(
 
     monkeypatch.setattr(session.backend, "empty", remember)
     session.run_batch(batch)
+    session.run_batch(batch, path="masked")
     result = session.run_batch(batch, path="dense")
     gc.collect()
     assert len(engines) == len(bundle.manifest.graphs)

@@ -74,7 +74,7 @@ def test_a_text_that_just_fits_is_one_window() -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("path", ["sparse", "single", "masked"])
+@pytest.mark.parametrize("path", ["sparse", "masked"])
 def test_a_split_text_is_its_windows_put_together(tmp_path: Path, name: str, path: str) -> None:
     head = HEADS[name]
     session = open_with_tokenizer(tmp_path, head)
