@@ -27,24 +27,34 @@ class Diagnosis:
 
 def diagnose() -> tuple[Diagnosis, ...]:
     """Look at every backend; nothing is built or run."""
-    return (_onnxruntime_cpu(), *(_tensorrt(each, driver()) for each in trt.FLAVOURS.values()))
+    here = driver()
+    return (
+        _onnxruntime("onnxruntime-cpu", "CPUExecutionProvider", "cpu", None),
+        _onnxruntime("onnxruntime-cuda", "CUDAExecutionProvider", "gpu", here),
+        *(_tensorrt(each, here) for each in trt.FLAVOURS.values()),
+    )
 
 
-def _onnxruntime_cpu() -> Diagnosis:
+def _onnxruntime(name: str, provider: str, extra: str, needed: Driver | None) -> Diagnosis:
+    """Look at one provider of ONNX Runtime; ``needed``: the driver that it runs on."""
+    found, problems = None, []
     try:
-        providers = runtime().get_available_providers()
         found = str(runtime().__version__)
+        providers = runtime().get_available_providers()
+        if provider not in providers:
+            problems.append(
+                f"onnxruntime has no {provider}, only {', '.join(providers)}: "
+                f'pip install "sdt-deploy[{extra}]"'
+            )
     except SdtDeployError as error:
-        return Diagnosis(
-            backend="onnxruntime-cpu", version=None, builds=None, runs=False, remark=str(error)
-        )
-    usable = "CPUExecutionProvider" in providers
+        problems.append(str(error))
+    if needed is not None:
+        if find_spec("torch") is None:
+            problems.append(f'it needs torch: pip install "sdt-deploy[{extra}]"')
+        if needed.problem is not None:
+            problems.append(needed.problem)
     return Diagnosis(
-        backend="onnxruntime-cpu",
-        version=found,
-        builds=None,
-        runs=usable,
-        remark="" if usable else f"it has no CPUExecutionProvider, only {', '.join(providers)}",
+        backend=name, version=found, builds=None, runs=not problems, remark="; ".join(problems)
     )
 
 

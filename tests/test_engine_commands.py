@@ -1,0 +1,108 @@
+"""``build-engine`` and ``doctor``, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdt_deploy import diagnosis
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.gpu import Driver, Gpu, driver, read_capability
+from sdt_deploy.runtime.backends import BACKENDS
+from tests.samples import ExportedModel
+from tests.test_cli import call
+
+Exported = Callable[[str], ExportedModel]
+BUILD = ("build-engine", "--target", "tensorrt-rtx", "--compute-capability", "8.9")
+
+
+def test_build_inspect_and_build_again(exported: Exported, tmp_path: Path) -> None:
+    bundle = shutil.copytree(exported("active-lm").bundle, tmp_path / "bundle")
+    build = (*BUILD, bundle, "--cache", tmp_path / "cache", "--max-seqlen", 33)
+    text = call(*build)
+    assert "tensorrt-rtx for 8.9" in text
+    graphs = [name for name in Bundle.open(bundle).manifest.graphs if name != "single"]
+    assert f"{len(graphs)} built" in text
+    assert all(name in call("inspect", bundle) for name in graphs)
+    before = (bundle / "manifest.json").read_bytes()
+    assert f"{len(graphs)} unchanged: graph, weights, profiles" in call(*build)
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert call("verify", bundle)
+    error = call("run", bundle, "--backend", "tensorrt-rtx", "--ids", tmp_path / "ids", code=2)
+    assert "need a GPU" in error or "does not run on it" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--compute-capability", "9.0"), "not 9.0; take --target tensorrt there"),
+        (("--max-seqlen", "34"), "exceeds the model's 33 positions"),
+        (("--max-padded-tokens", "10"), "leaves no room for one sequence"),
+        (("--graph", "tail"), "no graph tail to build"),
+        (("--timing-cache", "times"), "has no timing cache"),
+        (("--pin-timing-cache",), "needs a timing_cache"),
+        (("--cache", "a", "--no-cache"), "contradict each other"),
+        (("--lengths", "/nonexistent"), "cannot be read"),
+    ],
+)
+def test_bad_options(exported: Exported, arguments: tuple[str, ...], message: str) -> None:
+    bundle = exported("active-lm").bundle
+    assert message in " ".join(call(*BUILD, bundle, *arguments, code=2).split())
+
+
+def test_ctrl_c_leaves_nothing(exported: Exported, tmp_path: Path) -> None:
+    """A signal in the middle of a build, as the terminal sends it: to both processes."""
+    import signal
+
+    bundle = shutil.copytree(exported("active-grouped").bundle, tmp_path / "bundle")
+    before = sorted(path.name for path in bundle.rglob("*"))
+    script = Path(sys.executable).with_name("sdt-deploy")
+    process = subprocess.Popen(
+        [str(script), *BUILD, str(bundle), "--no-cache"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while not list((bundle / "engines").glob(".build-*/*.engine")):
+        assert process.poll() is None, "it was done before the signal came"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, 1)
+    assert b"Traceback" not in errors
+    assert sorted(path.name for path in bundle.rglob("*")) == before
+
+
+def test_doctor() -> None:
+    rows = json.loads(call("doctor", "--json"))
+    assert [row["backend"] for row in rows] == list(BACKENDS)
+    by_name = {row["backend"]: row for row in rows}
+    assert by_name["onnxruntime-cpu"]["runs"]
+    assert by_name["tensorrt-rtx"]["builds"]
+    for row in rows:
+        assert bool(row["remark"]) == (not row["runs"])
+    if driver().problem:
+        assert driver().problem in by_name["onnxruntime-cuda"]["remark"]
+    assert all(name in call("doctor") for name in BACKENDS)
+
+
+def test_doctor_names_a_gpu_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),))
+    monkeypatch.setattr(diagnosis, "driver", lambda: hopper)
+    row = next(row for row in diagnosis.diagnose() if row.backend == "tensorrt-rtx")
+    assert row.builds
+    assert not row.runs
+    assert "H100 has compute capability 9.0" in row.remark
+    assert "use --target tensorrt" in row.remark
+
+
+def test_the_driver_is_described() -> None:
+    found = driver()
+    assert bool(found.gpus) != bool(found.problem)
+    assert all(read_capability(gpu.compute_capability) for gpu in found.gpus)
