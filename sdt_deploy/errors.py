@@ -10,6 +10,7 @@
     │   └── BundleIntegrityError    a file is missing, altered or lies outside the bundle
     ├── ExportError             a graph could not be exported
     │   └── VerificationError       an exported graph disagrees with the PyTorch model
+    ├── TrainingError           a distillation cannot go on
     ├── InputError              ids, lengths or texts that cannot be run
     ├── BackendError            an engine failed
     │   └── MissingProviderError    the engine lacks the execution provider that was asked for
@@ -53,6 +54,10 @@ class ExportError(SdtDeployError):
 
 class VerificationError(ExportError):
     """An exported graph or a bundle disagrees with the PyTorch model."""
+
+
+class TrainingError(SdtDeployError):
+    """A distillation cannot go on; its last checkpoint is kept."""
 
 
 class InputError(SdtDeployError, ValueError):

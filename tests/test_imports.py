@@ -32,6 +32,7 @@ LEVELS = (
     "exporters",
     "runtime",
     "evaluation",
+    "training",
     "bench",
     "testing",
     "__init__",
