@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ POSITION_VARIANCE = 0.95
 """Share of the positions' variance that the probe may not see. Beyond it, directions are those of
 single positions."""
 POSITION_TOKENS = 300
+FRAME_TOKENS = 30_000
 
 
 @torch.no_grad()
@@ -73,6 +75,49 @@ def calibrated(
         score_quantiles=quantiles(scores),
         pinned_share=pinned_share,
         provenance={**checkpoint.provenance, "probe": made},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeFrame:
+    """Keeps a probe that is trained blind to position, with logits of mean 0 and variance 1.
+
+    What counts is the order of the scores. A mean or a scale that drifts would only make scores of
+    earlier batches useless for finding limits, and a share that tells positions apart would make
+    depth depend on length.
+    """
+
+    directions: Tensor
+    """``[k, d_model]``, orthonormal, in which the mean embeddings of the positions differ."""
+    mean: Tensor
+    """``[d_model]``, of the embeddings of unpinned tokens."""
+    covariance: Tensor
+    """``[d_model, d_model]``, of the same."""
+
+    @torch.no_grad()
+    def place(self, weight: Tensor, bias: Tensor) -> None:
+        """Bring the probe ``weight [d_model]``, ``bias []`` into the frame, in place."""
+        weight.sub_(self.directions.T @ (self.directions @ weight))
+        weight.div_((weight @ self.covariance @ weight).sqrt().clamp_min(1e-6))
+        bias.copy_(-(self.mean @ weight))
+
+
+@torch.no_grad()
+def probe_frame(
+    model: SparseDepthTransformer, sample: TokenSample, device: torch.device
+) -> ProbeFrame:
+    """Measure the frame on the first tokens of ``sample``."""
+    found = []
+    for ids, mask in padded_batches(sample, FRAME_TOKENS):
+        free = mask & ~torch.isin(ids.int(), model.scorer.pinned_token_ids)
+        found.append(model.embed(ids)[free])
+    embedded = torch.cat(found)
+    mean = embedded.mean(dim=0)
+    covariance = (embedded - mean).T @ (embedded - mean) / len(embedded)
+    return ProbeFrame(
+        directions=position_directions(model, sample).to(device),
+        mean=mean.to(device),
+        covariance=covariance.to(device),
     )
 
 

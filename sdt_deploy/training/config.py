@@ -28,7 +28,7 @@ class DistillConfig:
     max_length: int = 128
     """Tokens of a sequence that are used; longer ones are cut."""
     learning_rate: float = 3e-4
-    probe_learning_rate: float = 1e-2
+    probe_learning_rate: float = 3e-3
     weight_decay: float = 0.0
     warm_up: float = 0.05
     """Share of the run in which the learning rate rises."""
@@ -50,7 +50,7 @@ class DistillConfig:
     loss: LossWeights = field(default_factory=LossWeights)
     n_memory: int = 8192
     """Teacher embeddings of earlier batches that the neighbour loss compares with."""
-    n_window: int = 65536
+    n_window: int = 16384
     """Tokens whose scores set the limits between depths."""
     lora_rank: int | None = None
     """Train low-rank adapters, biases and norms only; None: every weight of the layers."""

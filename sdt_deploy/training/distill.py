@@ -16,7 +16,7 @@ from sdt_deploy.errors import ConfigError, InputError, TrainingError
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.transformer import DenseTransformer, SparseDepthTransformer
 from sdt_deploy.training.batches import BatchStream, DeviceTokens
-from sdt_deploy.training.calibration import calibrated, position_directions
+from sdt_deploy.training.calibration import calibrated, probe_frame
 from sdt_deploy.training.config import DistillConfig
 from sdt_deploy.training.gates import Gate, pinned_tokens, routed_forward
 from sdt_deploy.training.lora import add_adapters, merge_adapters, round_adapters
@@ -90,8 +90,9 @@ class Distillation:
         self.teacher = Teacher(teacher.to(self._device), self._tokens, self._autocast)
         self._memory = TeacherMemory(config.n_memory)
         self._window = ScoreWindow(config.n_window)
-        self._directions = position_directions(start.model, sample).to(self._device)
-        self._blind_to_position()
+        self._learns_probe = config.probe != "fixed" and self.model.scorer.linear
+        self._frame = probe_frame(start.model, sample, self._device)
+        self._place_probe()
         groups = [
             {"params": self._trained(probe=False), "lr": config.learning_rate},
             {"params": self._trained(probe=True), "lr": config.probe_learning_rate},
@@ -126,12 +127,9 @@ class Distillation:
             if parameter.requires_grad and name.startswith("scorer.") == probe
         ]
 
-    @torch.no_grad()
-    def _blind_to_position(self) -> None:
-        """Remove from the probe what tells positions apart: depth is not to depend on length."""
-        if self.config.probe != "fixed":
-            weight = self.model.scorer.weight
-            weight.sub_(self._directions.T @ (self._directions @ weight))
+    def _place_probe(self) -> None:
+        if self._learns_probe:
+            self._frame.place(self.model.scorer.weight, self.model.scorer.bias)
 
     def _gate(self, progress: float) -> tuple[Gate, float]:
         """Return the kind of gate and its temperature, in standard deviations."""
@@ -164,7 +162,8 @@ class Distillation:
         wanted = self.teacher(ids, mask, index)
         with torch.no_grad():
             embedded = model.embed(ids)
-        logits = model.scorer.logits(embedded)
+        scored = model.scorer.linear
+        logits = model.scorer.logits(embedded) if scored else embedded.new_zeros(mask.shape)
         n_tokens = int(mask.sum())
         self._window.add(logits[mask & ~pinned_tokens(model, ids)], n_tokens)
         wanted_depth = self._wanted_depth(progress)
@@ -179,7 +178,7 @@ class Distillation:
                 logits,
                 limits,
                 gate=gate,
-                temperature=temperature * max(float(self._window.logits.std()), 1e-6),
+                temperature=temperature,
             )
         loss, terms = distillation_loss(
             model.head,
@@ -194,7 +193,7 @@ class Distillation:
         loss.backward()
         trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, config.gradient_clip)
-        value = float(loss)
+        value = float(loss.detach())
         if not np.isfinite([value, float(norm)]).all():
             raise TrainingError(
                 f"the loss is {value} and its gradient {float(norm)} at step {self.step + 1} of "
@@ -202,12 +201,12 @@ class Distillation:
                 "the texts; the last checkpoint is as it was"
             )
         self._optimizer.step()
-        self._blind_to_position()
+        self._place_probe()
         self.step += 1
         return StepReport(
             step=self.step,
             loss=value,
-            terms={name: float(term) for name, term in terms.items()},
+            terms={name: float(term.detach()) for name, term in terms.items()},
             depth=float(routed.depths.sum()) / n_tokens,
             wanted_depth=wanted_depth,
             n_tokens=n_tokens,

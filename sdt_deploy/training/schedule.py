@@ -27,7 +27,7 @@ def depth_at(
             equal intervals.
         share: share of the run in which the depth falls; it stays afterwards. 0: from the start.
     """
-    done = min(1.0, progress / share) if share > 0 else 1.0
+    done = progress / share if progress < share else 1.0
     fall = n_layers - target_depth
     if curriculum == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
