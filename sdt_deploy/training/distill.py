@@ -19,7 +19,7 @@ from sdt_deploy.training.batches import BatchStream, DeviceTokens
 from sdt_deploy.training.calibration import calibrated, probe_frame
 from sdt_deploy.training.config import DistillConfig
 from sdt_deploy.training.gates import Gate, pinned_tokens, routed_forward
-from sdt_deploy.training.lora import add_adapters, merge_adapters, round_adapters
+from sdt_deploy.training.lora import add_adapters, merged_weights
 from sdt_deploy.training.losses import TeacherMemory, distillation_loss
 from sdt_deploy.training.schedule import (
     ScoreWindow,
@@ -271,10 +271,9 @@ class Distillation:
         Raises:
             ConfigError: if the depth cannot be reached on that text.
         """
-        model = copy.deepcopy(self.model)
-        round_adapters(model)
-        merge_adapters(model)
-        model = model.cpu().eval().requires_grad_(True)
+        model = SparseDepthTransformer(self.model.config)
+        model.load_state_dict(merged_weights(self.model))
+        model.eval()
         provenance = {
             **self._start.provenance,
             "distillation": {**self.config.to_dict(), "steps_made": self.step},

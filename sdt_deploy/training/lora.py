@@ -67,17 +67,18 @@ def adapter_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def round_adapters(model: nn.Module) -> None:
-    """Round the factors to what float16 holds."""
-    for _, linear in linears(model):
-        if parametrize.is_parametrized(linear, "weight"):
-            for factor in linear.parametrizations.weight[0].parameters():  # type: ignore[union-attr, index]
-                factor.copy_(factor.half())
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of the model without adapters: their products are in the weights.
 
-
-def merge_adapters(model: nn.Module) -> None:
-    """Write the products into the weights and remove the adapters."""
-    for _, linear in linears(model):
-        if parametrize.is_parametrized(linear, "weight"):
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
-            linear.weight.requires_grad_(True)
+    The factors are rounded to float16 first, as their file holds them.
+    """
+    factors = adapter_factors(model)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        owner, found, end = name.partition(".parametrizations.weight.")
+        if not found:
+            weights[name] = tensor
+        elif end == "original":
+            up, down = factors[f"{owner}.weight"]
+            weights[f"{owner}.weight"] = tensor + up.half().float() @ down.half().float()
+    return weights
