@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png"
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

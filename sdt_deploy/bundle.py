@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdt_deploy.config import MAX_SIZE, ExportConfig, ModelConfig, is_integer, is_number, shown
+from sdt_deploy.engines import EngineSet
 from sdt_deploy.errors import BundleFormatError, BundleIntegrityError, ConfigError
 from sdt_deploy.external_data import check_places
 from sdt_deploy.files import (
@@ -124,6 +125,8 @@ class Manifest:
     """Share of pinned tokens on the calibration text."""
     quality: Mapping[str, Any] | None = None
     """What ``sdt-deploy evaluate`` measured; None until then."""
+    engines: tuple[EngineSet, ...] = ()
+    """What was built from the graphs, see ``sdt-deploy build-engine``."""
     format_version: int = FORMAT_VERSION
     """Version of the format that the bundle was written in."""
 
@@ -196,6 +199,9 @@ class Manifest:
             ),
             pinned_share=body["pinned_share"],
             quality=(None if body["quality"] is None else _typed("quality", body["quality"], dict)),
+            engines=tuple(
+                map(EngineSet.from_dict, _typed("engines", body.get("engines", []), list))
+            ),
             format_version=body["format_version"],
         )
         if len(manifest.graphs) != len(graphs):
@@ -231,6 +237,11 @@ class Manifest:
                         f"graph {spec.name}: {tensor.name} is {tensor.dtype}, not "
                         f"{' or '.join(allowed)}"
                     )
+                if is_state and (len(tensor.axes) != 2 or tensor.axes[1] != self.model.d_model):
+                    raise ConfigError(
+                        f"graph {spec.name}: {tensor.name} has the axes {shown(tensor.axes)}, "
+                        f"not rows and {self.model.d_model}"
+                    )
         expected = 0
         for first, stop in self.stage_layers:
             if first != expected or stop <= first:
@@ -245,6 +256,12 @@ class Manifest:
                     f"the model has a parameter of {4 * self.model.largest_tensor} bytes, "
                     f"and {WEIGHTS} has {n_bytes}"
                 )
+        if len({engines.name for engines in self.engines}) != len(self.engines):
+            raise ConfigError("two engine sets are for the same GPUs")
+        for engines in self.engines:
+            unknown = engines.engines.keys() - self.graphs.keys()
+            if unknown:
+                raise ConfigError(f"engines of no graph: {', '.join(map(shown, unknown))}")
         if self.score_quantiles is not None and (
             len(self.score_quantiles) != 101 or not all(map(is_number, self.score_quantiles))
         ):

@@ -57,5 +57,22 @@ class PathChoice(StrEnum):
 
     auto = "auto"
     sparse = "sparse"
+    single = "single"
     masked = "masked"
     dense = "dense"
+
+
+class TargetChoice(StrEnum):
+    """Library that engines are built for."""
+
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class BackendChoice(StrEnum):
+    """What runs the graphs of a bundle."""
+
+    onnxruntime_cpu = "onnxruntime-cpu"
+    onnxruntime_cuda = "onnxruntime-cuda"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"

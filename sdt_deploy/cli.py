@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from sdt_deploy import engine_commands
 from sdt_deploy.choices import (
+    BackendChoice,
     ContextChoice,
     HeadChoice,
     ImportanceChoice,
@@ -23,6 +25,7 @@ from sdt_deploy.console import (
     console,
     fail,
     print_depths,
+    print_engines,
     print_graphs,
     print_histogram,
     progress_bar,
@@ -48,6 +51,9 @@ CHECKED_WITH = {
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: all cores.")]
+BackendOption = Annotated[
+    BackendChoice, typer.Option(help="What runs the graphs; see sdt-deploy doctor.")
+]
 BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
 
 
@@ -155,6 +161,13 @@ def export(
         PrecisionChoice,
         typer.Option(help="Type of products and states; float16 and bfloat16 are for GPUs."),
     ] = PrecisionChoice.float32,
+    single_file: Annotated[
+        bool | None,
+        typer.Option(
+            "--single-file/--no-single-file",
+            help="The whole loop in one more graph, fastest at small sizes; default: in float32.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a model as a bundle of ONNX graphs and check each of them.
@@ -181,6 +194,7 @@ def export(
                 precision=precision.value,
                 quantization=quantize.value,
             ),
+            single_file=single_file,
             overwrite=overwrite,
             progress=advance,
         )
@@ -223,10 +237,15 @@ def inspect(
     for name, value in facts.items():
         console.print(f"[bold]{name:<11}[/bold]{escape(str(value))}", highlight=False)
     print_graphs(manifest.graphs.values())
+    print_engines(manifest.engines)
 
 
 @app.command()
-def verify(bundle: BundleArgument, n_threads: Threads = None) -> None:
+def verify(
+    bundle: BundleArgument,
+    backend: BackendOption = BackendChoice.onnxruntime_cpu,
+    n_threads: Threads = None,
+) -> None:
     """Check every file of a bundle and its outputs against the reference in it.
 
     Example: sdt-deploy verify bundle
@@ -236,7 +255,7 @@ def verify(bundle: BundleArgument, n_threads: Threads = None) -> None:
     from sdt_deploy.runtime.verification import verify_bundle
 
     opened = Bundle.open(bundle)
-    with Session.open(opened, n_threads=n_threads) as session:
+    with Session.open(opened, backend=backend.value, n_threads=n_threads) as session:
         checks = verify_bundle(opened, session)
     console.print(f"{len(opened.manifest.files)} files are as they were exported")
     for check in checks:
@@ -260,6 +279,7 @@ def run(
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Print every token in the colour of its depth.")
     ] = False,
+    backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
 ) -> None:
     """Run texts or token ids and print or save the outputs.
@@ -271,7 +291,7 @@ def run(
     given = [bool(text), texts is not None, ids is not None]
     if sum(given) != 1:
         raise InputError("give one of --text, --texts and --ids")
-    with Session.open(bundle, n_threads=n_threads) as session:
+    with Session.open(bundle, backend=backend.value, n_threads=n_threads) as session:
         result = session.run(
             _read_inputs(text, texts, ids),
             path=path.value,
@@ -308,6 +328,7 @@ def bench(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
+    backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
 ) -> None:
     """Measure sparse against dense: same backend, same threads, interleaved, medians.
@@ -323,6 +344,7 @@ def bench(
         plot_file=plot_file,
         budget_s=budget,
         with_memory=memory,
+        backend=backend.value,
         n_threads=n_threads,
     )
     with progress_bar("bench") as advance:
@@ -333,6 +355,10 @@ def bench(
     for written in (json_file, plot_file):
         if written is not None:
             console.print(f"[bold]{escape(str(written))}[/bold]")
+
+
+app.command("build-engine")(engine_commands.build_engine)
+app.command("doctor")(engine_commands.doctor)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from sdt_deploy.errors import ConfigError
@@ -20,6 +21,7 @@ Pooling = Literal["mean", "cls"]
 Precision = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8"]
 Target = Literal["onnxruntime"]
+EngineFlavour = Literal["tensorrt", "tensorrt-rtx"]
 
 OPSETS: Mapping[str, int] = {"onnxruntime": 18}
 """ONNX opset of the exported graphs, per target."""
@@ -41,7 +43,12 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _check_choice(name: str, value: object, literal: Any) -> None:
+def check_choice(name: str, value: object, literal: Any) -> None:
+    """Check that ``value`` is one of those of a ``Literal``.
+
+    Raises:
+        ConfigError: if it is not.
+    """
     _check(
         value in get_args(literal),
         f"{name} must be one of {', '.join(map(repr, get_args(literal)))}, not {shown(value)}",
@@ -121,11 +128,11 @@ class HeadConfig:
     """Whether the output projection has a bias (``lm`` and ``classify`` only)."""
 
     def __post_init__(self) -> None:
-        _check_choice("head.kind", self.kind, HeadKind)
+        check_choice("head.kind", self.kind, HeadKind)
         for name in ("normalize", "dense_tanh", "bias"):
             _check_flag(f"head.{name}", getattr(self, name))
         if self.per_sequence:
-            _check_choice("head.pooling", self.pooling, Pooling)
+            check_choice("head.pooling", self.pooling, Pooling)
         else:
             _check(self.pooling is None, f"head.pooling has no meaning for head {self.kind!r}")
         _check(
@@ -195,10 +202,10 @@ class ModelConfig:
             self.d_model % self.n_heads == 0,
             f"d_model must be a multiple of n_heads: {self.d_model} is none of {self.n_heads}",
         )
-        _check_choice("activation", self.activation, Activation)
-        _check_choice("norm_placement", self.norm_placement, NormPlacement)
-        _check_choice("context", self.context, Context)
-        _check_choice("probe", self.probe, ProbeKind)
+        check_choice("activation", self.activation, Activation)
+        check_choice("norm_placement", self.norm_placement, NormPlacement)
+        check_choice("context", self.context, Context)
+        check_choice("probe", self.probe, ProbeKind)
         _check(
             isinstance(self.eps, float) and 0.0 < self.eps < 1.0,
             f"eps must lie between 0 and 1, not {shown(self.eps)}",
@@ -281,13 +288,13 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _check_positive("layers_per_stage", self.layers_per_stage)
-        _check_choice("precision", self.precision, Precision)
-        _check_choice("quantization", self.quantization, Quantization)
+        check_choice("precision", self.precision, Precision)
+        check_choice("quantization", self.quantization, Quantization)
         _check(
             self.quantization == "none" or self.precision == "float32",
             f"quantization needs precision 'float32', not {self.precision!r}",
         )
-        _check_choice("target", self.target, Target)
+        check_choice("target", self.target, Target)
 
     @property
     def opset(self) -> int:
@@ -303,6 +310,34 @@ class ExportConfig:
         """Return ``(first layer, one past the last)`` of every stage."""
         size = self.layers_per_stage
         return tuple((i, min(i + size, n_layers)) for i in range(0, n_layers, size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """How engines are built from a bundle's graphs."""
+
+    flavour: EngineFlavour
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs to build for, such as ``8.9``; none: the first GPU of this machine."""
+    workspace_mb: int | None = None
+    """Bound on the scratch memory of each engine, in 2²⁰ bytes; None: the library's own."""
+    graphs: tuple[str, ...] = ()
+    """Graphs to build; none: all."""
+    lengths: Path | None = None
+    """File of recorded sequence lengths in tokens, one a line, to plan profiles for."""
+    timing_cache: Path | None = None
+    """File with measured kernel times, read and updated; it makes builds faster and repeatable."""
+    pin_timing_cache: bool = False
+    """Only read ``timing_cache``, and fail where it lacks a time."""
+
+    def __post_init__(self) -> None:
+        check_choice("flavour", self.flavour, EngineFlavour)
+        if self.workspace_mb is not None:
+            _check_positive("workspace_mb", self.workspace_mb)
+        _check(
+            self.timing_cache is not None or not self.pin_timing_cache,
+            "pin_timing_cache needs a timing_cache to read",
+        )
 
 
 def _plain(cls: type, what: str, data: object) -> dict[str, Any]:

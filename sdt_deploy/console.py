@@ -88,3 +88,33 @@ def print_depths(session: Any, result: Any) -> None:
             colour = colours[round(int(depth) / n_layers * (len(colours) - 1))]
             line.append(f"{token}", style=colour).append(f"·{depth} ", style="dim")
         console.print(line)
+
+
+def print_engines(engines: Any) -> None:
+    """Print the engine sets of a bundle."""
+    from rich.table import Table
+
+    for one in engines:
+        limit = "" if one.workspace_mb is None else f", workspace {one.workspace_mb} MB"
+        console.print(
+            f"[bold]{one.name}[/bold], version {one.version}, attention {one.attention}{limit}",
+            highlight=False,
+        )
+        profiles = Table("profile", "n_tokens", "batch", "max_seqlen")
+        for number, profile in enumerate(one.profiles):
+            sizes = (profile.n_tokens, profile.batch, profile.max_seqlen)
+            cells = [f"{each.min}–{each.opt}–{each.max}" for each in sizes]
+            profiles.add_row(str(number), *cells)
+        console.print(profiles)
+        table = Table("engine", "MB", "built in", "scratch", "layers", "hash")
+        for spec in one.engines.values():
+            scratch = "" if spec.scratch_bytes is None else f"{spec.scratch_bytes / 2**20:.1f} MB"
+            table.add_row(
+                spec.graph,
+                f"{spec.size_bytes / 1e6:.1f}",
+                f"{spec.build_s:.2f} s",
+                scratch,
+                "" if spec.n_layers is None else str(spec.n_layers),
+                spec.sha256[:8],
+            )
+        console.print(table)

@@ -6,8 +6,12 @@ gathers are left out on both sides. Padding is counted only where it is given in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from sdt_deploy.bundle import Manifest
 from sdt_deploy.config import ModelConfig
 
 
@@ -92,3 +96,23 @@ def scratch_bytes_per_sequence(config: ModelConfig, length: int) -> float:
     logits = config.n_heads * length * length
     output = config.output_width * (1 if config.head.per_sequence else length)
     return 4 * (output + max(2 * logits + 5 * states, logits + 2 * feed_forward + 11 * states))
+
+
+def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:
+    """Return the share of tokens above each threshold, from the manifest's score quantiles.
+
+    Without quantiles the scores are taken to be uniform; without a probe all of them are 1.
+    """
+    if manifest.model.probe == "none":
+        return tuple(float(threshold < 1.0) for threshold in thresholds)
+    return _shares(manifest.score_quantiles, manifest.pinned_share, tuple(thresholds))
+
+
+@functools.lru_cache(maxsize=64)
+def _shares(
+    quantiles: tuple[float, ...] | None, pinned: float, thresholds: tuple[float, ...]
+) -> tuple[float, ...]:
+    levels = np.linspace(0.0, 1.0, 101)
+    scores = levels if quantiles is None else np.asarray(quantiles)
+    below = np.interp(thresholds, scores, levels, left=0.0, right=1.0)
+    return tuple(float(pinned + (1 - pinned) * (1 - share)) for share in below)

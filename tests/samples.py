@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.result import RunResult
+from sdt_deploy.runtime.routing import RouteRules
 from sdt_deploy.runtime.session import Session
 
 TOLERANCE = 2e-4
@@ -196,6 +197,16 @@ def quantile_thresholds(
     """Thresholds for ``batch`` at the given quantiles of its scores."""
     found = oracle_output(model, batch.input_ids, batch.cu_seqlens, batch.token_type_ids)
     return separated_thresholds(found.scores, np.sort(wanted))
+
+
+def rules(stage_layers: Sequence[tuple[int, int]], context: str, n_heads: int) -> RouteRules:
+    """Routing rules of a model whose head does not pool."""
+    return RouteRules(
+        stage_layers=tuple(stage_layers),
+        context=context,  # type: ignore[arg-type]
+        n_heads=n_heads,
+        pooling=None,
+    )
 
 
 lengths_lists = st.lists(st.integers(1, 29), min_size=1, max_size=6)

@@ -1,7 +1,9 @@
-"""The real console script, as a user calls it."""
+"""The command line: each command once as the console script, all else in this process."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -12,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sdt_deploy import cli
 from sdt_deploy.bundle import Bundle
+from sdt_deploy.console import console, messages
 from sdt_deploy.runtime.session import Session
 from tests.samples import ExportedModel
 
@@ -20,8 +24,8 @@ Exported = Callable[[str], ExportedModel]
 SCRIPT = Path(sys.executable).with_name("sdt-deploy")
 
 
-def call(*arguments: object, code: int = 0) -> str:
-    """Run ``sdt-deploy``; check the exit code and that no traceback is shown."""
+def script(*arguments: object, code: int = 0) -> str:
+    """Run ``sdt-deploy`` as a user does; check the exit code and that no traceback is shown."""
     done = subprocess.run(
         [str(SCRIPT), *map(str, arguments)],
         capture_output=True,
@@ -35,33 +39,52 @@ def call(*arguments: object, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
+def call(*arguments: object, code: int = 0) -> str:
+    """As :func:`script`, without the seconds that a new process needs to import torch."""
+    out, errors = io.StringIO(), io.StringIO()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["sdt-deploy", *map(str, arguments)])
+    patch.setattr(console, "_width", 200)
+    patch.setattr(messages, "_width", 200)
+    found: object = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            cli.main()
+    except SystemExit as end:
+        found = end.code or 0
+    finally:
+        patch.undo()
+    assert found == code, out.getvalue() + errors.getvalue()
+    return out.getvalue() if code == 0 else errors.getvalue()
+
+
 def test_help_and_version() -> None:
-    text = call("--help")
+    text = script("--help")
     for command in ("convert", "export", "inspect", "verify", "run", "bench"):
         assert command in text
         assert "Example: sdt-deploy" in call(command, "--help")
-    assert call("--version").startswith("sdt-deploy 0.")
+    assert script("--version").startswith("sdt-deploy 0.")
     assert "No such command" in call("fly", code=2)
 
 
 def test_export_inspect_verify(exported: Exported, tmp_path: Path) -> None:
     native = exported("all-grouped").native
-    text = call("export", native, tmp_path / "bundle", "--layers-per-stage", 2)
+    text = script("export", native, tmp_path / "bundle", "--layers-per-stage", 2)
     assert "stage-01" in text
     assert "stage-02" not in text
     assert "exists already" in call("export", native, tmp_path / "bundle", code=2)
     text = call("inspect", tmp_path / "bundle")
     assert "4 layers" in text
     assert "not evaluated" in text
-    manifest = json.loads(call("inspect", tmp_path / "bundle", "--json"))
+    manifest = json.loads(script("inspect", tmp_path / "bundle", "--json"))
     assert manifest["format"] == "sdt-bundle"
-    text = call("verify", tmp_path / "bundle")
+    text = script("verify", tmp_path / "bundle")
     assert "sparse  3 cases" in text
     weights = tmp_path / "bundle" / "weights.bin"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "was altered" in call("verify", tmp_path / "bundle", code=2)
+    assert "was altered" in script("verify", tmp_path / "bundle", code=2)
     assert "is not a bundle" in call("verify", native, code=2)
 
 
@@ -79,7 +102,7 @@ def test_run(exported: Exported, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 47, (3, 11))
     np.save(tmp_path / "ids.npy", ids)
     out = tmp_path / "out.npz"
-    text = call(
+    text = script(
         "run", sample.bundle, "--ids", tmp_path / "ids.npy", "--out", out, "--path", "sparse"
     )
     assert "path sparse" in text
@@ -107,7 +130,7 @@ def test_run(exported: Exported, tmp_path: Path) -> None:
 
 def test_bench(exported: Exported, tmp_path: Path) -> None:
     sample = exported("active-lm")
-    text = call(
+    text = script(
         "bench",
         sample.bundle,
         *("--cases", "2x20,3x7", "--budget", 0.1),
@@ -140,7 +163,7 @@ def test_convert_the_original_and_refuse_nonsense(tmp_path: Path) -> None:
     from tests.model.test_original import Original
 
     torch.save(Original(True).state_dict(), tmp_path / "model.pt")
-    text = call("convert", tmp_path / "model.pt", tmp_path / "native")
+    text = script("convert", tmp_path / "model.pt", tmp_path / "native")
     assert "head lm, context active, probe linear" in text
     text = call("convert", tmp_path / "native", tmp_path / "other", "--context", "all")
     assert "context all" in text

@@ -175,6 +175,30 @@ def test_a_session_on_signed_nonsense(
         event(type(error).__name__)
 
 
+@pytest.mark.parametrize(
+    ("graph", "side", "key", "value", "message"),
+    [
+        ("entry", "outputs", "axes", ["n_tokens"], "has the axes"),
+        ("entry", "outputs", "axes", ["n_tokens", 2**20], "has the axes"),
+        ("stage-00", "inputs", "name", "sdt-bundle", "takes 'sdt-bundle'"),
+        ("stage-00", "inputs", "name", "remaining_depth", "takes 'remaining_depth'"),
+    ],
+)
+def test_tensors_that_no_such_graph_has(
+    tmp_path: Path, graph: str, side: str, key: str, value: Any, message: str
+) -> None:
+    bundle = Path(shutil.copytree(GOLDEN, tmp_path / "bundle"))
+
+    def change(body: Any) -> None:
+        spec = next(spec for spec in body["graphs"] if spec["name"] == graph)
+        which = 0 if side == "outputs" else 1
+        spec[side][which][key] = value
+
+    sign_bundle(bundle, change)
+    with pytest.raises(BundleError, match=message), Session.open(bundle) as session:
+        session.run([[1, 2, 3]], path="sparse")
+
+
 def test_a_manifest_that_is_no_file_or_endless(tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(GOLDEN, tmp_path / "bundle"))
     (bundle / MANIFEST).unlink()

@@ -24,10 +24,15 @@ LEVELS = (
     "external_data",
     "forking",
     "config",
+    "buckets",
+    "gpu",
+    "engines",
     "bundle",
     "costs",
     "tokenization",
     "ort",
+    "trt",
+    "diagnosis",
     "model",
     "exporters",
     "runtime",
@@ -38,6 +43,7 @@ LEVELS = (
     "__init__",
     "choices",
     "console",
+    "engine_commands",
     "cli",
 )
 """A module imports only what stands above it, or beside it in its own folder."""
@@ -67,7 +73,10 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # "from sdt_deploy import trt" imports a module, not the package's public names.
+            is_package = node.module == "sdt_deploy"
+            found |= names if is_package else {node.module or ""}
     return {name for name in found if name.split(".")[0] == "sdt_deploy"}
 
 

@@ -15,42 +15,41 @@ from transformers import BertModel
 
 import sdt_deploy
 from sdt_deploy.bundle import Bundle
-from sdt_deploy.exporters.export import export
 from sdt_deploy.model.checkpoints import load
-from sdt_deploy.model.conversion import ProbeFit, convert
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.tokenization import TextTokenizer, read_lines
 
-pytestmark = pytest.mark.xdist_group("minilm")
 TEXTS = Path(__file__).parent.parent / "examples" / "texts" / "shakespeare.txt"
 
 
 @pytest.fixture(scope="module")
-def native(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("minilm") / "model"
-    fit = ProbeFit(texts=read_lines(TEXTS)[:600], importance="attention")
-    checkpoint, report = convert(minilm, target, fit=fit)
+def native(readme: Path) -> Path:
+    return readme / "build" / "model"
+
+
+@pytest.fixture(scope="module")
+def bundle(readme: Path) -> Path:
+    return readme / "build" / "bundle"
+
+
+def test_conversion_and_export(native: Path, bundle: Path) -> None:
+    checkpoint = load(native)
     config = checkpoint.model.config
-    assert report is not None
-    assert report.mean_depth == pytest.approx(3.6, abs=0.15)
-    assert min(report.depth_histogram[1:]) > 0.08 * sum(report.depth_histogram)
     assert config.pinned_token_ids == (101, 102)
     assert config.context == "all"
     assert (config.head.pooling, config.head.normalize) == ("mean", True)
     assert checkpoint.provenance["license"] == "apache-2.0"
     assert checkpoint.provenance["source"] == "all-MiniLM-L6-v2"
     assert checkpoint.provenance["probe"]["importance"] == "attention"
-    return target
-
-
-@pytest.fixture(scope="module")
-def bundle(native: Path) -> Path:
-    target = native.parent / "bundle"
-    manifest = export(load(native), target)
+    lines = read_lines(TEXTS)[:200]
+    with Session.open(bundle) as session:
+        usage = session.run(lines, path="sparse").layer_usage
+    assert usage.mean_depth == pytest.approx(3.6, abs=0.15)
+    assert min(usage.depth_histogram[1:]) > 0.08 * sum(usage.depth_histogram)
+    manifest = Bundle.open(bundle).manifest
     assert max(spec.max_abs_error for spec in manifest.graphs.values()) < 1e-4
     assert len({spec.graph_sha256 for spec in manifest.stages}) == 1
-    return target
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sdt_deploy import ort
-from sdt_deploy.errors import BackendError, MissingProviderError
+from sdt_deploy.errors import BackendError, ConfigError, MissingProviderError
+from sdt_deploy.runtime.session import Session
 
 GOLDEN = Path(__file__).parent / "data" / "golden-bundle-v1"
 
@@ -79,3 +80,11 @@ def test_a_wrong_input_is_a_backend_error() -> None:
     session = ort.open_session(GOLDEN / "head.onnx")
     with pytest.raises(BackendError, match="ONNX Runtime failed"):
         ort.bind_arrays(session, {}, {})()
+
+
+@pytest.mark.parametrize("n_threads", [0, -1, 1025, 100_000, 10**30, 1.5, True, "2", [2]])
+def test_thread_numbers_out_of_range(n_threads: object) -> None:
+    before = ort.pool_threads()
+    with pytest.raises(ConfigError, match=r"n_threads must be a whole number from 1 to 1024"):
+        Session.open(GOLDEN, n_threads=n_threads)  # type: ignore[arg-type]
+    assert ort.pool_threads() == before

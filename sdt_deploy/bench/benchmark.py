@@ -25,7 +25,8 @@ from sdt_deploy.costs import dense_flops
 from sdt_deploy.ort import pool_threads, usable_cores
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import needed_flops
-from sdt_deploy.runtime.result import LayerUsage, RunResult
+from sdt_deploy.runtime.padded import padded_arrays
+from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import select
 
@@ -55,6 +56,8 @@ class CaseResult:
     dense_ms: float
     masked_ms: float
     sparse_ms: float
+    single_ms: float | None
+    """The whole sparse loop in one graph; None where the bundle holds none."""
     full_depth_ms: float
     """The sparse path with every token at full depth."""
     auto_ms: float
@@ -143,12 +146,17 @@ def measure_case(
         timings = session.run_batch(batch, path="sparse").timings
         overheads.append(timings.overhead_ms * 1e3 / max(1, len(timings.stage_ms)))
 
+    single = {}
+    if "single" in manifest.graphs:
+        runs = [partial(session.run_batch, batch, path="single") for batch in batches]
+        single["single"] = in_turn(runs)
     auto_paths = Counter(session.run_batch(batch).path for batch in batches)
     times = interleave(
         {
             "dense": in_turn([padded_call(session, batch, "dense") for batch in batches]),
             "masked": in_turn([padded_call(session, batch, "masked") for batch in batches]),
             "sparse": in_turn([partial(sparse, batch) for batch in batches]),
+            **single,
             "full_depth": in_turn(
                 [
                     partial(session.run_batch, batch, path="sparse", thresholds=full)
@@ -194,6 +202,7 @@ def measure_case(
         dense_ms=dense_ms,
         masked_ms=times["masked"].median_ms,
         sparse_ms=sparse_ms,
+        single_ms=times["single"].median_ms if single else None,
         full_depth_ms=times["full_depth"].median_ms,
         auto_ms=times["auto"].median_ms,
         auto_path="+".join(sorted(auto_paths)),
@@ -291,10 +300,19 @@ def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(endless)()
 
 
-def padded_call(session: Session, batch: TokenBatch, path: str) -> Callable[[], None]:
+def padded_call(session: Session, batch: TokenBatch, path: PathName) -> Callable[[], None]:
     """Return a call of a whole-model graph with inputs and outputs bound beforehand."""
-    inputs, outputs = session.padded_arrays(batch, session.manifest.model.thresholds, path)
-    return session.backend.graph(path).bind(inputs, outputs)
+    config = session.manifest.model
+    inputs, outputs = padded_arrays(config, batch, config.thresholds, path)
+    backend = session.backend
+    with backend.running():
+        bound = backend.graph(path).bind(inputs, outputs)
+
+    def call() -> None:
+        with backend.running():
+            bound()
+
+    return call
 
 
 def environment() -> dict[str, Any]:

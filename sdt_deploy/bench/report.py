@@ -14,10 +14,11 @@ from sdt_deploy.files import write_file
 
 
 def table(cases: Sequence[CaseResult]) -> Table:
-    """Lay out the results; ``ratio`` is the time of sparse over dense."""
-    result = Table(title="sparse against dense: median ms; µs of the runtime per stage")
-    columns = "case", "dense", "sparse", "ratio", "FLOPs", "full", "auto", "µs", "depth", "error"
-    for name in columns:
+    """Lay out the results; ``ratio`` and ``single`` are times over that of dense."""
+    title = "sparse against dense: median ms; µs of the runtime per stage"
+    result = Table(title=title, padding=(0, 0, 0, 1))
+    columns = "case", "dense", "sparse", "ratio", "single", "FLOPs", "full", "auto", "µs", "depth"
+    for name in (*columns, "error"):
         result.add_column(name, justify="right", no_wrap=True)
     for case in cases:
         flips = f" +{case.routing_flips} flips" if case.routing_flips else ""
@@ -28,6 +29,7 @@ def table(cases: Sequence[CaseResult]) -> Table:
             f"{case.dense_ms:.2f}",
             f"{case.sparse_ms:.2f}",
             f"[{style}]{case.ratio:.2f}[/{style}]",
+            "-" if case.single_ms is None else f"{case.single_ms / case.dense_ms:.2f}",
             f"{case.flops_ratio:.2f}",
             f"{case.full_depth_ms / case.dense_ms:.2f}",
             f"{case.auto_ratio:.2f}",

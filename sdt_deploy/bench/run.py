@@ -22,7 +22,7 @@ from sdt_deploy.bench.benchmark import (
 from sdt_deploy.bench.cases import check_cases, default_cases, parse_cases, token_source
 from sdt_deploy.bench.report import plot, remarks, table
 from sdt_deploy.bundle import Bundle
-from sdt_deploy.errors import MissingExtraError
+from sdt_deploy.errors import ConfigError, MissingExtraError
 from sdt_deploy.extras import require
 from sdt_deploy.files import write_file
 from sdt_deploy.runtime.batch import TokenBatch
@@ -48,6 +48,7 @@ class BenchOptions:
     """Seconds of timing per case, at least seven rounds."""
     with_memory: bool = True
     n_threads: int | None = None
+    backend: str = "onnxruntime-cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,10 @@ def run_bench(
     Raises:
         SdtDeployError: if the bundle, a case or a target cannot be used.
     """
+    if options.with_memory and options.backend != "onnxruntime-cpu":
+        raise ConfigError(
+            f"memory is measured on the CPU only; pass --no-memory with {options.backend}"
+        )
     if options.plot_file is not None:
         require("matplotlib", extra="demo", purpose="Drawing the plot")
     bundle = Bundle.open(bundle_path)
@@ -80,7 +85,9 @@ def run_bench(
     oracle = _oracle(bundle)
     results: list[CaseResult] = []
     texts_result = None
-    with Session.open(bundle, n_threads=options.n_threads, check_files=False) as session:
+    with Session.open(
+        bundle, backend=options.backend, n_threads=options.n_threads, check_files=False
+    ) as session:
         texts = None
         if options.texts is not None:
             lines = read_lines(options.texts)

@@ -22,10 +22,12 @@ from sdt_deploy.bundle import (
     list_files,
     write_manifest,
 )
-from sdt_deploy.config import ExportConfig
+from sdt_deploy.config import ExportConfig, ModelConfig
+from sdt_deploy.errors import ConfigError
 from sdt_deploy.exporters.onnx import WeightsWriter, graph_hash, parameters_of, save, trace
-from sdt_deploy.exporters.partition import GraphPart, partition
+from sdt_deploy.exporters.partition import GraphPart, MaskedGraph, partition
 from sdt_deploy.exporters.quantization import quantize
+from sdt_deploy.exporters.single import single_graph
 from sdt_deploy.exporters.verify import assert_dynamic, verify_graph
 from sdt_deploy.files import new_directory
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
@@ -41,6 +43,7 @@ def export(
     target: Path,
     config: ExportConfig | None = None,
     *,
+    single_file: bool | None = None,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
@@ -50,17 +53,25 @@ def export(
         checkpoint: the model with its tokenizer and provenance.
         target: directory to make.
         config: how to cut the model; default: one layer per stage, float32.
+        single_file: write the whole loop as one graph too; None: in float32, which alone it knows.
         overwrite: replace ``target`` if it exists.
         progress: see :data:`Progress`.
 
     Raises:
+        ConfigError: if a single file is asked for in other numbers than float32.
         ExportError: if a graph cannot be exported, or a weight is beyond the precision's range.
         VerificationError: if a graph disagrees with the model.
         OutputError: if ``target`` exists or cannot be written.
     """
     config = config or ExportConfig()
+    if single_file is None:
+        single_file = config.numbers == "float32"
+    if single_file and config.numbers != "float32":
+        raise ConfigError(
+            f"the single file is float32 only, not {config.numbers}; export with --no-single-file"
+        )
     model = checkpoint.model.eval()
-    parts = list(partition(model, config))
+    parts = list(partition(model, config, single_file=single_file))
     layers = dict(
         zip(
             [part.name for part in parts if part.name.startswith("stage-")],
@@ -69,7 +80,7 @@ def export(
         )
     )
     with new_directory(target, marker=(MANIFEST, FORMAT), overwrite=overwrite) as directory:
-        hashes = _write_graphs(parts, directory, config, progress)
+        hashes = _write_graphs(parts, model.config, directory, config, progress)
         graphs = {}
         for i, part in enumerate(parts):
             progress(f"verify {part.name}", len(parts) + i, 2 * len(parts))
@@ -110,16 +121,23 @@ def export(
 
 
 def _write_graphs(
-    parts: list[GraphPart], directory: Path, config: ExportConfig, progress: Progress
+    parts: list[GraphPart],
+    model: ModelConfig,
+    directory: Path,
+    config: ExportConfig,
+    progress: Progress,
 ) -> dict[str, str]:
-    """Trace each topology once, write every part's graph and all weights; return graph hashes."""
+    """Make each topology once, write every part's graph and all weights; return graph hashes."""
     traced: dict[str, onnx.ModelProto] = {}
     hashes = {}
     with (directory / WEIGHTS).open("wb") as stream:
         weights = WeightsWriter(stream, location=WEIGHTS)
         for i, part in enumerate(parts):
             progress(f"export {part.name}", i, 2 * len(parts))
-            if part.topology not in traced:
+            if part.name == "single":
+                assert isinstance(part.module, MaskedGraph)
+                traced[part.topology] = single_graph(part.module, model, opset=config.opset)
+            elif part.topology not in traced:
                 traced[part.topology] = trace(part.module, opset=config.opset)
             proto, parameters = traced[part.topology], parameters_of(part.module)
             if config.quantization == "int8":

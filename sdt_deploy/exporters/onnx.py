@@ -184,6 +184,11 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
 
 
+def element_type(name: str) -> int:
+    """Return the number that ONNX has for the type ``name``."""
+    return _ONNX_TYPES[name]
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the NumPy type ``name``; bfloat16 comes from ml_dtypes, by way of onnx."""
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(_ONNX_TYPES[name]))

@@ -337,8 +337,14 @@ class GraphPart:
     """Parts of equal topology differ in their weights only, and are traced once."""
 
 
-def partition(model: SparseDepthTransformer, config: ExportConfig) -> Iterator[GraphPart]:
-    """Yield the parts of ``model`` in the order of the manifest: entry, stages, head, baselines."""
+def partition(
+    model: SparseDepthTransformer, config: ExportConfig, *, single_file: bool = False
+) -> Iterator[GraphPart]:
+    """Yield the parts of ``model`` in the order of the manifest: entry, stages, head, baselines.
+
+    With ``single_file`` the whole loop in one graph follows. It has the function and the weights of
+    ``masked``; :mod:`sdt_deploy.exporters.single` builds it instead of tracing it.
+    """
     precision, dtype = config.precision, torch_dtype(config.precision)
     layers = [PackedLayer(layer, dtype) for layer in model.blocks]
     head = PackedHead(model.head, dtype)
@@ -350,3 +356,6 @@ def partition(model: SparseDepthTransformer, config: ExportConfig) -> Iterator[G
     yield GraphPart(name="head", module=HeadGraph(head, model.config, precision), topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
         yield GraphPart(name=name, module=baseline(model, layers, head), topology=name)
+    if single_file:
+        whole = MaskedGraph(model, layers, head)
+        yield GraphPart(name="single", module=whole, topology="single")

@@ -42,17 +42,40 @@ class TokenBatch:
         return np.arange(self.n_tokens, dtype=np.int32) - starts
 
     @property
+    def types(self) -> Int32:
+        """``[n_tokens]``, token types, zeros if none were given."""
+        if self.token_type_ids is None:
+            return np.zeros(self.n_tokens, dtype=np.int32)
+        return self.token_type_ids
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether all sequences are equally long, so that padding adds nothing."""
+        return self.n_tokens == len(self.lengths) * int(self.lengths.max())
+
+    @property
     def attention_mask(self) -> npt.NDArray[np.bool_]:
         """``[batch, seq]``, True where :meth:`padded` holds a token."""
         lengths = self.lengths
         return np.arange(lengths.max(), dtype=np.int32) < lengths[:, None]
 
     def padded(self, values: Int32) -> Int32:
-        """Pad ``values [n_tokens]`` on the right with zeros to ``[batch, seq]``."""
+        """Pad ``values [n_tokens]`` on the right with zeros to ``[batch, seq]``.
+
+        Where no padding is needed it is a view.
+        """
+        if self.is_even:
+            return values.reshape(len(self.lengths), -1)
         mask = self.attention_mask
         padded = np.zeros(mask.shape, dtype=np.int32)
         padded[mask] = values
         return padded
+
+    def packed(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Undo padding: ``[batch, seq, …]`` to ``[n_tokens, …]``, a view where none is needed."""
+        if self.is_even:
+            return values.reshape(self.n_tokens, *values.shape[2:])
+        return values[self.attention_mask]
 
     @classmethod
     def from_packed(

@@ -1,4 +1,4 @@
-"""Times the two exact paths, for the cost model behind ``path="auto"``."""
+"""Times the paths to choose from, for the cost model behind ``path="auto"``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sdt_deploy.config import ModelConfig
-from sdt_deploy.costs import dense_flops
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate, needed_flops
+from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate, needed_flops, padded_flops
 from sdt_deploy.runtime.result import RunResult
 
 
-def measure_costs(config: ModelConfig, run: Callable[[TokenBatch, Path], RunResult]) -> CostModel:
-    """Return the cost model of ``run`` after a few runs on random tokens."""
+def measure_costs(
+    config: ModelConfig, paths: Sequence[Path], run: Callable[[TokenBatch, Path], RunResult]
+) -> CostModel:
+    """Return the cost model of ``run`` over ``paths`` after a few runs on random tokens."""
 
     def measure(path: Path, lengths: Sequence[int]) -> tuple[float, float]:
         cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
@@ -23,7 +24,7 @@ def measure_costs(config: ModelConfig, run: Callable[[TokenBatch, Path], RunResu
         runs = [run(batch, path) for _ in range(6)]
         milliseconds = min(one.timings.total_ms for one in runs[1:])
         if path == "masked":
-            return dense_flops(config, lengths), milliseconds
+            return padded_flops(config, lengths), milliseconds
         return needed_flops(config, runs[0].depths, cu_seqlens), milliseconds
 
-    return calibrate(config, measure)
+    return calibrate(config, paths, measure)

@@ -1,23 +1,36 @@
 """Whether compaction pays: a pure decision over a small cost model.
 
-Both candidates, ``sparse`` and ``masked``, compute the same function; ``dense`` is another one and
-is never chosen.
+All candidates compute the same function; ``dense`` is another one and is never chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from sdt_deploy.bundle import Manifest
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import dense_flops, sparse_flops
 from sdt_deploy.runtime.routing import Int32
 
-Path = Literal["sparse", "masked"]
+Path = Literal["sparse", "single", "masked"]
+
+
+def candidates(config: ModelConfig, has: Callable[[str], bool]) -> tuple[Path, ...]:
+    """Return the paths worth choosing from; of equally fast ones the first is taken.
+
+    ``single`` takes the place of ``masked`` where tokens can leave: both are one call, and opening
+    both would keep the weights in memory once more.
+
+    Args:
+        config: the model.
+        has: tells whether the backend has a graph, by name.
+    """
+    if has("single") and config.probe != "none":
+        return "sparse", "single"
+    return ("sparse", "masked") if has("masked") else ("sparse",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +56,9 @@ class LinearCost:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """What the two paths cost on this machine."""
+    """What the paths to choose from cost on this machine."""
 
-    sparse: LinearCost
-    masked: LinearCost
+    lines: Mapping[Path, LinearCost]
 
     def choose(
         self, config: ModelConfig, groups: Sequence[Sequence[int]], active_shares: Sequence[float]
@@ -58,19 +70,24 @@ class CostModel:
             groups: the parts that the batch runs in, each with the tokens of its sequences.
             active_shares: expected share of active tokens in every layer.
         """
-        masked_ms = sparse_ms = 0.0
+        total_ms = dict.fromkeys(self.lines, 0.0)
         for lengths in groups:
-            padded = [max(lengths)] * len(lengths)
-            masked_ms += self.masked.predict_ms(dense_flops(config, padded))
             needed = expected_flops(config, lengths, active_shares)
-            sparse_ms += self.sparse.predict_ms(needed)
-        return "sparse" if sparse_ms <= masked_ms else "masked"
+            for path, line in self.lines.items():
+                flops = padded_flops(config, lengths) if path == "masked" else needed
+                total_ms[path] += line.predict_ms(flops)
+        return min(total_ms, key=total_ms.__getitem__)
+
+
+def padded_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
+    """Return the operations of a graph that pads and skips nothing."""
+    return dense_flops(config, [max(lengths)] * len(lengths))
 
 
 def expected_flops(
     config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
 ) -> float:
-    """Return the operations of the sparse path if every sequence had the expected shares."""
+    """Return the operations with skipping if every sequence had the expected shares."""
     active = [
         [max(1, round(n * share)) if share else 0 for n in lengths] for share in active_shares
     ]
@@ -78,39 +95,26 @@ def expected_flops(
 
 
 def needed_flops(config: ModelConfig, depths: Int32, cu_seqlens: Int32) -> float:
-    """Return the operations of the sparse path at ``depths [n_tokens]``."""
+    """Return the operations with skipping at ``depths [n_tokens]``."""
     starts = cu_seqlens[:-1]
     active = [np.add.reduceat(depths > i, starts).tolist() for i in range(config.n_layers)]
     return sparse_flops(config, np.diff(cu_seqlens).tolist(), active)
 
 
-def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:
-    """Return the share of tokens above each threshold, from the manifest's score quantiles.
-
-    Without quantiles the scores are taken to be uniform; without a probe all of them are 1.
-    """
-    if manifest.model.probe == "none":
-        return tuple(float(threshold < 1.0) for threshold in thresholds)
-    quantiles = manifest.score_quantiles
-    levels = np.linspace(0.0, 1.0, 101)
-    scores = levels if quantiles is None else np.asarray(quantiles)
-    below = np.interp(thresholds, scores, levels, left=0.0, right=1.0)
-    pinned = manifest.pinned_share
-    return tuple(float(pinned + (1 - pinned) * (1 - share)) for share in below)
-
-
 def calibrate(
-    config: ModelConfig, measure: Callable[[Path, Sequence[int]], tuple[float, float]]
+    config: ModelConfig,
+    paths: Sequence[Path],
+    measure: Callable[[Path, Sequence[int]], tuple[float, float]],
 ) -> CostModel:
-    """Make a cost model from four measurements.
+    """Make a cost model from two measurements of each path.
 
     Args:
         config: the model.
+        paths: to choose from.
         measure: runs one path on sequences of the given lengths; returns the operations that were
             needed and the milliseconds that they took.
     """
     small, large = [min(config.max_positions, 8)], [min(config.max_positions, 128)] * 4
     return CostModel(
-        sparse=LinearCost.fit(measure("sparse", small), measure("sparse", large)),
-        masked=LinearCost.fit(measure("masked", small), measure("masked", large)),
+        lines={path: LinearCost.fit(measure(path, small), measure(path, large)) for path in paths}
     )

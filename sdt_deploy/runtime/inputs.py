@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.config import ModelConfig, check_thresholds, shown
@@ -58,12 +59,14 @@ def read_thresholds(values: object, n_layers: int) -> tuple[float, ...]:
     """Check thresholds that were given for one run.
 
     Raises:
-        ConfigError: if they are not one per layer and nondecreasing.
+        ConfigError: if they are not one per layer, nondecreasing and within float32.
     """
     try:
         if isinstance(values, str | bytes):
             raise TypeError("a string was given")
         thresholds = tuple(map(float, values))  # type: ignore[call-overload]
+        if any(abs(value) > float(np.finfo(np.float32).max) for value in thresholds):
+            raise OverflowError("they are compared in float32, and one is beyond its range")
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"thresholds must be {n_layers} numbers: {error}") from error
     check_thresholds(thresholds, n_layers)

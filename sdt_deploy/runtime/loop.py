@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from sdt_deploy.bundle import GraphSpec, TensorSpec
-from sdt_deploy.runtime.backend import Array, Backend, Call, Graph
+from sdt_deploy.bundle import STATES, GraphSpec, TensorSpec
+from sdt_deploy.config import shown
+from sdt_deploy.errors import BundleFormatError
+from sdt_deploy.runtime.backend import Array, Backend, Call, Graph, HostArray
 from sdt_deploy.runtime.routing import HeadLayout, PaddedLayout, RoutePlan, RouteStep
 from sdt_deploy.runtime.stopping import StopCheck
 
@@ -75,6 +77,7 @@ class BoundStages:
 
 
 def bind_stages(
+    backend: Backend,
     plan: RoutePlan,
     states: Array,
     other: Array,
@@ -83,16 +86,25 @@ def bind_stages(
     """Prepare all stages of ``plan``, so that nothing is left to do between them.
 
     Args:
+        backend: the backend of the graphs; what they read of the plan is uploaded at once.
         plan: the route plan.
         states: ``[n_tokens, d_model]``, the entry's hidden states by row.
         other: of the same shape, to work with.
         stages: spec and opened graph of every stage.
     """
+    routed = [route_inputs(stages[step.stage][0], step) for step in plan.steps]
+    # Stages with the same active tokens share arrays.
+    distinct = {id(array): array for arrays in routed for array in arrays.values()}
+    uploaded = dict(zip(distinct, backend.upload(list(distinct.values())), strict=True))
     calls: list[tuple[Call, tuple[Array, Array] | None]] = []
-    for step in plan.steps:
-        spec, graph = stages[step.stage]
+    for step, arrays in zip(plan.steps, routed, strict=True):
+        graph = stages[step.stage][1]
         n = step.n_active
-        call = graph.bind(stage_inputs(spec, step, states), {"updated_states": other[:n]})
+        inputs = {name: uploaded[id(array)] for name, array in arrays.items()}
+        inputs["hidden_states"] = states[:n]
+        if step.context is not None:
+            inputs["context_states"] = states
+        call = graph.bind(inputs, {"updated_states": other[:n]})
         if 2 * n < len(states):
             calls.append((call, (states[:n], other[:n])))
         else:
@@ -108,14 +120,17 @@ def timed(call: Call) -> float:
     return (perf_counter() - start) * 1e3
 
 
-def stage_inputs(spec: GraphSpec, step: RouteStep, states: Array) -> dict[str, Array]:
-    """Name the arrays that the graph of ``spec`` takes in ``step``."""
+def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, HostArray]:
+    """Name the arrays of ``step`` that the graph of ``spec`` takes besides the states.
+
+    Raises:
+        BundleFormatError: if it takes something else.
+    """
     layout: HeadLayout | PaddedLayout = step.queries
     context: HeadLayout | PaddedLayout | None = step.context
     if spec.attention_layout == "padded":  # format version 1
         layout, context = step.queries.padded, step.context and step.context.padded
-    available: dict[str, Array | None] = {
-        "hidden_states": states[: step.n_active],
+    available: dict[str, HostArray | None] = {
         "gather_index": layout.gather_index,
         "lengths": layout.lengths,
         "scatter_index": layout.scatter_index,
@@ -124,12 +139,17 @@ def stage_inputs(spec: GraphSpec, step: RouteStep, states: Array) -> dict[str, A
         "refresh_index": step.refresh_index,
     }
     if context is not None:
-        available["context_states"] = states
         available["context_gather_index"] = context.gather_index
         available["context_lengths"] = context.lengths
     named = {}
     for tensor in spec.inputs:
-        array = available[tensor.name]
-        assert array is not None, f"{spec.name} takes {tensor.name}, the route plan has none"
+        if tensor.name in STATES:
+            continue
+        array = available.get(tensor.name)
+        if array is None:
+            raise BundleFormatError(
+                f"graph {spec.name} takes {shown(tensor.name)}, which no stage of this kind has; "
+                "export again"
+            )
         named[tensor.name] = array
     return named

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sdt_deploy.runtime.routing import Int32
 
-PathName = Literal["sparse", "masked", "dense"]
+PathName = Literal["sparse", "single", "masked", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,16 @@ process. Rows are sorted by falling depth (``docs/decisions/006-rows-by-depth.md
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.config import Context
+from sdt_deploy.bundle import Manifest
+from sdt_deploy.config import Context, Pooling
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -107,6 +109,32 @@ class RoutePlan:
     """``[n_tokens]``, the row of each token."""
     steps: tuple[RouteStep, ...]
     """The stages that have active tokens, in order."""
+    head: Mapping[str, Any]
+    """What the head takes besides the states: ``first_index [batch]``, the rows of the first
+    tokens, or ``gather_index [batch, max_seqlen]`` and ``lengths [batch]``, the rows of all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteRules:
+    """What of a bundle the routing depends on."""
+
+    stage_layers: tuple[tuple[int, int], ...]
+    """First layer and one past the last of every stage."""
+    context: Context
+    n_heads: int
+    pooling: Pooling | None
+    """How the head makes one row of a sequence; None: it does not."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Return the rules of a bundle."""
+        model = manifest.model
+        return cls(
+            stage_layers=manifest.stage_layers,
+            context=model.context,
+            n_heads=model.n_heads,
+            pooling=model.head.pooling,
+        )
 
 
 def depths_from_scores(scores: npt.NDArray[np.float32], thresholds: Sequence[float]) -> Int32:
@@ -197,22 +225,15 @@ def head_layouts(
     return layouts
 
 
-def plan_route(
-    depths: Int32,
-    cu_seqlens: Int32,
-    stage_layers: Sequence[tuple[int, int]],
-    context: Context,
-    n_heads: int,
-) -> RoutePlan:
+def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan:
     """Plan the compaction and the attention layouts of every stage.
 
     Args:
         depths: ``[n_tokens]`` int32, layers each token passes through.
         cu_seqlens: ``[batch + 1]`` int32, cumulative sequence lengths.
-        stage_layers: first layer and one past the last of every stage.
-        context: see :class:`RouteStep`.
-        n_heads: attention heads.
+        rules: of the bundle.
     """
+    stage_layers, context, n_heads = rules.stage_layers, rules.context, rules.n_heads
     n_tokens = len(depths)
     firsts = np.array([first for first, _ in stage_layers])
     active = depths > firsts[:, None]
@@ -270,10 +291,17 @@ def plan_route(
                 refresh_index=refresh,
             )
         )
+    head: dict[str, Int32] = {}
+    if rules.pooling == "cls":
+        head["first_index"] = row_of[cu_seqlens[:-1]]
+    elif rules.pooling == "mean":
+        whole = padded_layout(cu_seqlens[1:] - cu_seqlens[:-1], row_of)
+        head = {"gather_index": whole.gather_index, "lengths": whole.lengths}
     is_sorted = n_tokens == 1 or bool((depths[1:] <= depths[:-1]).all())
     return RoutePlan(
         depths=depths,
         order=None if is_sorted else order,
         row_of=row_of,
         steps=tuple(steps),
+        head=head,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -14,26 +15,27 @@ import numpy.typing as npt
 
 from sdt_deploy.bundle import TOKENIZER, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import shown
+from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
-from sdt_deploy.ort import usable_cores
 from sdt_deploy.runtime import dispatch
-from sdt_deploy.runtime.backend import Array, Backend, Graph
-from sdt_deploy.runtime.backends import open_backend
+from sdt_deploy.runtime.backend import Backend, Graph
+from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs
 from sdt_deploy.runtime.inputs import read_batch, read_thresholds
-from sdt_deploy.runtime.loop import BoundStages, bind_stages, timed
+from sdt_deploy.runtime.loop import bind_stages, timed
+from sdt_deploy.runtime.padded import run_padded
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
-from sdt_deploy.runtime.routing import RoutePlan, depths_from_scores, padded_layout, plan_route
+from sdt_deploy.runtime.routing import RouteRules
 from sdt_deploy.runtime.splitting import PartLimits, merge, select, split_batch
 from sdt_deploy.runtime.statistics import MAX_DEPTH_DRIFT, DepthMonitor, SessionStatistics
 from sdt_deploy.runtime.stopping import StopCheck, stop_check
 from sdt_deploy.runtime.windows import join_windows
 from sdt_deploy.tokenization import Overflow, TextTokenizer
 
-PathChoice = Literal["auto", "sparse", "masked", "dense"]
+PathChoice = Literal["auto", "sparse", "single", "masked", "dense"]
 PATHS = get_args(PathChoice)
 Graphs = tuple[Graph, list[tuple[GraphSpec, Graph]], Graph]
 """Entry, stages and head."""
@@ -62,10 +64,11 @@ class Session:
         part_limits: PartLimits | None = None,
         max_depth_drift: float | None = MAX_DEPTH_DRIFT,
     ) -> None:
-        self._part_limits = part_limits or PartLimits()
+        self._part_limits = replace(part_limits or PartLimits(), profiles=backend.profiles)
         self._monitor = DepthMonitor(bundle.manifest, max_depth_drift)
         self.bundle = bundle
         self.backend = backend
+        self._rules = RouteRules.of(bundle.manifest)
         self._calibration_lock = fork_safe_lock()
         self._buffers = BufferPool(backend, bundle.manifest.graphs["entry"].outputs[0])
         self._tokenizer: TextTokenizer | None = None
@@ -90,13 +93,13 @@ class Session:
 
         Args:
             bundle: its directory, or an opened one.
-            backend: ``onnxruntime-cpu``.
+            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, or, if the bundle has engines for
+                this GPU, ``tensorrt`` or ``tensorrt-rtx``.
             n_threads: threads of the pool that all sessions of the process share; see
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
-                of similar lengths, which bounds memory and the padding inside attention; results
-                are the same. The dense baseline is not split. None: 1024 per thread, 2048 at
-                least.
+                of similar lengths, with the same results; the dense baseline is not split. None:
+                1024 per thread, 2048 at least; 131072 on a GPU.
             max_memory_mb: batches that would need more memory than this above the weights, by
                 :func:`sdt_deploy.costs.scratch_bytes_per_sequence`, run in parts too; None: no cap.
                 Each of several concurrent runs may need as much.
@@ -106,15 +109,16 @@ class Session:
 
         Raises:
             BundleError: if the bundle cannot be used.
+            ConfigError: if an argument is out of range.
             BackendError: if the backend cannot be opened.
             MissingExtraError: if the backend's library is not installed.
         """
-        if max_padded_tokens is None:
-            max_padded_tokens = max(2048, 1024 * (n_threads or usable_cores()))
-        limits = PartLimits(max_padded_tokens=max_padded_tokens, max_memory_mb=max_memory_mb)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_files=check_files)
         opened = open_backend(backend, bundle, n_threads=n_threads)
+        if max_padded_tokens is None:
+            max_padded_tokens = default_padded_tokens(backend, n_threads)
+        limits = PartLimits(max_padded_tokens=max_padded_tokens, max_memory_mb=max_memory_mb)
         return cls(bundle, opened, part_limits=limits, max_depth_drift=max_depth_drift)
 
     @property
@@ -187,18 +191,19 @@ class Session:
             cu_seqlens: ``[batch + 1]``, cumulative sequence lengths.
             attention_mask: ``[batch, seq]`` for padded ids; None: nothing is padding.
             token_type_ids: shaped as the ids; None: zeros.
-            overflow: what to do with texts that are longer than the model's positions: ``error``,
-                ``truncate``, or ``split`` into windows that run as sequences of their own and give
-                one result, see :func:`sdt_deploy.runtime.windows.join_windows`.
+            overflow: what to do with texts longer than the model's positions: ``error``,
+                ``truncate``, or ``split`` into windows, see
+                :func:`sdt_deploy.runtime.windows.join_windows`.
             thresholds: one per layer, instead of the model's.
-            path: ``sparse`` compacts between stages; ``masked`` computes the same function in one
-                graph; ``auto`` picks the faster of the two by a cost model that is calibrated when
-                it is first needed; ``dense`` is the baseline, every token through every layer.
+            path: ``sparse`` compacts between stages; ``single`` does so inside one graph, in one
+                call; ``masked`` computes the same function without compaction; ``auto`` picks the
+                fastest of them by a cost model that is calibrated when it is first needed;
+                ``dense`` is the baseline, every token through every layer.
             timeout_s: seconds after which the run stops; None: no limit.
             cancel: set from another thread, it stops the run.
 
         Whether to stop is looked at before the run, between the stages of ``sparse`` and between
-        the parts of a large batch; a call of an engine, such as all of ``masked``, is finished.
+        the parts of a large batch; a call of an engine, such as all of ``single``, is finished.
 
         Returns:
             Arrays that belong to the caller, packed whichever way the ids came.
@@ -254,10 +259,15 @@ class Session:
         if check is not None:
             check()
         if path == "dense":
-            return self._run_padded(batch, limits, path)
+            return self._run_one(batch, limits, path)
+        if path == "single" and not self.backend.has("single"):
+            raise InputError(
+                f'{self.bundle.path} holds no graph for path="single" on {self.backend.name}; '
+                'export it with --single-file, for ONNX Runtime, or take path="auto"'
+            )
         groups = split_batch(batch.lengths, config, self._part_limits)
         if path == "auto":
-            shares = dispatch.active_shares(self.manifest, limits)
+            shares = active_shares(self.manifest, limits)
             lengths = [batch.lengths[group].tolist() for group in groups]
             path = self.cost_model().choose(config, lengths, shares)
         parts = [batch] if len(groups) == 1 else [select(batch, group) for group in groups]
@@ -273,14 +283,16 @@ class Session:
         self,
         batch: TokenBatch,
         thresholds: tuple[float, ...],
-        path: dispatch.Path,
+        path: PathName,
         check: StopCheck | None = None,
     ) -> RunResult:
         if check is not None:
             check()
-        if path == "sparse":
-            return self._run_sparse(batch, thresholds, check)
-        return self._run_padded(batch, thresholds, path)
+        with self.backend.running():
+            if path == "sparse":
+                return self._run_sparse(batch, thresholds, check)
+            graph = self.backend.graph(path)
+            return run_padded(self.manifest.model, graph, batch, thresholds, path)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""
@@ -289,15 +301,17 @@ class Session:
     def cost_model(self) -> dispatch.CostModel:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.
 
-        Calibration runs both paths on two random batches; it takes well under a second for a model
-        of MiniLM's size and opens the masked graph.
+        Calibration runs the paths to choose from, :func:`sdt_deploy.runtime.dispatch.candidates`,
+        on two random batches; it takes well under a second for a model of MiniLM's size.
         """
         config = self.manifest.model
         with self._calibration_lock:
             costs = self._costs
             if costs is None:
                 costs = self._costs = measure_costs(
-                    config, lambda batch, path: self._run_one(batch, config.thresholds, path)
+                    config,
+                    dispatch.candidates(config, self.backend.has),
+                    lambda batch, path: self._run_one(batch, config.thresholds, path),
                 )
             return costs
 
@@ -312,29 +326,31 @@ class Session:
             raise BackendError("the session is closed")
         entry, stages, head = graphs
         with self._buffers.lend(n_tokens) as (states, other):
-            scores = np.empty(n_tokens, dtype=np.float32)
+            scores = backend.empty((n_tokens,), "float32")
             ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
             if config.n_token_types:
-                ids["token_type_ids"] = _types(batch)
+                ids["token_type_ids"] = batch.types
             entry_ms = timed(entry.bind(ids, {"hidden_states": states, "scores": scores}))
             entered = perf_counter()
-            depths = depths_from_scores(scores, thresholds)
-            layers = self.manifest.stage_layers
-            plan = plan_route(depths, batch.cu_seqlens, layers, config.context, config.n_heads)
+            plan = backend.plan(scores, thresholds, batch.cu_seqlens, self._rules)
             sort_ms = 0.0
             if plan.order is not None:
-                sort_ms = timed(partial(backend.take, states, plan.order, other))
+                (order,) = backend.upload([plan.order])
+                sort_ms = timed(partial(backend.take, states, order, other))
                 states, other = other, states
-            bound = bind_stages(plan, states, other, stages)
+            bound = bind_stages(backend, plan, states, other, stages)
             rows = len(batch.lengths) if config.head.per_sequence else n_tokens
             output = np.empty((rows, config.output_width), dtype=np.float32)
-            head_inputs = self._head_inputs(batch, plan, bound)
-            call_head = head.bind(head_inputs, {"output": output})
+            in_order = config.head.per_sequence or plan.order is None
+            last = bound.states if in_order else bound.other
+            call_head = head.bind({"hidden_states": last, **plan.head}, {"output": output})
             route_ms = (perf_counter() - entered) * 1e3 - sort_ms
             stage_ms, move_ms = bound.run(check)
-            if not config.head.per_sequence and plan.order is not None:
-                move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
+            if not in_order:
+                (row_of,) = backend.upload([plan.row_of])
+                move_ms += timed(partial(backend.take, bound.states, row_of, bound.other))
             head_ms = timed(call_head)
+            depths, scores = backend.fetch(plan.depths, scores)
         return RunResult(
             output=output,
             depths=depths,
@@ -352,66 +368,3 @@ class Session:
             ),
             path="sparse",
         )
-
-    def _head_inputs(
-        self, batch: TokenBatch, plan: RoutePlan, bound: BoundStages
-    ) -> dict[str, Array]:
-        head = self.manifest.model.head
-        if not head.per_sequence:
-            return {"hidden_states": bound.states if plan.order is None else bound.other}
-        inputs = {"hidden_states": bound.states}
-        if head.pooling == "cls":
-            inputs["first_index"] = plan.row_of[batch.cu_seqlens[:-1]]
-        else:
-            layout = padded_layout(batch.lengths, plan.row_of)
-            inputs["gather_index"], inputs["lengths"] = layout.gather_index, layout.lengths
-        return inputs
-
-    def padded_arrays(
-        self, batch: TokenBatch, thresholds: Sequence[float], path: str
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Make the inputs and the empty outputs of a whole-model graph, ``masked`` or ``dense``."""
-        config = self.manifest.model
-        mask = batch.attention_mask
-        inputs: dict[str, Array] = {
-            "input_ids": batch.padded(batch.input_ids),
-            "attention_mask": mask.astype(np.int32),
-        }
-        if config.n_token_types:
-            inputs["token_type_ids"] = batch.padded(_types(batch))
-        shape = mask.shape[:1] if config.head.per_sequence else mask.shape
-        outputs = {"output": np.empty((*shape, config.output_width), dtype=np.float32)}
-        if path == "masked":
-            inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
-            outputs["scores"] = np.empty(mask.shape, dtype=np.float32)
-        return inputs, outputs
-
-    def _run_padded(
-        self, batch: TokenBatch, thresholds: tuple[float, ...], path: PathName
-    ) -> RunResult:
-        start = perf_counter()
-        config = self.manifest.model
-        inputs, outputs = self.padded_arrays(batch, thresholds, path)
-        self.backend.graph(path).bind(inputs, outputs)()
-        mask = inputs["attention_mask"] > 0
-        output, scores = outputs["output"], None
-        depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
-        if path == "masked":
-            scores = outputs["scores"][mask]
-            depths = depths_from_scores(scores, thresholds)
-        return RunResult(
-            output=output if config.head.per_sequence else output[mask],
-            depths=depths,
-            scores=scores,
-            input_ids=batch.input_ids.copy(),
-            cu_seqlens=batch.cu_seqlens.copy(),
-            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
-            timings=Timings(total_ms=(perf_counter() - start) * 1e3),
-            path=path,
-        )
-
-
-def _types(batch: TokenBatch) -> Array:
-    if batch.token_type_ids is None:
-        return np.zeros(batch.n_tokens, dtype=np.int32)
-    return batch.token_type_ids

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sdt_deploy.buckets import OptimizationProfile, max_sequences
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
 from sdt_deploy.errors import ConfigError, InputError
@@ -32,6 +33,8 @@ class PartLimits:
     """Sequences times the longest of them. A single sequence may be longer."""
     max_memory_mb: float | None = None
     """Memory above the weights, in 2²⁰ bytes, as :mod:`sdt_deploy.costs` estimates it."""
+    profiles: tuple[OptimizationProfile, ...] = ()
+    """Batches that the engines take; empty: of any size."""
 
     def __post_init__(self) -> None:
         for name in ("max_padded_tokens", "max_memory_mb"):
@@ -43,9 +46,17 @@ class PartLimits:
         """Return how many sequences of up to ``longest`` tokens may run together.
 
         Raises:
-            InputError: if one alone would exceed ``max_memory_mb``.
+            InputError: if one alone would exceed ``max_memory_mb`` or the engines' profiles.
         """
         n_sequences = max(1, self.max_padded_tokens // longest)
+        if self.profiles:
+            n_sequences = min(n_sequences, max_sequences(self.profiles, longest))
+            if n_sequences < 1:
+                raise InputError(
+                    f"a sequence of {longest} tokens is longer than the engines were built for, "
+                    f"{self.profiles[-1].max_seqlen.max}: shorten it, or build them with "
+                    f"--max-seqlen {longest}"
+                )
         if self.max_memory_mb is None:
             return n_sequences
         each = scratch_bytes_per_sequence(config, longest)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdt_deploy.bundle import Manifest
+from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.forking import fork_safe_lock
-from sdt_deploy.runtime.dispatch import active_shares
 
 MIN_TOKENS = 2_000
 """Fewer say little: tokens of one text resemble each other, and this is a few dozen texts."""

@@ -52,6 +52,8 @@ def verify_bundle(bundle: Bundle, session: Session) -> list[PathCheck]:
     cases = read_reference(bundle)
     n_tokens = sum(case["input_ids"].size for case in cases)
     paths: tuple[PathName, ...] = ("sparse", "masked", "dense")
+    if "single" in bundle.manifest.graphs:
+        paths = ("sparse", "single", "masked", "dense")
     checks = []
     for path in paths:
         answer = "dense_output" if path == "dense" else "output"

@@ -64,6 +64,10 @@ class OracleBackend(HostMemory):
         self._bundle = bundle
         self._model = model.eval()
 
+    def has(self, name: str) -> bool:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
+        return name in self._bundle.manifest.graphs
+
     def graph(self, name: str) -> Graph:
         """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
         return _OracleGraph(self._bundle.manifest.graphs[name], self._model, self.calls)
@@ -154,6 +158,9 @@ class _OracleGraph:
 
     def _dense(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         return {"output": self._model.as_dense()(*_padded(inputs)).output}
+
+    def _single(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        return self._masked(inputs)
 
     def _masked(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         limits = inputs["thresholds"].tolist()

@@ -54,6 +54,7 @@ def test_close_frees_engines_and_buffers(
 
     monkeypatch.setattr(session.backend, "empty", remember)
     session.run_batch(batch)
+    session.run_batch(batch, path="masked")
     result = session.run_batch(batch, path="dense")
     gc.collect()
     assert len(engines) == len(bundle.manifest.graphs)
@@ -88,7 +89,7 @@ def test_a_run_that_is_closed_under_way_gives_its_buffers_up() -> None:
         session.run([1, 2], [0, 2], path="sparse")
 
 
-@pytest.mark.parametrize("path", ["sparse", "masked"])
+@pytest.mark.parametrize("path", ["sparse", "single", "masked"])
 def test_runs_under_way_end(exported: Exported, engines: list[weakref.ref[Any]], path: str) -> None:
     sample = exported("all-embedding")
     batch = random_batch(sample.model.config, [30, 12, 25], 0)

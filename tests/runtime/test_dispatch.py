@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from sdt_deploy.config import HeadConfig, ModelConfig
-from sdt_deploy.costs import dense_flops, head_flops, score_flops, sparse_flops
-from sdt_deploy.runtime.dispatch import CostModel, LinearCost, active_shares, calibrate
+from sdt_deploy.costs import active_shares, dense_flops, head_flops, score_flops, sparse_flops
+from sdt_deploy.runtime.dispatch import CostModel, LinearCost, calibrate, candidates
 from sdt_deploy.testing import memory_bundle
 from tests.samples import random_model
 
@@ -49,13 +49,39 @@ def test_fit_recovers_a_line_and_never_goes_below_zero() -> None:
 
 def test_small_batches_go_masked_and_large_ones_sparse() -> None:
     model = CostModel(
-        sparse=LinearCost(fixed_ms=1.0, ms_per_gflop=100.0),
-        masked=LinearCost(fixed_ms=0.1, ms_per_gflop=100.0),
+        lines={
+            "sparse": LinearCost(fixed_ms=1.0, ms_per_gflop=100.0),
+            "masked": LinearCost(fixed_ms=0.1, ms_per_gflop=100.0),
+        }
     )
     shares = (0.75, 0.25)
     assert model.choose(CONFIG, [[2]], shares) == "masked"
     assert model.choose(CONFIG, [[60] * 200], shares) == "sparse"
     assert model.choose(CONFIG, [[64] + [1] * 600], shares) == "sparse"
+
+
+def test_the_single_graph_counts_skipped_operations_as_sparse_does() -> None:
+    model = CostModel(
+        lines={
+            "sparse": LinearCost(fixed_ms=1.0, ms_per_gflop=100.0),
+            "single": LinearCost(fixed_ms=0.2, ms_per_gflop=120.0),
+            "masked": LinearCost(fixed_ms=0.1, ms_per_gflop=120.0),
+        }
+    )
+    shares = (0.75, 0.25)
+    assert model.choose(CONFIG, [[2]], shares) == "masked"
+    assert model.choose(CONFIG, [[60] * 20], shares) == "single"
+    assert model.choose(CONFIG, [[60] * 2000], shares) == "sparse"
+    equal = CostModel(lines=dict.fromkeys(("sparse", "single"), LinearCost.fit((0, 1), (1, 1))))
+    assert equal.choose(CONFIG, [[9]], shares) == "sparse"
+
+
+def test_candidates_are_what_the_backend_runs() -> None:
+    assert candidates(CONFIG, {"masked"}.__contains__) == ("sparse", "masked")
+    assert candidates(CONFIG, {"single", "masked"}.__contains__) == ("sparse", "single")
+    assert candidates(CONFIG, set[str]().__contains__) == ("sparse",)
+    whole = CONFIG.replace(probe="none")
+    assert candidates(whole, {"single", "masked"}.__contains__) == ("sparse", "masked")
 
 
 def test_shares_come_from_the_quantiles_of_the_scores() -> None:
@@ -71,15 +97,18 @@ def test_shares_come_from_the_quantiles_of_the_scores() -> None:
     assert active_shares(pinned, (0.25, 2.0)) == pytest.approx((0.2 + 0.8 * 0.5, 0.2), abs=1e-3)
 
 
-def test_calibration_measures_both_paths_at_two_sizes() -> None:
+def test_calibration_measures_each_path_at_two_sizes() -> None:
     asked = []
 
     def measure(path: str, lengths: list[int]) -> tuple[float, float]:
         asked.append((path, tuple(lengths)))
         flops = dense_flops(CONFIG, lengths)
-        return flops, (1.0 if path == "sparse" else 0.5) + flops * 1e-6
+        return flops, {"sparse": 1.0, "single": 0.7, "masked": 0.5}[path] + flops * 1e-6
 
-    costs = calibrate(CONFIG, measure)  # type: ignore[arg-type]
-    assert sorted(asked) == sorted((p, s) for p in ("sparse", "masked") for s in ((8,), (64,) * 4))
-    assert costs.sparse.fixed_ms == pytest.approx(1.0)
-    assert costs.masked.ms_per_gflop == pytest.approx(1000.0)
+    paths = ("sparse", "single", "masked")
+    costs = calibrate(CONFIG, paths, measure)  # type: ignore[arg-type]
+    assert sorted(asked) == sorted((p, s) for p in paths for s in ((8,), (64,) * 4))
+    assert tuple(costs.lines) == paths
+    assert costs.lines["sparse"].fixed_ms == pytest.approx(1.0)
+    assert costs.lines["single"].fixed_ms == pytest.approx(0.7)
+    assert costs.lines["masked"].ms_per_gflop == pytest.approx(1000.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -199,6 +200,18 @@ def test_thresholds_in_odd_types(opened: Any) -> None:
     for limits in ("012", b"012", [10**400] * 3, [np.nan] * 3, [[0]] * 3, 0, np.zeros((3, 2))):
         with pytest.raises(ConfigError):
             opened[0].run([[1]], thresholds=limits)
+
+
+def test_thresholds_beyond_float32(opened: Any) -> None:
+    largest = float(np.finfo(np.float32).max)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for limit in (3.5e38, 1e308, np.inf):
+            for limits in ([0, 0, limit], [-limit, 0, 0]):
+                with pytest.raises(ConfigError, match="beyond its range"):
+                    opened[0].run([[1]], thresholds=limits)
+        result = opened[0].run([[5, 6]], thresholds=[-largest, 0, largest], path="sparse")
+    assert (result.depths == 2).all()
 
 
 def test_sixty_four_threads(exported: Exported) -> None:

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
-from sdt_deploy.runtime import session as session_module
-from sdt_deploy.runtime.routing import Int32, RoutePlan, RouteStep, head_layouts, plan_route
+from sdt_deploy.runtime import backend as backend_module
+from sdt_deploy.runtime.routing import (
+    Int32,
+    RoutePlan,
+    RouteRules,
+    RouteStep,
+    head_layouts,
+    plan_route,
+)
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.samples import assert_parity, random_batch, random_model
@@ -85,13 +92,10 @@ def identity(plan: RoutePlan) -> RoutePlan:
 
 
 def run_with(mutation: Mutation, context: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mutated_plan(
-        depths: Int32, cu: Int32, stages: tuple[tuple[int, int], ...], kind: str, n_heads: int
-    ) -> RoutePlan:
-        plan = plan_route(depths, cu, stages, kind, n_heads)  # type: ignore[arg-type]
-        return mutation(plan)
+    def mutated_plan(depths: Int32, cu: Int32, rules: RouteRules) -> RoutePlan:
+        return mutation(plan_route(depths, cu, rules))
 
-    monkeypatch.setattr(session_module, "plan_route", mutated_plan)
+    monkeypatch.setattr(backend_module, "plan_route", mutated_plan)
     config = model_config(context)
     model = random_model(config, 0)
     bundle = memory_bundle(model, ExportConfig())

@@ -52,7 +52,7 @@ def test_any_model_on_the_oracle_backend(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("path", ["sparse", "masked"])
+@pytest.mark.parametrize("path", ["sparse", "single", "masked"])
 def test_exported_models_on_onnxruntime(exported: Exported, name: str, path: str) -> None:
     sample = exported(name)
     config = sample.model.config
@@ -80,6 +80,8 @@ def test_extreme_depths(exported: Exported, name: str) -> None:
         np.testing.assert_allclose(full.output, dense.output, rtol=0, atol=2e-4)
         one = assert_parity(session, sample.model, batch, (-1.0,) + (2.0,) * (n_layers - 1))
         assert (one.depths == 1).all()
+        for levels in ((-1.0,) * n_layers, (-1.0,) + (2.0,) * (n_layers - 1), (2.0,) * n_layers):
+            assert_parity(session, sample.model, batch, levels, "single")
         none = assert_parity(session, sample.model, batch, (2.0,) * n_layers)
         assert (none.depths == 0).all()
         assert none.timings.stage_ms == ()
@@ -107,7 +109,7 @@ def test_one_sequence_finishes_while_another_goes_on(exported: Exported, name: s
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("path", ["sparse", "masked"])
+@pytest.mark.parametrize("path", ["sparse", "single", "masked"])
 def test_neighbours_change_nothing(exported: Exported, name: str, path: str) -> None:
     sample = exported(name)
     config = sample.model.config

@@ -16,6 +16,7 @@ from sdt_deploy.runtime.routing import (
     padded_layout,
     plan_route,
 )
+from tests.samples import rules
 
 
 @st.composite
@@ -68,7 +69,7 @@ def test_plan_follows_its_definition(
     drawn: tuple[np.ndarray, np.ndarray, int, tuple[tuple[int, int], ...]], context: str
 ) -> None:
     depths, cu, _, stages = drawn
-    plan = plan_route(depths, cu, stages, context, N_HEADS)  # type: ignore[arg-type]
+    plan = plan_route(depths, cu, rules(stages, context, N_HEADS))
     sequence_of = np.repeat(np.arange(len(cu) - 1), np.diff(cu))
     everyone = np.arange(len(depths))
     order = everyone if plan.order is None else plan.order
@@ -118,7 +119,7 @@ def test_plan_follows_its_definition(
 def steps_of(depths: list[int], lengths: list[int], context: str = "active") -> RoutePlan:
     cu = np.cumsum([0, *lengths], dtype=np.int32)
     stages = ExportConfig().stage_layers(3)
-    return plan_route(np.array(depths, dtype=np.int32), cu, stages, context, N_HEADS)  # type: ignore[arg-type]
+    return plan_route(np.array(depths, dtype=np.int32), cu, rules(stages, context, N_HEADS))
 
 
 def test_nobody_leaves_nothing_is_copied() -> None:

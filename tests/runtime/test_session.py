@@ -13,7 +13,7 @@ from sdt_deploy.errors import BackendError, ConfigError, InputError
 from sdt_deploy.runtime import calibration
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.session import Session
-from tests.samples import ExportedModel, lengths_lists, random_batch, seeds
+from tests.samples import GOLDEN, ExportedModel, lengths_lists, random_batch, seeds
 
 Exported = Callable[[str], ExportedModel]
 CONFIG = ModelConfig(
@@ -98,7 +98,7 @@ def test_bad_calls(exported: Exported) -> None:
             session.run([1], [0, 1], token_type_ids=[0])
         with pytest.raises(InputError, match="packed ids or attention_mask"):
             session.run([1], [0, 1], attention_mask=[[1]])
-    for path in ("sparse", "masked"):
+    for path in ("sparse", "single", "masked"):
         with pytest.raises(BackendError, match="closed"):
             session.run([1], [0, 1], path=path)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="no backend is called 'abacus'"):
@@ -110,7 +110,7 @@ def test_auto_picks_one_of_the_two_exact_paths_and_calibrates_once(exported: Exp
     batch = random_batch(sample.model.config, [9, 4], 1)
     with Session.open(sample.bundle) as session:
         result = session.run_batch(batch)
-        assert result.path in ("sparse", "masked")
+        assert result.path in ("sparse", "single", "masked")
         costs = session.cost_model()
         assert session.cost_model() is costs
         other = "masked" if result.path == "sparse" else "sparse"
@@ -166,3 +166,11 @@ def test_threads_calibrate_once(exported: Exported, monkeypatch: pytest.MonkeyPa
         for thread in threads:
             thread.join()
     assert len(calls) == 1
+
+
+def test_a_bundle_without_the_single_graph_says_so() -> None:
+    with Session.open(GOLDEN) as session:
+        ids = [1] * 5
+        with pytest.raises(InputError, match="--single-file"):
+            session.run(ids, [0, 5], path="single")
+        assert session.run(ids, [0, 5]).path in ("sparse", "masked")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import BackendError
+from sdt_deploy.ort import usable_cores
 from sdt_deploy.runtime.backend import Backend
 
-BACKENDS = ("onnxruntime-cpu",)
+BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 def open_backend(name: str, bundle: Bundle, *, n_threads: int | None = None) -> Backend:
@@ -20,4 +21,24 @@ def open_backend(name: str, bundle: Bundle, *, n_threads: int | None = None) -> 
         from sdt_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpuBackend
 
         return OnnxRuntimeCpuBackend(bundle, n_threads=n_threads)
+    if n_threads is not None:
+        raise BackendError(f"n_threads is for onnxruntime-cpu; {name} has no thread pool")
+    if name == "onnxruntime-cuda":
+        from sdt_deploy.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend(bundle)
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
+
+        return TensorRtBackend(bundle, name)
     raise BackendError(f"no backend is called {name!r}; there are: {', '.join(BACKENDS)}")
+
+
+def default_padded_tokens(name: str, n_threads: int | None = None) -> int:
+    """Return the padded tokens that a backend runs at once unless the session is told otherwise.
+
+    On a CPU, what is best for its caches; on a GPU, what is large enough to keep it busy.
+    """
+    if name == "onnxruntime-cpu":
+        return max(2048, 1024 * (n_threads or usable_cores()))
+    return 131_072

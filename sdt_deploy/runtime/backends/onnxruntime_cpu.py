@@ -48,6 +48,10 @@ class OnnxRuntimeCpuBackend(HostMemory):
         self._lock = fork_safe_lock()
         self._closed = False
 
+    def has(self, name: str) -> bool:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
+        return name in self._bundle.manifest.graphs
+
     def graph(self, name: str) -> Graph:
         """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
         with self._lock:

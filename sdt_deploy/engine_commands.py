@@ -1,0 +1,131 @@
+"""Commands about engines; :mod:`sdt_deploy.cli` registers them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from sdt_deploy.choices import TargetChoice
+from sdt_deploy.console import clean_up_on_sigterm, console, print_engines, progress_bar
+
+
+def build_engine(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    target: Annotated[
+        TargetChoice,
+        typer.Option(help="tensorrt: on the GPU that will run them. tensorrt-rtx: anywhere."),
+    ],
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU to build for, such as 8.9; may be given again. Default: the one."),
+    ] = None,
+    max_seqlen: Annotated[
+        int | None, typer.Option(min=1, help="Longest sequence; default: the model's positions.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 64,
+    max_padded_tokens: Annotated[
+        int, typer.Option(min=1, help="Sequences times the longest; memory grows with it.")
+    ] = 8192,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens; default: as --max-padded-tokens.")
+    ] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="Recorded sequence lengths, one a line, to plan for.")
+    ] = None,
+    workspace_mb: Annotated[
+        int | None, typer.Option(min=1, help="Bound on the scratch memory of each engine.")
+    ] = None,
+    graph: Annotated[
+        list[str] | None, typer.Option(help="Only this graph; may be given again.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of built engines; default: the user's cache.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Use no such folder.")] = False,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File with kernel times, read and updated (tensorrt).")
+    ] = None,
+    pin_timing_cache: Annotated[
+        bool, typer.Option("--pin-timing-cache", help="Only read it; fail where it lacks a time.")
+    ] = False,
+) -> None:
+    """Build TensorRT engines from a bundle's graphs and put them into it.
+
+    Example: sdt-deploy build-engine bundle --target tensorrt-rtx --compute-capability 8.9
+    """
+    from sdt_deploy.buckets import BatchLimits
+    from sdt_deploy.bundle import Bundle
+    from sdt_deploy.config import BuildConfig
+    from sdt_deploy.errors import ConfigError
+    from sdt_deploy.extras import require
+
+    clean_up_on_sigterm()
+    require("polygraphy", extra=target.value, purpose="Building engines")
+    from sdt_deploy.exporters.engine_cache import EngineCache, default_cache
+    from sdt_deploy.exporters.tensorrt import build_engines
+
+    if no_cache and cache is not None:
+        raise ConfigError("--cache and --no-cache contradict each other; give one of them")
+    opened = Bundle.open(bundle)
+    config = BuildConfig(
+        flavour=target.value,
+        compute_capabilities=tuple(compute_capability or ()),
+        workspace_mb=workspace_mb,
+        graphs=tuple(graph or ()),
+        lengths=lengths,
+        timing_cache=timing_cache,
+        pin_timing_cache=pin_timing_cache,
+    )
+    limits = BatchLimits(
+        max_seqlen=max_seqlen or opened.manifest.model.max_positions,
+        max_batch=max_batch,
+        max_padded_tokens=max_padded_tokens,
+        max_tokens=max_tokens,
+    )
+    with progress_bar("build engines") as advance:
+        report = build_engines(
+            opened,
+            config,
+            limits,
+            cache=None if no_cache else EngineCache(cache or default_cache()),
+            progress=advance,
+        )
+    print_engines([report.engines])
+    counts = {source: list(report.sources.values()).count(source) for source in ORIGINS}
+    said = [f"{count} {ORIGINS[source]}" for source, count in counts.items() if count]
+    console.print(f"[bold]{escape(str(bundle))}[/bold]: {', '.join(said)}", highlight=False)
+
+
+ORIGINS = {
+    "built": "built",
+    "cache": "from the cache: same graph, weights, profiles, library and GPU",
+    "bundle": "unchanged: graph, weights, profiles, library and GPU are as they were",
+}
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which backends work on this machine, and why the others do not.
+
+    Example: sdt-deploy doctor
+    """
+    import dataclasses
+
+    from sdt_deploy.diagnosis import diagnose
+
+    rows = diagnose()
+    if as_json:
+        console.file.write(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+        return
+    from rich.table import Table
+
+    table = Table("backend", "version", "builds", "runs", "remark")
+    for row in rows:
+        marks = ["–" if can is None else "yes" if can else "no" for can in (row.builds, row.runs)]
+        table.add_row(row.backend, row.version or "–", *marks, escape(row.remark))
+    console.print(table)

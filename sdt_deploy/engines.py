@@ -1,0 +1,152 @@
+"""What a bundle says about the engines that were built from its graphs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from sdt_deploy.buckets import OptimizationProfile
+from sdt_deploy.config import EngineFlavour, check_choice, is_integer, is_number, shown
+from sdt_deploy.errors import BundleIntegrityError, ConfigError
+from sdt_deploy.files import read_bytes
+from sdt_deploy.gpu import read_capability
+
+ENGINES = "engines"
+"""Folder of the bundle that holds them."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """One engine file."""
+
+    graph: str
+    """The graph that it was built from."""
+    file: str
+    """Relative to the bundle."""
+    sha256: str
+    size_bytes: int
+    key: str
+    """Hash of everything that the engine depends on; an equal key means that nothing changed."""
+    build_s: float
+    """Seconds that the build took, on the machine that built it."""
+    scratch_bytes: int | None = None
+    """Scratch memory of its largest profile; None: not known without a GPU."""
+    n_layers: int | None = None
+    """Layers after fusion, by the engine inspector; None: not known without a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("graph", "file"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"an engine's {name} must be a string")
+        parts = self.file.split("/")
+        if (
+            parts[0] != ENGINES
+            or len(parts) != 2
+            or parts[1] in ("", ".", "..")
+            or "\\" in parts[1]
+        ):
+            raise ConfigError(f"an engine lies in {ENGINES}/, not at {shown(self.file)}")
+        for name in ("sha256", "key"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not _SHA256.fullmatch(value):
+                raise ConfigError(f"an engine's {name} must be 64 hexadecimal digits")
+        for name in ("size_bytes", "scratch_bytes", "n_layers"):
+            value = getattr(self, name)
+            optional = value is None and name != "size_bytes"
+            if not optional and not is_integer(value, 0, 2**63 - 1):
+                raise ConfigError(f"an engine's {name} must be a count, not {shown(value)}")
+        if not is_number(self.build_s) or self.build_s < 0:
+            raise ConfigError(f"an engine's build_s must be seconds, not {shown(self.build_s)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSet:
+    """The engines of one bundle for one kind of GPU."""
+
+    flavour: EngineFlavour
+    version: str
+    """Of the library that built them; no other one reads them."""
+    compute_capabilities: tuple[str, ...]
+    """GPUs that they run on."""
+    profiles: tuple[OptimizationProfile, ...]
+    attention: str
+    """``decomposed``: products and a softmax over padded heads."""
+    workspace_mb: int | None
+    """Bound on the scratch memory that was set for the build; None: the library's own."""
+    engines: Mapping[str, EngineSpec]
+    """By graph. A graph whose build failed is missing."""
+
+    def __post_init__(self) -> None:
+        check_choice("engine flavour", self.flavour, EngineFlavour)
+        for name in ("version", "attention"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"an engine set's {name} must be a string")
+        if not self.compute_capabilities or not self.profiles:
+            raise ConfigError("an engine set names its compute capabilities and its profiles")
+        for capability in self.compute_capabilities:
+            if not isinstance(capability, str):
+                raise ConfigError(f"a compute capability is a string, not {shown(capability)}")
+            read_capability(capability)
+        if self.workspace_mb is not None and not is_integer(self.workspace_mb, 1):
+            raise ConfigError(f"workspace_mb must be a size, not {shown(self.workspace_mb)}")
+
+    @property
+    def name(self) -> str:
+        """Flavour and GPUs; a bundle holds one set of each name."""
+        return f"{self.flavour} for {', '.join(self.compute_capabilities)}"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Rebuild a set from JSON.
+
+        Raises:
+            ConfigError: if it is none.
+        """
+        values = dict(_checked(cls, data))
+        for name in ("compute_capabilities", "profiles"):
+            if not isinstance(values[name], Sequence) or isinstance(values[name], str):
+                raise ConfigError(f"an engine set's {name} must be a list")
+        values["compute_capabilities"] = tuple(values["compute_capabilities"])
+        values["profiles"] = tuple(map(OptimizationProfile.from_dict, values["profiles"]))
+        engines = values["engines"]
+        if not isinstance(engines, Mapping):
+            raise ConfigError("an engine set's engines must be an object")
+        values["engines"] = {
+            name: EngineSpec(**_checked(EngineSpec, spec)) for name, spec in engines.items()
+        }
+        for name, spec in values["engines"].items():
+            if spec.graph != name:
+                raise ConfigError(f"the engine of {name} says that it is of {shown(spec.graph)}")
+        return cls(**values)
+
+
+def _checked(cls: type, data: Any) -> Mapping[str, Any]:
+    names = {field.name for field in fields(cls)}
+    if not isinstance(data, Mapping) or set(data) != names:
+        raise ConfigError(f"{cls.__name__} has {', '.join(sorted(names))}, not {shown(data)}")
+    return data
+
+
+def read_engine(bundle: Path, spec: EngineSpec) -> bytes:
+    """Read an engine's file.
+
+    Raises:
+        BundleIntegrityError: if it is missing or not the one that was built.
+    """
+    path = bundle / spec.file
+    try:
+        if path.resolve() != bundle.resolve() / spec.file:
+            raise BundleIntegrityError(f"{path} is a link to elsewhere")
+        content = read_bytes(path, max_bytes=spec.size_bytes)
+    except OSError as error:
+        raise BundleIntegrityError(f"{path} cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest() != spec.sha256:
+        raise BundleIntegrityError(
+            f"{path} was altered after it was built: SHA-256 mismatch. Build it again"
+        )
+    return content

@@ -1,0 +1,180 @@
+"""Which engines to build, for which GPU and with which profiles; nothing is built here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdt_deploy import trt
+from sdt_deploy.buckets import BatchLimits, input_shapes
+from sdt_deploy.bundle import WEIGHTS, Bundle, Manifest
+from sdt_deploy.config import BuildConfig, shown
+from sdt_deploy.costs import active_shares
+from sdt_deploy.engines import EngineSet
+from sdt_deploy.errors import BundleFormatError, ConfigError
+from sdt_deploy.exporters.engine_process import EngineJob
+from sdt_deploy.gpu import driver, read_capability
+from sdt_deploy.tokenization import read_lines
+
+NO_ENGINES = frozenset({"single"})
+"""Graphs whose shapes depend on their data inside, which TensorRT does not take."""
+
+
+def target_gpus(config: BuildConfig, chosen: trt.Flavour) -> tuple[str, ...]:
+    """Return the compute capabilities to build for.
+
+    Raises:
+        ConfigError: if none is given and no GPU is here, or if the flavour cannot build for one.
+    """
+    wanted = config.compute_capabilities
+    for capability in wanted:
+        read_capability(capability)
+    here = driver()
+    local = here.gpus[0].compute_capability if here.gpus else None
+    if not wanted and local is None:
+        advice = "name the GPU to build for, as in --compute-capability 8.9"
+        if not chosen.builds_for_other_gpus:
+            advice = f"{chosen.name} builds on the GPU that runs the engines; tensorrt-rtx builds "
+            advice += "for other GPUs"
+        raise ConfigError(f"{here.problem}: {advice}")
+    for capability in wanted:
+        if not chosen.builds_for_other_gpus and capability != local:
+            raise ConfigError(
+                f"{chosen.name} builds on the GPU that runs the engines, {local or 'none'} here, "
+                f"not for {capability}; tensorrt-rtx builds for other GPUs"
+            )
+    targets = wanted or (str(local),)
+    supported = chosen.compute_capabilities
+    for capability in targets:
+        if supported is not None and capability not in supported:
+            raise ConfigError(
+                f"{chosen.name} engines run on GPUs of compute capability {', '.join(supported)}, "
+                f"not {capability}"
+                + ("; take --target tensorrt there" if chosen.name == "tensorrt-rtx" else "")
+            )
+    return tuple(sorted(set(targets), key=read_capability))
+
+
+def read_lengths(path: Path | None) -> list[int] | None:
+    """Read recorded sequence lengths, one a line.
+
+    Raises:
+        ConfigError: if a line is no number.
+        InputError: if the file cannot be read.
+    """
+    if path is None:
+        return None
+    lines = read_lines(path)
+    for line in lines:
+        if not (line.isascii() and line.isdecimal() and len(line) < 10):
+            raise ConfigError(f"{path}: a length is a number of tokens, not {shown(line)}")
+    return [int(line) for line in lines]
+
+
+def plan_jobs(bundle: Bundle, engines: EngineSet, graphs: Sequence[str] = ()) -> list[EngineJob]:
+    """Plan the builds of a set.
+
+    Args:
+        bundle: the bundle.
+        engines: what is to be built, with its profiles.
+        graphs: names of graphs; none: all.
+
+    Raises:
+        ConfigError: if the bundle has no graph of a name.
+        BundleFormatError: if a graph takes something that no profile is known for.
+    """
+    manifest = bundle.manifest
+    possible = [name for name in manifest.graphs if name not in NO_ENGINES]
+    unknown = [name for name in graphs if name not in possible]
+    if unknown:
+        raise ConfigError(
+            f"the bundle has no graph {', '.join(unknown)} to build; it has {', '.join(possible)}"
+        )
+    shares = active_shares(manifest, manifest.model.thresholds)
+    jobs = []
+    for name in graphs or possible:
+        spec = manifest.graphs[name]
+        share = None if spec.layers is None else shares[spec.layers[0]]
+        try:
+            profiles = tuple(
+                {
+                    tensor.name: input_shapes(tensor.axes, profile, active_share=share)
+                    for tensor in spec.inputs
+                }
+                for profile in engines.profiles
+            )
+        except ConfigError as error:
+            raise BundleFormatError(f"graph {name} cannot become an engine: {error}") from error
+        parts = {
+            "graph": manifest.files[spec.file]["sha256"],
+            "weights": manifest.files.get(WEIGHTS, {}).get("sha256"),
+            "profiles": profiles,
+            "precision": manifest.export.numbers,
+            "attention": engines.attention,
+            "flavour": engines.flavour,
+            "version": engines.version,
+            "compute_capabilities": engines.compute_capabilities,
+            "workspace_mb": engines.workspace_mb,
+            **_machine(engines),
+        }
+        canonical = json.dumps(parts, sort_keys=True).encode()
+        jobs.append(
+            EngineJob(
+                graph=name,
+                onnx=bundle.path / spec.file,
+                profiles=profiles,
+                key=hashlib.sha256(canonical).hexdigest(),
+            )
+        )
+    return jobs
+
+
+def _machine(engines: EngineSet) -> dict[str, Any]:
+    """What of this machine goes into an engine: kernels chosen by timing them on its GPU."""
+    if trt.flavour(engines.flavour).builds_for_other_gpus:
+        return {}
+    here = driver()
+    return {"gpu": here.gpus[0].name, "driver": here.cuda_version}
+
+
+def worker_options(
+    config: BuildConfig, manifest: Manifest, features: trt.Features, targets: Sequence[str]
+) -> dict[str, Any]:
+    """Return the fields of the worker's job that hold for all graphs."""
+    local = [gpu.compute_capability for gpu in driver().gpus[:1]]
+    workspace = config.workspace_mb
+    return {
+        "rtx": config.flavour == "tensorrt-rtx",
+        "compute_capabilities": [read_capability(each) for each in targets],
+        "gpu_here": bool(set(local) & set(targets)),
+        "workspace_bytes": None if workspace is None else workspace << 20,
+        "strongly_typed": features.strongly_typed,
+        "precision": manifest.export.precision,
+        "timing_cache": None if config.timing_cache is None else str(config.timing_cache),
+        "pin_timing_cache": config.pin_timing_cache,
+    }
+
+
+def command_line(
+    bundle: Path, config: BuildConfig, limits: BatchLimits, engines: EngineSet, graph: str
+) -> str:
+    """Return the command that builds just one engine of a set."""
+    words = ["sdt-deploy", "build-engine", str(bundle), "--target", config.flavour]
+    for capability in engines.compute_capabilities:
+        words += ["--compute-capability", capability]
+    for field in dataclasses.fields(limits):
+        value = getattr(limits, field.name)
+        if value is not None:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    for name in ("workspace_mb", "lengths", "timing_cache"):
+        value = getattr(config, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if config.pin_timing_cache:
+        words.append("--pin-timing-cache")
+    return shlex.join([*words, "--graph", graph])

@@ -1,0 +1,125 @@
+"""Run :mod:`sdt_deploy.exporters.engine_worker` in a process and follow what it reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdt_deploy.buckets import Shapes
+from sdt_deploy.errors import BackendError
+from sdt_deploy.exporters.engine_worker import RTX_SWITCH
+
+OnStep = Callable[[str, str, int, int], None]
+"""Called with the graph, the phase of its build, steps done and steps in the phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineJob:
+    """One engine to build."""
+
+    graph: str
+    onnx: Path
+    profiles: tuple[Mapping[str, Shapes], ...]
+    """For each optimization profile, the shapes of every input."""
+    key: str
+    """See :attr:`sdt_deploy.engines.EngineSpec.key`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What came of one job."""
+
+    graph: str
+    output: Path
+    build_s: float = 0.0
+    scratch_bytes: int | None = None
+    n_layers: int | None = None
+    problem: str | None = None
+    """What the library said if it failed; None if the engine stands at ``output``."""
+
+
+def run_worker(
+    jobs: list[EngineJob],
+    directory: Path,
+    options: Mapping[str, Any],
+    *,
+    on_step: OnStep = lambda graph, phase, done, total: None,
+) -> list[Built]:
+    """Build engines in a process of their own.
+
+    Args:
+        jobs: what to build.
+        directory: where the files go, each named after its graph.
+        options: the job's other fields, see :func:`sdt_deploy.exporters.engine_worker.build`.
+        on_step: see :data:`OnStep`. An exception from it, Ctrl-C too, ends the process.
+
+    Raises:
+        BackendError: if the process ended before its work did.
+    """
+    outputs = {job.graph: directory / f"{job.graph}.engine" for job in jobs}
+    request = {
+        **options,
+        "graphs": [
+            {
+                "name": job.graph,
+                "onnx": str(job.onnx.resolve()),
+                "output": str(outputs[job.graph].resolve()),
+                "profiles": job.profiles,
+            }
+            for job in jobs
+        ],
+    }
+    environment = {**os.environ, RTX_SWITCH: "1" if options["rtx"] else "0"}
+    results: list[Built] = []
+    current = ""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sdt_deploy.exporters.engine_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        ended = False
+        try:
+            process.stdin.write(json.dumps(request))
+            process.stdin.close()
+            for line in process.stdout:
+                event = json.loads(line)
+                kind, graph = event.pop("event"), event.pop("graph")
+                ended = kind == "end"
+                if kind == "start":
+                    current = graph
+                    on_step(graph, "read the graph", 0, 0)
+                elif kind == "step":
+                    on_step(graph, event["phase"], event["done"], event["total"])
+                elif kind == "built":
+                    results.append(Built(graph=graph, output=outputs[graph], **event))
+                elif kind == "failed":
+                    problem = "\n".join(event["lines"]) or "the library gave no reason"
+                    results.append(Built(graph=graph, output=outputs[graph], problem=problem))
+        except BrokenPipeError:
+            pass  # it ended at once; why stands below
+        finally:
+            process.stdout.close()
+            if not ended:
+                process.kill()
+            process.wait()
+        if not ended:
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()[-15:]
+            raise BackendError(
+                f"the process that builds engines ended with {process.returncode}"
+                f"{f' at {current}' if current else ''}:\n" + "\n".join(last)
+            )
+    return results

@@ -1,0 +1,184 @@
+"""The process that builds engines, one flavour at a time: ``python -m`` this module.
+
+polygraphy chooses the flavour once in a process, TensorRT keeps one logger in a process, prints to
+the terminal from native code, and a fault in it ends the process. So :mod:`.tensorrt` starts this
+one, gives it a job as JSON on the standard input, and reads one JSON event a line from the standard
+output. When nobody reads any more, the build is cancelled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
+"""polygraphy's environment variable that selects TensorRT-RTX."""
+_EVENT_INTERVAL_S = 0.05
+_MAX_LINES = 40
+
+
+class Reporter:
+    """Writes events; learns from a closed pipe that the build is no longer wanted."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = 0.0
+        self.closed = False
+
+    def send(self, graph: str, event: str, **details: Any) -> None:
+        """Write one event."""
+        line = json.dumps({"graph": graph, "event": event, **details})
+        try:
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
+        except (BrokenPipeError, ValueError):
+            self.closed = True
+
+    def send_step(self, graph: str, phase: str, done: int, total: int) -> None:
+        """Write how far a phase has come, unless the last such event was just now."""
+        now = time.monotonic()
+        if now - self._last >= _EVENT_INTERVAL_S:
+            self._last = now
+            self.send(graph, "step", phase=phase, done=done, total=total)
+
+
+class _Lines(logging.Handler):
+    """Keeps what the library logs about one build."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage().strip())
+
+
+def monitor(trt: Any, graph: str, reporter: Reporter) -> Any:
+    """Make an ``IProgressMonitor`` that reports the steps of ``graph``'s build."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._totals[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._totals.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            reporter.send_step(graph, phase_name, step + 1, self._totals.get(phase_name, 0))
+            return not reporter.closed
+
+    return Monitor()
+
+
+def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) -> None:
+    """Build one engine and report how it went.
+
+    Args:
+        job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``strongly_typed``,
+            ``precision``, ``timing_cache`` and ``pin_timing_cache``.
+        graph: ``name``, ``onnx``, ``output`` and ``profiles``, for each a mapping from input to
+            ``[min, opt, max]``.
+        reporter: gets the events.
+    """
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        EngineBytesFromNetwork,
+        NetworkFromOnnxPath,
+        Profile,
+    )
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.mod.trt_importer import lazy_import_trt
+
+    trt = lazy_import_trt()
+    name = graph["name"]
+    reporter.send(name, "start")
+    progress = monitor(trt, name, reporter) if hasattr(trt, "IProgressMonitor") else None
+    profiles = [Profile() for _ in graph["profiles"]]
+    for profile, shapes in zip(profiles, graph["profiles"], strict=True):
+        for tensor, (low, best, high) in shapes.items():
+            profile.add(tensor, min=low, opt=best, max=high)
+    options: dict[str, Any] = {"profiles": profiles, "progress_monitor": progress}
+    if job["workspace_bytes"] is not None:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job["workspace_bytes"]}
+    save_cache = None
+    if job["timing_cache"] is not None:
+        options["load_timing_cache"] = job["timing_cache"]
+        options["error_on_timing_cache_miss"] = job["pin_timing_cache"]
+        save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
+    if job["rtx"]:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        config = CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
+    else:
+        options["max_aux_streams"] = 0  # the stages' own stream; the caller has others
+        narrow = job["precision"] == "float16" and not job["strongly_typed"]
+        config = CreateConfig(fp16=narrow, **options)
+
+    handler = _Lines()
+    logger = logging.getLogger("Polygraphy")
+    logger.addHandler(handler)
+    output = Path(graph["output"])
+    start = time.perf_counter()
+    try:
+        network = NetworkFromOnnxPath(graph["onnx"], strongly_typed=job["strongly_typed"])
+        engine = EngineBytesFromNetwork(network, config=config, save_timing_cache=save_cache)()
+        with output.open("wb") as stream:
+            stream.write(memoryview(engine))
+    except PolygraphyException:  # it has logged why
+        reporter.send(name, "failed", lines=handler.lines[-_MAX_LINES:])
+    except (OSError, RuntimeError) as error:
+        reporter.send(name, "failed", lines=[*handler.lines[-_MAX_LINES:], str(error)])
+    else:
+        seconds = round(time.perf_counter() - start, 4)
+        described = describe(output) if job["gpu_here"] else {}
+        reporter.send(name, "built", build_s=seconds, **described)
+    finally:
+        logger.removeHandler(handler)
+
+
+def describe(path: Path) -> dict[str, int]:
+    """Ask an engine for its scratch memory and its number of layers, where it loads here."""
+    from polygraphy.backend.trt import EngineFromBytes
+    from polygraphy.exception import PolygraphyException
+
+    try:
+        engine = EngineFromBytes(path.read_bytes())()
+    except PolygraphyException:  # built for another GPU
+        return {}
+    scratch = getattr(engine, "device_memory_size_v2", None)
+    return {
+        "scratch_bytes": int(engine.device_memory_size if scratch is None else scratch),
+        "n_layers": int(engine.num_layers),
+    }
+
+
+def main() -> None:
+    """Read a job, build its graphs one after the other, report."""
+    # Native code prints to the standard output too, so the events keep it for themselves.
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    job = json.load(sys.stdin)
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.use_python_logging_system = True
+    logging.getLogger("Polygraphy").propagate = False
+    reporter = Reporter(events)
+    for graph in job["graphs"]:
+        if reporter.closed:
+            break
+        build(job, graph, reporter)
+    reporter.send("", "end")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""A bundle's graphs become engines, and the engines a part of the bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdt_deploy import trt
+from sdt_deploy.buckets import BatchLimits, plan_profiles
+from sdt_deploy.bundle import MANIFEST, Bundle, Manifest, write_manifest
+from sdt_deploy.config import BuildConfig
+from sdt_deploy.engines import ENGINES, EngineSet, EngineSpec
+from sdt_deploy.errors import (
+    BuildError,
+    ConfigError,
+    OutputError,
+)
+from sdt_deploy.exporters.engine_cache import EngineCache
+from sdt_deploy.exporters.engine_plan import (
+    command_line,
+    plan_jobs,
+    read_lengths,
+    target_gpus,
+    worker_options,
+)
+from sdt_deploy.exporters.engine_process import Built, EngineJob, run_worker
+from sdt_deploy.files import sha256, sync_tree
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+ATTENTION = "decomposed"
+"""Attention of the graphs as they are exported; see :attr:`EngineSet.attention`."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What ``build_engines`` did."""
+
+    engines: EngineSet
+    """All engines of the set as the bundle now lists them."""
+    sources: Mapping[str, str]
+    """For each graph that was asked for, where its engine came from: ``built``, ``cache`` or
+    ``bundle``, which had it already."""
+
+
+def build_engines(
+    bundle: Bundle,
+    config: BuildConfig,
+    limits: BatchLimits | None = None,
+    *,
+    cache: EngineCache | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> BuildReport:
+    """Build engines and put them into the bundle.
+
+    The bundle changes in one step, by its manifest, after all builds; until then, and on any
+    exception, it is as it was. If some builds fail the others are put into the bundle all the same,
+    unless it has engines for these GPUs that were built with other settings.
+
+    Args:
+        bundle: the bundle; other processes may run it meanwhile, not build for it.
+        config: what to build and for which GPU.
+        limits: the largest batches; None: as long as the model's positions.
+        cache: engines that need not be built again; None: only the bundle itself.
+        progress: called with what is being done, steps done and steps in all.
+
+    Raises:
+        BuildError: if the library could not build some graphs; it names them and says why.
+        BackendError: if the library is too old, or its process ended.
+        MissingExtraError: if the library is not installed.
+        ConfigError: if the config does not fit the bundle, the library or this machine.
+        OutputError: if another build runs on the bundle, or a file cannot be written.
+    """
+    chosen = trt.flavour(config.flavour)
+    manifest = bundle.manifest
+    limits = limits or BatchLimits(max_seqlen=manifest.model.max_positions)
+    if limits.max_seqlen > manifest.model.max_positions:
+        raise ConfigError(
+            f"max_seqlen = {limits.max_seqlen} exceeds the model's {manifest.model.max_positions} "
+            "positions"
+        )
+    version = trt.checked_version(chosen)
+    features = trt.features(chosen, version)
+    if manifest.export.precision not in features.precisions:
+        raise ConfigError(
+            f"{chosen.name} {version} does not build {manifest.export.precision}; it builds "
+            f"{', '.join(features.precisions)}. Export again with --precision"
+        )
+    if manifest.export.quantization != "none":
+        raise ConfigError(
+            f"{manifest.export.quantization} graphs are for ONNX Runtime on CPUs; export without "
+            "--quantize to build engines"
+        )
+    if config.timing_cache is not None and not features.timing_cache:
+        raise ConfigError(f"{chosen.name} {version} has no timing cache; leave --timing-cache out")
+    targets = target_gpus(config, chosen)
+    new = EngineSet(
+        flavour=chosen.name,
+        version=version,
+        compute_capabilities=targets,
+        profiles=plan_profiles(limits, read_lengths(config.lengths)),
+        attention=ATTENTION,
+        workspace_mb=config.workspace_mb,
+        engines={},
+    )
+    jobs = plan_jobs(bundle, new, config.graphs)
+    with exclusive(bundle.path), _workplace(bundle.path) as directory:
+        old = next((each for each in manifest.engines if each.name == new.name), None)
+        specs: dict[str, EngineSpec] = {}
+        sources: dict[str, str] = {}
+        missing = []
+        for job in jobs:
+            spec, source = _find(job, old, bundle.path, directory, cache)
+            if spec is None:
+                missing.append(job)
+            else:
+                specs[job.graph], sources[job.graph] = spec, source
+        failures: dict[str, str] = {}
+        if missing:
+            names = [job.graph for job in missing]
+
+            def step(graph: str, phase: str, done: int, total: int) -> None:
+                number = names.index(graph) + 1
+                progress(f"{graph} ({number} of {len(names)}): {phase}", done, total)
+
+            options = worker_options(config, manifest, features, targets)
+            for built in run_worker(missing, directory, options, on_step=step):
+                if built.problem is not None:
+                    failures[built.graph] = built.problem
+                    continue
+                job = missing[names.index(built.graph)]
+                spec = _spec(job, built, new)
+                specs[job.graph], sources[job.graph] = spec, "built"
+                if cache is not None:
+                    cache.put(spec, built.output)
+        same_settings = old is not None and dataclasses.replace(old, engines={}) == new
+        if old is not None and same_settings:  # keep those that were not asked for
+            specs = {**old.engines, **specs}
+        new = dataclasses.replace(new, engines=specs)
+        # Some engines are better than none, but not better than all of the old ones.
+        if new != old and specs and not (failures and old is not None and not same_settings):
+            progress("put the engines into the bundle", 0, 0)
+            install(bundle, new, directory)
+    if failures:
+        raise BuildError(_failure_text(bundle, config, limits, new, failures))
+    return BuildReport(engines=new, sources=sources)
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Keep other builds from a bundle. Windows cannot lock a directory: there nothing is kept out.
+
+    Raises:
+        OutputError: if one is under way.
+    """
+    if fcntl is None:
+        yield
+        return
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be opened: {error}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"another build is under way for {directory}: wait until it is done"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _workplace(bundle: Path) -> Iterator[Path]:
+    """Yield a folder inside the bundle for engines that are not part of it yet."""
+    try:
+        (bundle / ENGINES).mkdir(exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=".build-", dir=bundle / ENGINES))
+    except OSError as error:
+        raise OutputError(f"{bundle} cannot be written: {error}") from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds engines, as it mostly does
+            (bundle / ENGINES).rmdir()
+
+
+def _find(
+    job: EngineJob,
+    old: EngineSet | None,
+    bundle: Path,
+    directory: Path,
+    cache: EngineCache | None,
+) -> tuple[EngineSpec | None, str]:
+    """Return an engine that need not be built, and where it was found."""
+    spec = None if old is None else old.engines.get(job.graph)
+    if spec is not None and spec.key == job.key:
+        path = bundle / spec.file
+        if path.is_file() and sha256(path) == spec.sha256:
+            return spec, "bundle"
+    if cache is not None:
+        return cache.get(job.key, directory / f"{job.graph}.engine"), "cache"
+    return None, ""
+
+
+def _spec(job: EngineJob, built: Built, engines: EngineSet) -> EngineSpec:
+    gpus = "_".join(engines.compute_capabilities)
+    return EngineSpec(
+        graph=job.graph,
+        file=f"{ENGINES}/{engines.flavour}-{gpus}-{job.graph}-{job.key[:12]}.engine",
+        sha256=sha256(built.output),
+        size_bytes=built.output.stat().st_size,
+        key=job.key,
+        build_s=built.build_s,
+        scratch_bytes=built.scratch_bytes,
+        n_layers=built.n_layers,
+    )
+
+
+def install(bundle: Bundle, engines: EngineSet, directory: Path) -> None:
+    """Move the files of ``engines`` from ``directory`` into the bundle and list them there.
+
+    Files that no set lists any more are removed.
+
+    Raises:
+        OutputError: if the bundle was replaced meanwhile, or cannot be written.
+    """
+    current = Manifest.from_json((bundle.path / MANIFEST).read_bytes())
+    if current.files != bundle.manifest.files:
+        raise OutputError(
+            f"{bundle.path} was exported anew while its engines were built; try again"
+        )
+    others = [each for each in current.engines if each.name != engines.name]
+    manifest = dataclasses.replace(current, engines=(*others, engines))
+    try:
+        for spec in engines.engines.values():
+            made = directory / f"{spec.graph}.engine"
+            if made.exists():
+                made.replace(bundle.path / spec.file)
+        sync_tree(bundle.path / ENGINES)
+        write_manifest(bundle.path, manifest)
+    except OSError as error:
+        raise OutputError(f"{bundle.path} cannot be written: {error}") from error
+    listed = {spec.file for each in manifest.engines for spec in each.engines.values()}
+    for path in (bundle.path / ENGINES).iterdir():
+        if path != directory and path.relative_to(bundle.path).as_posix() not in listed:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _failure_text(
+    bundle: Bundle,
+    config: BuildConfig,
+    limits: BatchLimits,
+    engines: EngineSet,
+    failures: Mapping[str, str],
+) -> str:
+    lines = []
+    for graph, problem in failures.items():
+        command = command_line(bundle.path, config, limits, engines, graph)
+        lines.append(
+            f"{engines.flavour} {engines.version} could not build {graph}:\n{problem}\n"
+            f"to try this one again: {command}"
+        )
+    if engines.engines:
+        lines.append(f"these engines can be used: {', '.join(engines.engines)}")
+    return "\n".join(lines)

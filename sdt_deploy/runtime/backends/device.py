@@ -1,0 +1,142 @@
+"""Memory of a GPU, through torch's caching allocator: the memory half of the GPU backends.
+
+Everything happens on the caller's current CUDA stream. Buffers that are freed while work on that
+stream still uses them are reused in stream order only, so nothing has to wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from sdt_deploy.errors import BackendError
+from sdt_deploy.extras import require
+from sdt_deploy.runtime.backend import Array, HostArray
+from sdt_deploy.runtime.device_routing import plan_on_device
+from sdt_deploy.runtime.routing import RoutePlan, RouteRules
+
+_ALIGNMENT = 256
+"""Bytes; TensorRT wants addresses to be multiples of it."""
+
+
+class DeviceMemory:
+    """Buffers as torch tensors.
+
+    Args:
+        device: ``cuda``, ``cuda:1``, …; ``cpu`` serves tests.
+
+    Raises:
+        MissingExtraError: if torch is not installed.
+        BackendError: if torch finds no such GPU.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        torch = require("torch", extra="gpu", purpose="Running on a GPU")
+        self._torch: Any = torch
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise BackendError(
+                f"torch {torch.__version__} finds no GPU; `sdt-deploy doctor` says what is missing"
+            )
+
+    @property
+    def stream(self) -> int:
+        """Handle of the caller's current stream; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        return int(self._torch.cuda.current_stream(self.device).cuda_stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.empty`."""
+        return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
+
+    def upload(self, arrays: Sequence[HostArray]) -> list[Array]:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.upload`; one copy for all of them.
+
+        What is in the GPU's memory already stays there.
+        """
+        on_host = [array for array in arrays if isinstance(array, np.ndarray)]
+        moved = iter(self._moved(on_host) if on_host else ())
+        return [next(moved) if isinstance(array, np.ndarray) else array for array in arrays]
+
+    def _moved(self, arrays: Sequence[HostArray]) -> list[Array]:
+        torch = self._torch
+        starts, total = [], 0
+        for array in arrays:
+            starts.append(total)
+            total += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        pinned = self.device.type == "cuda"
+        block = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
+        flat = block.numpy()
+        for array, start in zip(arrays, starts, strict=True):
+            flat[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
+        block = block.to(self.device, non_blocking=True)
+        return [
+            block[start : start + array.nbytes]
+            .view(getattr(torch, str(array.dtype)))
+            .view(array.shape)
+            for array, start in zip(arrays, starts, strict=True)
+        ]
+
+    def running(self) -> AbstractContextManager[None]:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.running`."""
+        return nullcontext()
+
+    def plan(
+        self,
+        scores: Array,
+        thresholds: Sequence[float],
+        cu_seqlens: HostArray,
+        rules: RouteRules,
+    ) -> RoutePlan:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.plan`; it waits for the GPU once."""
+        return plan_on_device(self, scores, thresholds, cu_seqlens, rules)
+
+    def fetch(self, *arrays: Array) -> tuple[HostArray, ...]:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.fetch`; it waits for the GPU once."""
+        pinned = self.device.type == "cuda"
+        copies = []
+        for array in arrays:
+            copy = self._torch.empty(array.shape, dtype=array.dtype, pin_memory=pinned)
+            copies.append(copy.copy_(array, non_blocking=True))
+        self.wait()
+        return tuple(copy.numpy().copy() if pinned else copy.numpy() for copy in copies)
+
+    def wait(self) -> None:
+        """Wait for what was enqueued on the current stream so far."""
+        if self.device.type == "cuda":
+            event = self._torch.cuda.Event()
+            event.record()
+            event.synchronize()
+
+    def take(self, rows: Array, index: Array, out: Array) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.take`."""
+        self._torch.index_select(rows, 0, index, out=out)
+
+    def on_device(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], dtypes: Mapping[str, str]
+    ) -> tuple[dict[str, Array], dict[str, Array], Callable[[], None]]:
+        """Return inputs and outputs in device memory, and what brings outputs to their places.
+
+        Args:
+            inputs: device arrays, or NumPy arrays, which are copied.
+            outputs: device arrays, or NumPy arrays, which are filled by the third result; that
+                waits for the stream.
+            dtypes: of the outputs.
+        """
+        on_host = {name: a for name, a in inputs.items() if isinstance(a, np.ndarray)}
+        uploaded = dict(zip(on_host, self.upload(list(on_host.values())), strict=True))
+        there = {name: uploaded.get(name, array) for name, array in inputs.items()}
+        targets = {name: a for name, a in outputs.items() if isinstance(a, np.ndarray)}
+        made = {name: self.empty(a.shape, dtypes[name]) for name, a in targets.items()}
+
+        def fetch() -> None:
+            if targets:
+                found = self.fetch(*(made[name] for name in targets))
+                for target, array in zip(targets.values(), found, strict=True):
+                    target[...] = array
+
+        return there, {name: made.get(name, array) for name, array in outputs.items()}, fetch

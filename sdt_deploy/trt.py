@@ -1,0 +1,202 @@
+"""The one place that knows TensorRT's flavours and versions.
+
+Builder and runtime both ask here what a library can do and how it is called; all else is the same
+for TensorRT 8.6, 10 and 11 and for TensorRT-RTX. Facts are from the headers and release notes of
+each version, and for TensorRT-RTX 1.7 from experiments (``docs/decisions/010-engines.md``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sdt_deploy.buckets import Shapes
+from sdt_deploy.config import EngineFlavour, Precision
+from sdt_deploy.errors import BackendError, ConfigError
+from sdt_deploy.extras import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flavour:
+    """One of NVIDIA's two libraries."""
+
+    name: EngineFlavour
+    module: str
+    distributions: tuple[str, ...]
+    """Packages that carry it, the first being the one to install."""
+    oldest: tuple[int, ...]
+    builds_for_other_gpus: bool
+    """Whether an engine can be built for a GPU that is not here."""
+    compute_capabilities: tuple[str, ...] | None
+    """GPUs that its engines run on; None: all that the installed version supports."""
+
+
+FLAVOURS: Mapping[str, Flavour] = {
+    "tensorrt": Flavour(
+        name="tensorrt",
+        module="tensorrt",
+        distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+        oldest=(8, 6),
+        builds_for_other_gpus=False,
+        compute_capabilities=None,
+    ),
+    "tensorrt-rtx": Flavour(
+        name="tensorrt-rtx",
+        module="tensorrt_rtx",
+        distributions=("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+        oldest=(1, 7),
+        builds_for_other_gpus=True,
+        compute_capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What one version of a flavour can do."""
+
+    strongly_typed: bool
+    """Types come from the graph; otherwise builder flags allow the narrower ones."""
+    precisions: tuple[Precision, ...]
+    timing_cache: bool
+    """Whether a timing cache has an effect."""
+    packed_attention: bool
+    """Whether attention takes ragged batches (``AttentionIOForm.PACKED_NHD``)."""
+
+
+def flavour(name: str) -> Flavour:
+    """Return a flavour by name.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if name not in FLAVOURS:
+        raise ConfigError(f"the target is one of {', '.join(FLAVOURS)}, not {name!r}")
+    return FLAVOURS[name]
+
+
+def installed_version(chosen: Flavour) -> str | None:
+    """Return the version of a flavour's installed package without importing it; None: not there."""
+    for distribution in chosen.distributions:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def checked_version(chosen: Flavour) -> str:
+    """Return the installed version.
+
+    Raises:
+        MissingExtraError: if the library is not installed.
+        BackendError: if it is too old.
+    """
+    found = installed_version(chosen)
+    if found is None:
+        require(chosen.module, extra=chosen.name, purpose=f"The target {chosen.name}")
+        found = str(load(chosen).__version__)  # installed without a package, as on a Jetson
+    if _numbers(found) < chosen.oldest:
+        oldest = ".".join(map(str, chosen.oldest))
+        raise BackendError(f"{chosen.name} {found} is too old: {oldest} or newer is needed")
+    return found
+
+
+def load(chosen: Flavour) -> Any:
+    """Import the library.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+        BackendError: if its libraries cannot be loaded.
+    """
+    try:
+        return require(chosen.module, extra=chosen.name, purpose=f"The target {chosen.name}")
+    except (OSError, RuntimeError) as error:  # the package is there, a shared library is not
+        raise BackendError(f"{chosen.module} is installed and cannot be loaded: {error}") from error
+
+
+def features(chosen: Flavour, found: str) -> Features:
+    """Return what version ``found`` of a flavour can do."""
+    if chosen.name == "tensorrt-rtx":
+        return Features(
+            strongly_typed=True,
+            precisions=("float32", "float16", "bfloat16"),
+            timing_cache=False,
+            packed_attention=False,
+        )
+    modern = _numbers(found) >= (10,)
+    return Features(
+        strongly_typed=modern,
+        precisions=("float32", "float16", "bfloat16") if modern else ("float32", "float16"),
+        timing_cache=True,
+        packed_attention=_numbers(found) >= (11,),
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+class _ErrorLog:
+    """What the library logged of late; TensorRT keeps the first logger of a process."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=20)
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        lines = list(self._lines)
+        self._lines.clear()
+        return lines
+
+
+@functools.cache
+def logger(library: Any) -> Any:
+    """Return the logger of the process, an ``ILogger`` whose ``take()`` gives the last errors."""
+
+    class Logger(library.ILogger, _ErrorLog):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            _ErrorLog.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity <= library.ILogger.Severity.ERROR:
+                self.add(msg)
+
+    return Logger()
+
+
+def profile_shapes(engine: Any, tensor: str, profile: int) -> Shapes:
+    """Return smallest, best and largest shape of an input in a profile."""
+    low, best, high = engine.get_tensor_profile_shape(tensor, profile)
+    return tuple(low), tuple(best), tuple(high)
+
+
+def create_context(library: Any, engine: Any) -> Any:
+    """Return an execution context without scratch memory of its own; None on failure."""
+    strategy = getattr(library, "ExecutionContextAllocationStrategy", None)
+    if strategy is None:  # 8.6
+        return engine.create_execution_context_without_device_memory()
+    return engine.create_execution_context(strategy.USER_MANAGED)
+
+
+def scratch_bytes(engine: Any, profile: int) -> int:
+    """Return the scratch memory that a profile needs at its largest."""
+    for name in ("get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"):
+        if hasattr(engine, name):
+            return int(getattr(engine, name)(profile))
+    return int(engine.device_memory_size)  # 8.6: of the largest profile
+
+
+def set_scratch(context: Any, address: int, n_bytes: int) -> None:
+    """Give a context its scratch memory for the next call."""
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(address, n_bytes)
+    else:  # 8.6 and 10.0
+        context.device_memory = address

@@ -1,0 +1,261 @@
+"""The TensorRT backend, with fakes of the library; see also tests/gpu."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdt_deploy import trt
+from sdt_deploy.buckets import AxisRange, BatchLimits, plan_profiles
+from sdt_deploy.bundle import Bundle, write_manifest
+from sdt_deploy.engines import ENGINES, EngineSet, EngineSpec
+from sdt_deploy.errors import BackendError, BundleIntegrityError, InputError
+from sdt_deploy.exporters.engine_plan import plan_jobs
+from sdt_deploy.gpu import Driver, Gpu
+from sdt_deploy.runtime.backends import tensorrt as backend_module
+from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
+from sdt_deploy.runtime.session import Session
+from tests.runtime.fake_tensorrt import METHODS, FakeLibrary
+from tests.samples import ExportedModel, assert_parity, random_batch
+
+Exported = Callable[[str], ExportedModel]
+HOPPER = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
+LIMITS = BatchLimits(max_seqlen=20, max_batch=3, max_padded_tokens=40)
+VERSIONS = {"8.6": "8.6.1", "10": "10.9.0.34", "11": "11.4.0.106"}
+
+
+def with_engines(source: Path, target: Path, version: str, capability: str = "9.0") -> Bundle:
+    """Copy a bundle and add engines that the fake of ``version`` reads."""
+    bundle = Bundle.open(shutil.copytree(source, target))
+    (wide,) = plan_profiles(LIMITS)
+    narrow = dataclasses.replace(
+        wide,
+        max_seqlen=AxisRange(min=1, opt=4, max=9),
+        n_tokens=AxisRange(min=1, opt=4, max=27),
+    )
+    engines = EngineSet(
+        flavour="tensorrt",
+        version=VERSIONS[version],
+        compute_capabilities=(capability,),
+        profiles=(narrow, wide),
+        attention="decomposed",
+        workspace_mb=None,
+        engines={},
+    )
+    (bundle.path / ENGINES).mkdir()
+    specs = {}
+    for job in plan_jobs(bundle, dataclasses.replace(engines, flavour="tensorrt-rtx")):
+        content = json.dumps(
+            {
+                "version": version,
+                "graph": job.graph,
+                "onnx": str(job.onnx),
+                "profiles": job.profiles,
+            }
+        ).encode()
+        spec = EngineSpec(
+            graph=job.graph,
+            file=f"{ENGINES}/{job.graph}.engine",
+            sha256=hashlib.sha256(content).hexdigest(),
+            size_bytes=len(content),
+            key=job.key,
+            build_s=0.0,
+        )
+        (bundle.path / spec.file).write_bytes(content)
+        specs[job.graph] = spec
+    engines = dataclasses.replace(engines, engines=specs)
+    write_manifest(bundle.path, dataclasses.replace(bundle.manifest, engines=(engines,)))
+    return Bundle.open(bundle.path)
+
+
+@pytest.fixture
+def open_fake(
+    monkeypatch: pytest.MonkeyPatch, exported: Exported, tmp_path: Path
+) -> Callable[..., tuple[Session, FakeLibrary, ExportedModel]]:
+    def opener(
+        name: str = "all-embedding", version: str = "11"
+    ) -> tuple[Session, FakeLibrary, ExportedModel]:
+        library, found = FakeLibrary(version), exported(name)
+        bundle = with_engines(found.bundle, tmp_path / f"{name}-{version}", version)
+        monkeypatch.setattr(trt, "load", lambda flavour: library)
+        monkeypatch.setattr(trt, "installed_version", lambda flavour: VERSIONS[version])
+        monkeypatch.setattr(backend_module, "driver", lambda: HOPPER)
+        session = Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu"))
+        return session, library, found
+
+    return opener
+
+
+Open = Callable[..., tuple[Session, FakeLibrary, ExportedModel]]
+
+
+def parameters(documented: str, method: str) -> list[list[str]]:
+    """The parameter names of every overload in a docstring of pybind11."""
+    found = re.findall(rf"{method}\((self: [^\n]*)\) -> ", documented)
+    without_nesting = [re.sub(r"\[[^\]]*\]|<[^>]*>", "", each) for each in found]
+    return [re.findall(r"(\w+):", each)[1:] for each in without_nesting]
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (owner, method)
+        for owner, methods in METHODS.items()
+        for method, (versions, _) in methods.items()
+        if "11" in versions
+    ],
+)
+def test_fakes_have_real_signatures(owner: str, method: str) -> None:
+    """TensorRT-RTX 1.7 has the interface of TensorRT 11."""
+    real = pytest.importorskip("tensorrt_rtx")
+    wanted = list(METHODS[owner][method][1])
+    assert wanted in parameters(getattr(getattr(real, owner), method).__doc__, method)
+
+
+def test_what_is_gone_from_the_real_library_is_not_in_the_fake() -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    for owner, methods in METHODS.items():
+        for method, (versions, _) in methods.items():
+            assert hasattr(getattr(real, owner), method) == ("11" in versions), method
+
+
+@pytest.mark.parametrize("version", ["8.6", "10", "11"])
+@pytest.mark.parametrize("name", ["all-embedding", "active-lm", "active-grouped", "all-grouped"])
+def test_parity_with_the_oracle(open_fake: Open, name: str, version: str) -> None:
+    session, library, found = open_fake(name, version)
+    with session:
+        for lengths in ([1], [20, 3], [7, 12, 1, 20, 20, 2, 5]):
+            batch = random_batch(found.model.config, lengths, seed=7)
+            for path in ("sparse", "masked"):
+                assert_parity(session, found.model, batch, path=path)
+    assert {graph for graph, _, _ in library.calls} >= {"entry", "stage-00", "head", "masked"}
+    profiles = {profile for _, profile, _ in library.calls}
+    assert len(profiles) > 1
+
+
+def test_large_batches_run_in_parts_that_have_a_profile(open_fake: Open) -> None:
+    session, library, found = open_fake()
+    batch = random_batch(found.model.config, [20] * 5, seed=1)
+    with session:
+        assert_parity(session, found.model, batch)
+        assert [graph for graph, _, _ in library.calls].count("entry") == 3
+        long = random_batch(found.model.config, [21], seed=1)
+        with pytest.raises(InputError, match=r"longer than the engines .* 20: .*--max-seqlen 21"):
+            session.run_batch(long, path="sparse")
+        with pytest.raises(BackendError, match="has no profile for"):
+            session.run_batch(long, path="dense")
+
+
+def test_contexts_are_reused_and_never_shared(open_fake: Open) -> None:
+    session, library, found = open_fake()
+    batch = random_batch(found.model.config, [9, 4], seed=1)
+    with session:
+        session.run_batch(batch, path="sparse")
+        n_contexts = len(library.contexts)
+        for _ in range(3):
+            session.run_batch(batch, path="sparse")
+        assert len(library.contexts) == n_contexts
+        wrong: list[Exception] = []
+
+        def work(seed: int) -> None:
+            own = random_batch(found.model.config, [3, 11, 6], seed=seed)
+            try:
+                for _ in range(5):
+                    assert_parity(session, found.model, own)
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
+def test_a_failed_enqueue_is_an_error_with_its_reason(open_fake: Open) -> None:
+    session, library, found = open_fake()
+    batch = random_batch(found.model.config, [9, 4], seed=1)
+    with session:
+        expected = session.run_batch(batch, path="sparse").output
+        library.failing.add("stage-01")
+        with pytest.raises(BackendError, match=r"stage-01 could not be enqueued\n.*out of luck"):
+            session.run_batch(batch, path="sparse")
+        library.failing.clear()
+        np.testing.assert_array_equal(session.run_batch(batch, path="sparse").output, expected)
+    with pytest.raises(BackendError, match="closed"):
+        session.run_batch(batch)
+
+
+def test_refusals(open_fake: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _, found = open_fake()
+    bundle = session.bundle
+
+    def refused(pattern: str, *, at: Path = bundle.path, **changes: object) -> None:
+        with monkeypatch.context() as patch:
+            for name, value in changes.items():
+                owner = backend_module if name == "driver" else trt
+                patch.setattr(owner, name, lambda *_, value=value: value)
+            with pytest.raises(BackendError, match=pattern):
+                Session.open(at, backend="tensorrt")
+
+    refused("has no tensorrt engines; build them: sdt-deploy", at=found.bundle)
+    refused("were built with tensorrt 11.4.0.106, which 11.5.0", installed_version="11.5.0")
+    refused("8.5.3 is too old: 8.6 or newer", installed_version="8.5.3")
+    refused("need a GPU: no NVIDIA driver", driver=Driver(problem="no NVIDIA driver"))
+    ada = Driver(gpus=(Gpu(name="RTX 4090", compute_capability="8.9"),))
+    refused("are for compute capability 9.0, and this GPU, RTX 4090, has 8.9", driver=ada)
+    with pytest.raises(BackendError, match="n_threads is for onnxruntime-cpu"):
+        Session.open(bundle, backend="tensorrt", n_threads=2)
+
+
+def test_rtx_engines_on_a_gpu_that_they_never_run_on(
+    open_fake: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, _, _ = open_fake()
+    (engines,) = session.manifest.engines
+    rtx = dataclasses.replace(
+        engines, flavour="tensorrt-rtx", compute_capabilities=("8.9",), version="1.7.1.116"
+    )
+    write_manifest(
+        session.bundle.path, dataclasses.replace(session.manifest, engines=(rtx, engines))
+    )
+    monkeypatch.setattr(trt, "installed_version", lambda flavour: "1.7.1.116")
+    with pytest.raises(BackendError, match="tensorrt-rtx does not run on it at all"):
+        Session.open(session.bundle.path, backend="tensorrt-rtx")
+
+
+def test_an_altered_engine_never_reaches_the_library(open_fake: Open) -> None:
+    session, _, _ = open_fake()
+    path = session.bundle.path / ENGINES / "dense.engine"
+    path.write_bytes(path.read_bytes().replace(b"dense", b"dents"))
+    with pytest.raises(BundleIntegrityError, match="altered"):
+        session.run([[1, 2]], path="dense")
+
+
+def test_a_missing_engine_names_the_command(open_fake: Open) -> None:
+    session, _, _ = open_fake()
+    (engines,) = session.manifest.engines
+    without = {name: spec for name, spec in engines.engines.items() if name != "dense"}
+    partial = dataclasses.replace(engines, engines=without)
+    write_manifest(session.bundle.path, dataclasses.replace(session.manifest, engines=(partial,)))
+    bundle = Bundle.open(session.bundle.path)
+    opened = Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu"))
+    with pytest.raises(BackendError, match="--target tensorrt --graph dense"):
+        opened.run([[1, 2]], path="dense")
+
+
+def test_an_engine_that_the_library_refuses(open_fake: Open) -> None:
+    session, library, _ = open_fake()
+    library.version = "10"
+    with pytest.raises(BackendError, match=r"could not be loaded\n.*of another version"):
+        session.run([[1, 2]], path="dense")

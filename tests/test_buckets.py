@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdt_deploy.buckets import (
+    MAX_PROFILES,
+    AxisRange,
+    BatchLimits,
+    OptimizationProfile,
+    fitting_profile,
+    input_shapes,
+    max_sequences,
+    plan_profiles,
+)
+from sdt_deploy.errors import ConfigError
+
+AXES = {
+    "input_ids": ("batch", "seq"),
+    "hidden_states": ("n_tokens", 32),
+    "gather_index": ("batch", 4, "max_seqlen"),
+    "context_states": ("n_context", 32),
+    "key_bias": ("batch", 4, "max_context_seqlen", 1),
+    "thresholds": (6,),
+}
+
+
+@st.composite
+def limits_and_lengths(draw: st.DrawFn) -> tuple[BatchLimits, list[int] | None]:
+    longest = draw(st.integers(1, 1100))
+    limits = BatchLimits(
+        max_seqlen=longest,
+        max_batch=draw(st.integers(1, 200)),
+        max_padded_tokens=draw(st.integers(longest, 20_000)),
+        max_tokens=draw(st.none() | st.integers(longest, 20_000)),
+    )
+    lengths = draw(st.none() | st.lists(st.integers(1, longest), min_size=1, max_size=50))
+    return limits, lengths
+
+
+@given(limits_and_lengths(), st.floats(0, 1))
+def test_every_shape_of_every_profile_is_in_order(
+    case: tuple[BatchLimits, list[int] | None], share: float
+) -> None:
+    limits, lengths = case
+    profiles = plan_profiles(limits, lengths)
+    assert 1 <= len(profiles) <= MAX_PROFILES
+    for profile in profiles:
+        assert profile.batch.max * profile.max_seqlen.max <= limits.max_padded_tokens
+        assert profile.batch.max <= limits.max_batch
+        assert profile.n_tokens.max <= (limits.max_tokens or limits.max_padded_tokens)
+        for axes in AXES.values():
+            for active_share in (None, share):
+                low, best, high = input_shapes(axes, profile, active_share=active_share)
+                assert len(low) == len(best) == len(high) == len(axes)
+                assert all(0 < a <= b <= c for a, b, c in zip(low, best, high, strict=True))
+
+
+@given(limits_and_lengths(), st.data())
+def test_every_batch_that_is_not_split_has_a_profile(
+    case: tuple[BatchLimits, list[int] | None], data: st.DataObject
+) -> None:
+    limits, lengths = case
+    profiles = plan_profiles(limits, lengths)
+    longest = data.draw(st.integers(1, limits.max_seqlen))
+    batch = data.draw(st.integers(1, max_sequences(profiles, longest)))
+    sizes = data.draw(st.lists(st.integers(1, longest), min_size=batch - 1, max_size=batch - 1))
+    n_tokens = longest + sum(sizes)
+
+    def fits(axes: tuple[str | int, ...], share: float | None, **actual: int) -> bool:
+        shapes = [{"x": input_shapes(axes, profile, active_share=share)} for profile in profiles]
+        shape = tuple(axis if isinstance(axis, int) else actual[axis] for axis in axes)
+        return fitting_profile(shapes, {"x": shape}) is not None
+
+    assert fits(("batch", "seq"), None, batch=batch, seq=longest)
+    assert fits(("n_tokens", 8), None, n_tokens=n_tokens)
+    active = data.draw(st.integers(1, n_tokens))
+    alive = data.draw(st.integers(1, min(batch, active)))
+    query = data.draw(st.integers(1, longest))
+    assert fits(("batch", 4, "max_seqlen"), 0.3, batch=alive, max_seqlen=query)
+    assert fits(("n_tokens", 8), 0.3, n_tokens=active)
+
+
+def test_independent_maxima_do_not_multiply() -> None:
+    profiles = plan_profiles(BatchLimits(max_seqlen=512, max_batch=64, max_padded_tokens=8192))
+    assert [(p.batch.max, p.max_seqlen.max) for p in profiles] == [
+        (64, 64),
+        (64, 128),
+        (32, 256),
+        (16, 512),
+    ]
+    assert max_sequences(profiles, 65) == 64
+    assert max_sequences(profiles, 300) == 16
+    assert max_sequences(profiles, 513) == 0
+
+
+def test_recorded_lengths_set_the_bands() -> None:
+    limits = BatchLimits(max_seqlen=512)
+    lengths = [40] * 50 + [100] * 40 + [400] * 10
+    profiles = plan_profiles(limits, lengths)
+    assert [p.max_seqlen.max for p in profiles] == [40, 104, 512]
+    assert [p.max_seqlen.opt for p in profiles] == [40, 100, 400]
+
+
+def test_the_first_profile_that_holds_all_inputs_is_taken() -> None:
+    narrow = {"a": ((1, 8), (2, 8), (4, 8)), "b": ((1,), (1,), (3,))}
+    wide = {"a": ((1, 8), (2, 8), (9, 8)), "b": ((1,), (1,), (9,))}
+    assert fitting_profile([narrow, wide], {"a": (4, 8), "b": (3,)}) == 0
+    assert fitting_profile([narrow, wide], {"a": (4, 8), "b": (4,)}) == 1
+    assert fitting_profile([narrow, wide], {"a": (4, 7), "b": (4,)}) is None
+    assert fitting_profile([narrow, wide], {"a": (4,), "b": (4,)}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_batch": 0}, "positive integer"),
+        ({"max_padded_tokens": 100}, "leaves no room"),
+        ({"max_tokens": 511}, "leaves no room"),
+        ({"max_seqlen": True}, "positive integer"),
+    ],
+)
+def test_limits_that_make_no_sense(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BatchLimits(**{"max_seqlen": 512, **changes})
+
+
+def test_bad_profiles() -> None:
+    with pytest.raises(ConfigError, match="min <= opt <= max"):
+        AxisRange(min=3, opt=2, max=5)
+    with pytest.raises(ConfigError, match="reach 600 tokens"):
+        plan_profiles(BatchLimits(max_seqlen=512), [600])
+    with pytest.raises(ConfigError, match="at least one"):
+        plan_profiles(BatchLimits(max_seqlen=512), [])
+    profile = plan_profiles(BatchLimits(max_seqlen=512))[0]
+    with pytest.raises(ConfigError, match="no profile is known"):
+        input_shapes(("n_rows",), profile, active_share=None)
+
+
+def test_profiles_survive_json() -> None:
+    for profile in plan_profiles(BatchLimits(max_seqlen=512)):
+        assert OptimizationProfile.from_dict(dataclasses.asdict(profile)) == profile
+    with pytest.raises(ConfigError, match="a profile has"):
+        OptimizationProfile.from_dict({"batch": 3})
+    with pytest.raises(ConfigError, match="min, opt and max"):
+        OptimizationProfile.from_dict({"batch": {}, "n_tokens": {}, "max_seqlen": {}})
