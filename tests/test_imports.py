@@ -44,6 +44,7 @@ LEVELS = (
     "choices",
     "console",
     "engine_commands",
+    "training_commands",
     "cli",
 )
 """A module imports only what stands above it, or beside it in its own folder."""
