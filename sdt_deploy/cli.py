@@ -128,7 +128,7 @@ def convert(
         )
     elif target_depth is not None or levels is not None or importance is not None:
         raise InputError(
-            "--target-depth, --levels and --importance fit a probe: that needs --texts, and no "
+            "--target-depth, --levels and --importance need --texts to fit a probe on, and no "
             "--adapter, which brings its own"
         )
     with progress_bar("fit the probe") as advance:
