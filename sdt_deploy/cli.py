@@ -368,6 +368,7 @@ def bench(
 
 app.command("build-engine")(engine_commands.build_engine)
 app.command("doctor")(engine_commands.doctor)
+app.command("distill")(training_commands.distill)
 app.command("evaluate")(training_commands.evaluate)
 
 

@@ -34,8 +34,9 @@ class DistillConfig:
     """Share of the run in which the learning rate rises."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient."""
-    probe: ProbeTraining = "straight-through"
-    """``annealed``: a soft gate that becomes hard; ``fixed``: the probe stays as it was fitted."""
+    probe: ProbeTraining = "fixed"
+    """``fixed``: the probe stays as it was fitted, which won so far; ``annealed``: a soft gate that
+    becomes hard."""
     first_temperature: float = 1.0
     last_temperature: float = 0.1
     """Of the gates, in standard deviations of the scores' logits."""
