@@ -162,7 +162,7 @@ def test_quality_is_of_embeddings(teacher: Path, tmp_path: Path) -> None:
         evaluate(other, teacher, TEXTS)
     with pytest.raises(InputError, match="at least 3 texts"):
         evaluate(teacher, teacher, TEXTS[:2])
-    full = save_teacher(tmp_path / "full", CONFIG.replace(thresholds=(-1.0,) * 4))
+    full = save_teacher(tmp_path / "full", CONFIG.replace(thresholds=(0.0,) * 4))
     same = evaluate(full, full, TEXTS)
     assert same.mean_cosine == pytest.approx(1)
     assert same.mean_depth == CONFIG.n_layers
