@@ -20,7 +20,7 @@ from sdt_deploy.exporters.single import single_graph
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
-from sdt_deploy.ort import runtime
+from sdt_deploy.ort import ensure_thread_pool, runtime
 from sdt_deploy.runtime.padded import padded_arrays
 from tests.samples import (
     CONFIGS,
@@ -50,7 +50,10 @@ def built(model: SparseDepthTransformer) -> onnx.ModelProto:
 
 
 def opened(proto: onnx.ModelProto) -> Any:
-    return runtime().InferenceSession(proto.SerializeToString())
+    ensure_thread_pool()
+    options = runtime().SessionOptions()
+    options.use_per_session_threads = False  # where there is a pool, every session uses it
+    return runtime().InferenceSession(proto.SerializeToString(), options)
 
 
 @given(
