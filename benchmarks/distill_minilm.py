@@ -248,7 +248,12 @@ class Bench:
         }
 
 
-MAIN: dict[str, Any] = {"target_depth": 3.5, "learning_rate": 1e-3, "probe_learning_rate": 3e-3}
+MAIN: dict[str, Any] = {
+    "target_depth": 3.5,
+    "learning_rate": 1e-3,
+    "probe": "straight-through",
+    "probe_learning_rate": 3e-3,
+}
 VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("straight-through", {}, {}),
     ("truncated-4", {"target_depth": 4.0, "probe": "fixed"}, {"n_layers": 4}),

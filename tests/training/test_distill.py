@@ -49,7 +49,8 @@ def start(config: ModelConfig = MODEL, seed: int = 0) -> Checkpoint:
 
 
 def made(n_texts: int = 200, base: Checkpoint | None = None, **options: Any) -> Distillation:
-    values = {"target_depth": 2.5, "n_steps": 12, "batch_size": 8, "learning_rate": 2e-3, **options}
+    values = {"target_depth": 2.5, "n_steps": 12, "batch_size": 8, "learning_rate": 2e-3}
+    values = {**values, "probe": "straight-through", **options}
     base = base or start()
     teacher = copy.deepcopy(base.model).as_dense()
     return Distillation(base, teacher, texts(n_texts), DistillConfig(**values))

@@ -167,3 +167,28 @@ def test_quality_is_of_embeddings(teacher: Path, tmp_path: Path) -> None:
     assert same.mean_cosine == pytest.approx(1)
     assert same.mean_depth == CONFIG.n_layers
     assert same.n_texts == len(TEXTS)
+
+
+def test_the_command_line(teacher: Path, tmp_path: Path) -> None:
+    good, empty, other = (tmp_path / f"{name}.txt" for name in ("good", "empty", "other"))
+    good.write_text("\n".join(TEXTS))
+    empty.write_text("\n \n")
+    other.write_bytes("w3 w4 é\n".encode("utf-16"))
+    script = Path(sys.executable).with_name("sdt-deploy")
+
+    def call(texts: Path, out: str) -> tuple[int, str]:
+        arguments = ["--texts", str(texts), "--target-depth", "2.5", "--steps", "3"]
+        command = [str(script), "distill", str(teacher), str(tmp_path / out), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    code, said = call(good, "out")
+    assert code == 0, said
+    assert "3 steps, loss" in said
+    assert checkpoints.load(tmp_path / "out").provenance["distillation"]["steps_made"] == 3
+    for texts_file, message in ((empty, "holds no text"), (other, "cannot be read as UTF-8")):
+        code, said = call(texts_file, "none")
+        assert code == 2
+        assert message in said
+        assert "Traceback" not in said
+        assert not (tmp_path / "none").exists()
