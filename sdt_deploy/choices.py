@@ -76,3 +76,26 @@ class BackendChoice(StrEnum):
     onnxruntime_cuda = "onnxruntime-cuda"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
+
+
+class ProbeTrainingChoice(StrEnum):
+    """How a probe is trained."""
+
+    fixed = "fixed"
+    straight_through = "straight-through"
+    annealed = "annealed"
+
+
+class CurriculumChoice(StrEnum):
+    """How the depth falls."""
+
+    linear = "linear"
+    cosine = "cosine"
+    steps = "steps"
+
+
+class DeviceChoice(StrEnum):
+    """Where to train."""
+
+    cpu = "cpu"
+    cuda = "cuda"

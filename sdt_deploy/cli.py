@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from sdt_deploy import engine_commands
+from sdt_deploy import engine_commands, training_commands
 from sdt_deploy.choices import (
     BackendChoice,
     ContextChoice,
@@ -81,7 +81,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="Native model directory to make.")],
     texts: Annotated[
-        Path | None, typer.Option(help="Text to fit a probe on, one sequence per line.")
+        Path | None, typer.Option(help="Text to fit a probe on, or with --adapter to test on.")
     ] = None,
     target_depth: Annotated[
         float | None, typer.Option(help="Mean layers per token; default: 60 % of the layers.")
@@ -99,6 +99,9 @@ def convert(
     head: Annotated[
         HeadChoice | None, typer.Option(help="Output of a Hugging Face model; default: its own.")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter file to merge; brings its own probe.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a checkpoint into a native model directory and fit a probe.
@@ -115,19 +118,25 @@ def convert(
     from sdt_deploy.tokenization import read_lines
 
     fit = None
-    if texts is not None:
+    lines = None if texts is None else read_lines(texts)
+    if lines is not None and adapter is None:
         fit = ProbeFit(
-            texts=read_lines(texts),
+            texts=lines,
             target_depth=target_depth,
             levels=(levels or LevelsChoice.graded).value,
             importance=(importance or ImportanceChoice.attention).value,
         )
     elif target_depth is not None or levels is not None or importance is not None:
-        raise InputError("--target-depth, --levels and --importance need --texts to fit a probe on")
+        raise InputError(
+            "--target-depth, --levels and --importance need --texts to fit a probe on, and no "
+            "--adapter, which brings its own"
+        )
     with progress_bar("fit the probe") as advance:
         checkpoint, report = convert_model(
             source,
             out,
+            adapter=adapter,
+            sample_texts=lines if adapter is not None else None,
             fit=fit,
             context=context.value if context else None,
             head=head.value if head else None,
@@ -359,6 +368,8 @@ def bench(
 
 app.command("build-engine")(engine_commands.build_engine)
 app.command("doctor")(engine_commands.doctor)
+app.command("distill")(training_commands.distill)
+app.command("evaluate")(training_commands.evaluate)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sdt_deploy.bundle import Manifest
 from sdt_deploy.config import ModelConfig
+from sdt_deploy.errors import ConfigError
 
 
 def layer_flops(config: ModelConfig, *, n_active: int, n_context: int, n_pairs: float) -> float:
@@ -116,3 +117,43 @@ def _shares(
     scores = levels if quantiles is None else np.asarray(quantiles)
     below = np.interp(thresholds, scores, levels, left=0.0, right=1.0)
     return tuple(float(pinned + (1 - pinned) * (1 - share)) for share in below)
+
+
+def thresholds_for_depth(manifest: Manifest, target_depth: float) -> tuple[float, ...]:
+    """Return thresholds for another mean depth, from the manifest's score quantiles.
+
+    The model's own thresholds are moved along the quantiles, all by one factor: layers that every
+    token takes stay so, and thresholds that are equal stay equal, so two levels remain two.
+
+    Args:
+        manifest: of a bundle whose model has a probe.
+        target_depth: layers per token, pinned tokens included, on text like the calibration text.
+
+    Raises:
+        ConfigError: if there are no quantiles, or the depth cannot be reached.
+    """
+    config, quantiles = manifest.model, manifest.score_quantiles
+    n_layers, pinned = config.n_layers, manifest.pinned_share
+    if config.probe == "none" or quantiles is None:
+        raise ConfigError(
+            "a target depth needs score quantiles, and this bundle has none: its model came "
+            "without a fitted probe. Pass thresholds instead"
+        )
+    levels = np.linspace(0.0, 1.0, 101)
+    below = np.interp(config.thresholds, quantiles, levels, left=0.0, right=1.0)
+    always = int((below == 0).sum())
+    lowest = pinned * n_layers + (1 - pinned) * always
+    if not lowest <= target_depth <= n_layers:
+        raise ConfigError(
+            f"a mean depth of {target_depth} cannot be reached: pinned tokens, and layers that "
+            f"every token takes, leave {lowest:.3g} to {n_layers}"
+        )
+    free = (target_depth - pinned * n_layers) / (1 - pinned) if pinned < 1 else n_layers
+    now = n_layers - below.sum()
+    if free >= now:
+        below = below * ((n_layers - free) / (n_layers - now) if now < n_layers else 0.0)
+    else:
+        below = np.where(below > 0, 1 - (1 - below) * (free - always) / (now - always), 0.0)
+    last = float(np.nextafter(np.float32(1), np.float32(0)))
+    moved = np.minimum(np.interp(below, levels, quantiles), last)
+    return tuple(float(value) for value in np.where(below > 0, moved, 0.0))

@@ -9,6 +9,8 @@
     │   ├── BundleFormatError       not a bundle, or of a version this release cannot read
     │   └── BundleIntegrityError    a file is missing, altered or lies outside the bundle
     ├── ExportError             a graph could not be exported
+    │   └── VerificationError       an exported graph disagrees with the PyTorch model
+    ├── TrainingError           a distillation cannot go on
     │   ├── VerificationError       an exported graph disagrees with the PyTorch model
     │   └── BuildError              an engine could not be built from a graph
     ├── InputError              ids, lengths or texts that cannot be run
@@ -54,6 +56,10 @@ class ExportError(SdtDeployError):
 
 class VerificationError(ExportError):
     """An exported graph or a bundle disagrees with the PyTorch model."""
+
+
+class TrainingError(SdtDeployError):
+    """A distillation cannot go on; its last checkpoint is kept."""
 
 
 class BuildError(ExportError):

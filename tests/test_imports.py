@@ -37,12 +37,14 @@ LEVELS = (
     "exporters",
     "runtime",
     "evaluation",
+    "training",
     "bench",
     "testing",
     "__init__",
     "choices",
     "console",
     "engine_commands",
+    "training_commands",
     "cli",
 )
 """A module imports only what stands above it, or beside it in its own folder."""

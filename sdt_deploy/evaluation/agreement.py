@@ -22,7 +22,10 @@ class Agreement:
     spearman: float
     """Rank correlation of all pairwise similarities (Spearman's rho)."""
     top1_agreement: float
-    """Share of texts whose nearest neighbour is the same."""
+    """Share of texts whose nearest neighbour among the others is the same: found among the compared
+    embeddings for one side, among the reference embeddings for the other."""
+    top10_agreement: float
+    """Mean share of the ten nearest neighbours that are the same, in any order."""
 
     def in_words(self) -> str:
         """Describe the agreement in one sentence."""
@@ -64,7 +67,19 @@ def agreement(
         p5_cosine=float(np.quantile(cosines, 0.05)),
         spearman=spearman(similar_a[pairs], similar_b[pairs]),
         top1_agreement=float((similar_a.argmax(axis=1) == similar_b.argmax(axis=1)).mean()),
+        top10_agreement=_overlap(similar_a, similar_b, min(10, len(a) - 1)),
     )
+
+
+def _overlap(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating], count: int) -> float:
+    """Return the mean share that the ``count`` largest places of each row have in common."""
+    marked = []
+    for similar in (a, b):
+        nearest = np.argpartition(similar, -count, axis=1)[:, -count:]
+        mark = np.zeros(similar.shape, dtype=bool)
+        np.put_along_axis(mark, nearest, True, axis=1)
+        marked.append(mark)
+    return float((marked[0] & marked[1]).sum() / (count * len(a)))
 
 
 def spearman(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:

@@ -76,12 +76,16 @@ class Scorer(nn.Module):
         """
         if not self.linear:
             return torch.ones_like(embedded[..., 0], dtype=torch.float32)
-        product = embedded.float() * self.weight.float()
-        scores = torch.sigmoid(product.sum(dim=-1) + self.bias.float())
+        scores = torch.sigmoid(self.logits(embedded))
         if not self.pins:
             return scores
         pinned = (input_ids.unsqueeze(-1).int() == self.pinned_token_ids).any(dim=-1)
         return torch.where(pinned, 1.0, scores)
+
+    def logits(self, embedded: Tensor) -> Tensor:
+        """Return ``weight · embedding + bias``, ``[...]`` float32, whatever the token."""
+        product = embedded.float() * self.weight.float()
+        return product.sum(dim=-1) + self.bias.float()
 
 
 class Attention(nn.Module):

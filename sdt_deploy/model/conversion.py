@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from sdt_deploy.config import Context
-from sdt_deploy.errors import CheckpointError
+from sdt_deploy.errors import CheckpointError, ConfigError
 from sdt_deploy.model import checkpoints
+from sdt_deploy.model.adapters import merged, read_adapter
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.huggingface import load_huggingface
 from sdt_deploy.model.original import load_original
@@ -97,6 +98,8 @@ def convert(
     source: Path,
     target: Path,
     *,
+    adapter: Path | None = None,
+    sample_texts: Sequence[str] | None = None,
     fit: ProbeFit | None = None,
     context: Context | None = None,
     head: str | None = None,
@@ -108,6 +111,9 @@ def convert(
     Args:
         source: see :func:`load_any`.
         target: directory to make.
+        adapter: file to merge; see :mod:`sdt_deploy.model.adapters`. It brings its own probe.
+        sample_texts: text that exports are verified and bundles benchmarked on; None: what ``fit``
+            holds out, else the checkpoint's.
         fit: fit a probe, replacing one that the model may have; None: keep the model as it is.
         context: what active tokens see; None: as in the checkpoint (Hugging Face: ``all``).
         head: see :func:`load_any`.
@@ -115,19 +121,38 @@ def convert(
         progress: called with the number of tokens after each batch of the fit.
 
     Raises:
-        CheckpointError: if ``source`` cannot be used.
-        ConfigError: if the target depth cannot be reached.
+        CheckpointError: if ``source`` cannot be used, or ``adapter`` does not fit it.
+        ConfigError: if the target depth cannot be reached, or ``adapter`` is given with ``fit`` or
+            ``context``, which it brings itself.
         OutputError: if ``target`` exists or cannot be written.
     """
+    if adapter is not None and (fit is not None or context is not None):
+        raise ConfigError(
+            "an adapter brings its own probe and context: leave out the texts to fit on and the "
+            "context"
+        )
     checkpoint = load_any(source, head=head)
+    if adapter is not None:
+        checkpoint = merged(checkpoint, read_adapter(adapter), where=str(adapter))
     if context is not None:
         model = rebuilt(checkpoint.model, context=context)
         checkpoint = dataclasses.replace(checkpoint, model=model)
     report = None
     if fit is not None:
         checkpoint, report = with_probe(checkpoint, fit, progress=progress)
+    if sample_texts is not None:
+        checkpoint = dataclasses.replace(checkpoint, sample=_sample_of(checkpoint, sample_texts))
     checkpoints.save(checkpoint, target, overwrite=overwrite)
     return checkpoint, report
+
+
+def _sample_of(checkpoint: Checkpoint, texts: Sequence[str]) -> TokenSample:
+    if checkpoint.tokenizer is None:
+        raise CheckpointError("texts were given, and this checkpoint has no tokenizer")
+    ids, cu_seqlens = TextTokenizer(checkpoint.tokenizer).encode(
+        texts, max_length=checkpoint.model.config.max_positions, overflow="truncate"
+    )
+    return _head_of(TokenSample(input_ids=ids, cu_seqlens=cu_seqlens), SAMPLE_TOKENS)
 
 
 def with_probe(

@@ -202,26 +202,35 @@ def fit_probe(features: TokenFeatures) -> tuple[Tensor, Tensor]:
     return weight.float(), -(mean @ weight).float()
 
 
-def depth_shares(n_layers: int, mean_depth: float, levels: Levels) -> Float64:
+def depth_shares(
+    n_layers: int, mean_depth: float, levels: Levels, *, shallow_depth: int = 1
+) -> Float64:
     """Return the share of tokens at depth 1, 2, …, n_layers.
 
-    ``two-level`` uses depths 1 and n_layers only; ``graded`` all of them, with the largest entropy
-    that the mean allows (shares proportional to ``exp(λ · depth)``, Jaynes 1957).
+    ``two-level`` uses the depths ``shallow_depth`` and n_layers only; ``graded`` all of them, with
+    the largest entropy that the mean allows (shares proportional to ``exp(λ · depth)``, Jaynes
+    1957).
 
     Raises:
         ConfigError: if the mean cannot be reached.
     """
-    if not 1.0 <= mean_depth <= n_layers:
+    if levels == "graded":
+        shallow_depth = 1
+    elif not 1 <= shallow_depth <= max(1, n_layers - 1):
+        raise ConfigError(
+            f"the shallow depth must lie in 1..{max(1, n_layers - 1)}, not {shallow_depth}"
+        )
+    if not shallow_depth <= mean_depth <= n_layers:
         raise ConfigError(
             f"a mean depth of {mean_depth:.3g} over unpinned tokens cannot be reached: every token "
-            f"passes through 1 to {n_layers} layers"
+            f"passes through {shallow_depth} to {n_layers} layers"
         )
     shares = np.zeros(n_layers)
     if n_layers == 1:
         return np.ones(1)
     if levels == "two-level":
-        shares[-1] = (mean_depth - 1) / (n_layers - 1)
-        shares[0] = 1 - shares[-1]
+        shares[-1] = (mean_depth - shallow_depth) / (n_layers - shallow_depth)
+        shares[shallow_depth - 1] = 1 - shares[-1]
         return shares
     depths = np.arange(1, n_layers + 1)
     low, high = -50.0, 50.0
@@ -239,6 +248,8 @@ def set_thresholds(
     config: ModelConfig,
     target_depth: float,
     levels: Levels,
+    *,
+    shallow_depth: int = 1,
 ) -> tuple[float, ...]:
     """Place thresholds so that the mean depth over all tokens is ``target_depth``.
 
@@ -250,6 +261,7 @@ def set_thresholds(
         config: the model.
         target_depth: layers per token, padding excluded, pinned tokens included.
         levels: see :func:`depth_shares`.
+        shallow_depth: see :func:`depth_shares`.
 
     Raises:
         ConfigError: if the depth cannot be reached.
@@ -258,7 +270,8 @@ def set_thresholds(
     if not 0.0 < target_depth <= n_layers:
         raise ConfigError(f"target depth must lie in (0, {n_layers}], not {target_depth}")
     free_mean = (target_depth - pinned_share * n_layers) / (1 - pinned_share)
-    below = np.cumsum(depth_shares(n_layers, min(free_mean, n_layers), levels))[:-1]
+    shares = depth_shares(n_layers, min(free_mean, n_layers), levels, shallow_depth=shallow_depth)
+    below = np.cumsum(shares)[:-1]
     ordered = np.sort(scores)
     cuts = [0.0, *(_cut(ordered, share) for share in below)]
     return tuple(float(cut) for cut in np.maximum.accumulate(cuts))

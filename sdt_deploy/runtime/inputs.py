@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.config import ModelConfig, check_thresholds, shown
+from sdt_deploy.bundle import Manifest
+from sdt_deploy.config import ModelConfig, check_thresholds, is_number, shown
+from sdt_deploy.costs import thresholds_for_depth
 from sdt_deploy.errors import ConfigError, InputError
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.routing import Int32
@@ -71,6 +73,23 @@ def read_thresholds(values: object, n_layers: int) -> tuple[float, ...]:
         raise ConfigError(f"thresholds must be {n_layers} numbers: {error}") from error
     check_thresholds(thresholds, n_layers)
     return thresholds
+
+
+def chosen_thresholds(
+    values: Sequence[float] | None, target_depth: object, manifest: Manifest
+) -> Sequence[float] | None:
+    """Return ``values``, or those for ``target_depth``; None: the model's own.
+
+    Raises:
+        ConfigError: if both are given, or the depth is no number or cannot be reached.
+    """
+    if target_depth is None:
+        return values
+    if values is not None:
+        raise ConfigError("thresholds and target_depth contradict each other; give one of them")
+    if not is_number(target_depth):
+        raise ConfigError(f"target_depth must be a number, not {shown(target_depth)}")
+    return thresholds_for_depth(manifest, float(target_depth))  # type: ignore[arg-type]
 
 
 def _as_texts(inputs: object) -> list[str] | None:

@@ -24,7 +24,7 @@ from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs
-from sdt_deploy.runtime.inputs import read_batch, read_thresholds
+from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.loop import bind_stages, timed
 from sdt_deploy.runtime.padded import run_padded
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
@@ -179,6 +179,7 @@ class Session:
         token_type_ids: npt.ArrayLike | None = None,
         overflow: Overflow = "error",
         thresholds: Sequence[float] | None = None,
+        target_depth: float | None = None,
         path: PathChoice = "auto",
         timeout_s: float | None = None,
         cancel: threading.Event | None = None,
@@ -195,6 +196,8 @@ class Session:
                 ``truncate``, or ``split`` into windows, see
                 :func:`sdt_deploy.runtime.windows.join_windows`.
             thresholds: one per layer, instead of the model's.
+            target_depth: mean depth to aim at, instead of thresholds; see
+                :func:`sdt_deploy.costs.thresholds_for_depth`.
             path: ``sparse`` compacts between stages; ``single`` does so inside one graph, in one
                 call; ``masked`` computes the same function without compaction; ``auto`` picks the
                 fastest of them by a cost model that is calibrated when it is first needed;
@@ -210,7 +213,8 @@ class Session:
 
         Raises:
             InputError: if the batch cannot be run.
-            ConfigError: if ``thresholds`` are not one per layer and nondecreasing.
+            ConfigError: if ``thresholds`` are not one per layer and nondecreasing, or
+                ``target_depth`` cannot be reached.
             BackendError: if the engine fails or the session is closed.
             RunCancelledError: if ``cancel`` was set.
             DeadlineExceededError: if ``timeout_s`` have passed.
@@ -225,7 +229,8 @@ class Session:
             overflow=overflow,
             tokenizer=lambda: self.tokenizer,
         )
-        result = self._run_checked(batch, thresholds, path, check)
+        limits = chosen_thresholds(thresholds, target_depth, self.manifest)
+        result = self._run_checked(batch, limits, path, check)
         if cu_windows is None:
             return result
         return join_windows(result, cu_windows, self.manifest.model.head)

@@ -1,0 +1,1 @@
+"""Distillation: a dense checkpoint becomes a depth-sparse one that follows it."""

@@ -1,0 +1,333 @@
+"""The training loop: a dense teacher, a student that skips, and what brings one to the other."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdt_deploy.errors import ConfigError, InputError, TrainingError
+from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
+from sdt_deploy.model.transformer import DenseTransformer, SparseDepthTransformer
+from sdt_deploy.training.batches import BatchStream, DeviceTokens
+from sdt_deploy.training.calibration import calibrated, probe_frame
+from sdt_deploy.training.config import DistillConfig
+from sdt_deploy.training.gates import Gate, pinned_tokens, routed_forward
+from sdt_deploy.training.lora import add_adapters, merged_weights
+from sdt_deploy.training.losses import TeacherMemory, distillation_loss
+from sdt_deploy.training.schedule import (
+    ScoreWindow,
+    depth_at,
+    depth_limits,
+    learning_rate_at,
+    temperature_at,
+)
+from sdt_deploy.training.state import optimizer_tensors, restore_optimizer
+from sdt_deploy.training.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step showed."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    terms: Mapping[str, float]
+    depth: float
+    """Mean depth of the batch, padding excluded, pinned tokens included."""
+    wanted_depth: float
+    """What the curriculum asked for."""
+    n_tokens: int
+    """Tokens of the batch, padding excluded."""
+
+
+class Distillation:
+    """A run of :class:`DistillConfig`; :meth:`run_step` until :attr:`done`, then :meth:`finish`.
+
+    The embeddings, the scorer's input, stay as they are, and so does an output projection.
+
+    Args:
+        start: the student as it begins, with a probe; its model is copied.
+        teacher: the dense model; its config may have more layers, its head must be the same.
+        sample: the texts as token ids.
+        config: how to run.
+        device: where; the teacher is moved there.
+        mixed_precision: compute products in bfloat16 (CUDA only).
+
+    Raises:
+        ConfigError: if ``config`` does not fit the model.
+    """
+
+    def __init__(
+        self,
+        start: Checkpoint,
+        teacher: DenseTransformer,
+        sample: TokenSample,
+        config: DistillConfig,
+        *,
+        device: torch.device | str = "cpu",
+        mixed_precision: bool = False,
+    ) -> None:
+        self._device = torch.device(device)
+        self._start, self.config = start, config
+        _check_fit(start.model, teacher, sample, config)
+        torch.manual_seed(config.seed)
+        self.model = copy.deepcopy(start.model).to(self._device).train()
+        self._train_some()
+        self._autocast = partial(
+            torch.autocast, self._device.type, torch.bfloat16, enabled=mixed_precision
+        )
+        max_length = min(config.max_length, start.model.config.max_positions)
+        self._tokens = DeviceTokens(sample, max_length, self._device)
+        self._stream = BatchStream(self._tokens.lengths, config.batch_size, config.seed)
+        self.teacher = Teacher(teacher.to(self._device), self._tokens, self._autocast)
+        self._memory = TeacherMemory(config.n_memory)
+        self._window = ScoreWindow(config.n_window)
+        self._learns_probe = config.probe != "fixed" and self.model.scorer.linear
+        self._frame = probe_frame(start.model, sample, self._device)
+        self._place_probe()
+        groups = [
+            {"params": self._trained(probe=False), "lr": config.learning_rate},
+            {"params": self._trained(probe=True), "lr": config.probe_learning_rate},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self._optimizer = torch.optim.AdamW(
+            groups,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.98),
+            fused=self._device.type == "cuda",
+        )
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self.step = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps were made."""
+        return self.step >= self.config.n_steps
+
+    def _train_some(self) -> None:
+        """Freeze what is not trained, and put adapters in if they are wanted."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.startswith(("layers.", "head.norm.")))
+        if self.config.lora_rank is not None:
+            add_adapters(self.model, self.config.lora_rank, seed=self.config.seed)
+        self.model.scorer.requires_grad_(self.config.probe != "fixed")
+
+    def _trained(self, *, probe: bool) -> list[nn.Parameter]:
+        return [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and name.startswith("scorer.") == probe
+        ]
+
+    def _place_probe(self) -> None:
+        if self._learns_probe:
+            self._frame.place(self.model.scorer.weight, self.model.scorer.bias)
+
+    def _gate(self, progress: float) -> tuple[Gate, float]:
+        """Return the kind of gate and its temperature, in standard deviations."""
+        config = self.config
+        if config.probe == "fixed":
+            return "hard", 1.0
+        soft_share = 1.0 if config.probe == "straight-through" else 1 - config.hard_share
+        temperature = temperature_at(
+            progress / max(soft_share, 1e-9),
+            first=config.first_temperature,
+            last=config.last_temperature,
+        )
+        if config.probe == "annealed" and progress < soft_share:
+            return "soft", temperature
+        return "straight-through", temperature
+
+    def run_step(self) -> StepReport:
+        """Make one step.
+
+        Raises:
+            TrainingError: if the loss or the gradient is not finite; the weights are then those
+                before the step.
+        """
+        config, model = self.config, self.model
+        progress = self.step / config.n_steps
+        factor = learning_rate_at((self.step + 1) / config.n_steps, warm_up=config.warm_up)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        ids, mask, index = self._tokens.padded(self._stream(self.step))
+        wanted = self.teacher(ids, mask, index)
+        with torch.no_grad():
+            embedded = model.embed(ids)
+        scored = model.scorer.linear
+        logits = model.scorer.logits(embedded) if scored else embedded.new_zeros(mask.shape)
+        n_tokens = int(mask.sum())
+        self._window.add(logits[mask & ~pinned_tokens(model, ids)], n_tokens)
+        wanted_depth = self._wanted_depth(progress)
+        limits = self._limits(wanted_depth)
+        gate, temperature = self._gate(progress)
+        with self._autocast():
+            routed = routed_forward(
+                model,
+                ids,
+                mask,
+                embedded,
+                logits,
+                limits,
+                gate=gate,
+                temperature=temperature,
+            )
+        loss, terms = distillation_loss(
+            model.head,
+            routed.hidden_states,
+            wanted,
+            self.teacher.model.head,
+            mask,
+            config.loss,
+            self._memory,
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, config.gradient_clip)
+        value = float(loss.detach())
+        if not np.isfinite([value, float(norm)]).all():
+            raise TrainingError(
+                f"the loss is {value} and its gradient {float(norm)} at step {self.step + 1} of "
+                f"{config.n_steps}: stopped. Lower the learning rate and begin anew, or look at "
+                "the texts; the last checkpoint is as it was"
+            )
+        self._optimizer.step()
+        self._place_probe()
+        self.step += 1
+        return StepReport(
+            step=self.step,
+            loss=value,
+            terms={name: float(term.detach()) for name, term in terms.items()},
+            depth=float(routed.depths.sum()) / n_tokens,
+            wanted_depth=wanted_depth,
+            n_tokens=n_tokens,
+        )
+
+    def _wanted_depth(self, progress: float) -> float:
+        return depth_at(
+            progress,
+            n_layers=self.model.config.n_layers,
+            target_depth=self.config.target_depth,
+            curriculum=self.config.curriculum,
+            share=self.config.curriculum_share,
+        )
+
+    def _limits(self, wanted_depth: float) -> Tensor:
+        config, n_layers = self.config, self.model.config.n_layers
+        share = self._window.pinned_share
+        floor = config.shallow_depth if config.levels == "two-level" else 1
+        # A batch of short texts may hold so many pinned tokens that it cannot be held there.
+        lowest = share * n_layers + (1 - share) * min(floor, n_layers)
+        wanted_depth = max(wanted_depth, lowest)
+        return depth_limits(
+            self._window.logits,
+            share,
+            n_layers=n_layers,
+            target_depth=wanted_depth,
+            levels=config.levels,
+            shallow_depth=config.shallow_depth,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that later steps depend on, the step's number aside."""
+        trained = {
+            f"model/{name}": parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        memory = self._memory.rows()
+        rest = {} if memory is None else {"memory": memory}
+        window = {"window/logits": self._window.logits, "window/counts": self._window.counts}
+        return {**trained, **optimizer_tensors(self._optimizer), **window, **rest}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Go back to a :meth:`state` of this run, after ``step`` steps."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[f"model/{name}"])
+        restore_optimizer(self._optimizer, tensors)
+        self._window.logits = tensors["window/logits"].to(self._device)
+        self._window.counts = tensors["window/counts"]
+        self._memory = TeacherMemory(self.config.n_memory)
+        if "memory" in tensors:
+            self._memory.add(tensors["memory"].to(self._device))
+        self.step = step
+
+    def finish(self, calibration: TokenSample) -> Checkpoint:
+        """Return the student, with thresholds for the target depth on ``calibration``.
+
+        Adapters are rounded to float16, as their file holds them, and merged.
+
+        Raises:
+            ConfigError: if the depth cannot be reached on that text.
+        """
+        model = SparseDepthTransformer(self.model.config)
+        model.load_state_dict(merged_weights(self.model))
+        model.eval()
+        provenance = {
+            **self._start.provenance,
+            "distillation": {**self.config.to_dict(), "steps_made": self.step},
+        }
+        checkpoint = dataclasses.replace(self._start, model=model, provenance=provenance)
+        return calibrated(
+            checkpoint,
+            calibration,
+            target_depth=self.config.target_depth,
+            levels=self.config.levels,
+            shallow_depth=self.config.shallow_depth,
+        )
+
+
+def _check_fit(
+    student: SparseDepthTransformer,
+    teacher: DenseTransformer,
+    sample: TokenSample,
+    config: DistillConfig,
+) -> None:
+    mine, its = student.config, teacher.config
+    if not 0 < config.target_depth <= mine.n_layers:
+        raise ConfigError(
+            f"target depth must lie in (0, {mine.n_layers}], not {config.target_depth}"
+        )
+    if mine.probe != "linear" and config.target_depth < mine.n_layers:
+        raise ConfigError("the student has no probe: fit one with texts first")
+    if mine.head != its.head or (mine.vocab_size, mine.d_model) != (its.vocab_size, its.d_model):
+        raise ConfigError(
+            f"teacher and student must have one head, vocabulary and width: {its.head}, "
+            f"{its.vocab_size}, {its.d_model}; {mine.head}, {mine.vocab_size}, {mine.d_model}"
+        )
+    if len(sample.cu_seqlens) < 3:
+        raise InputError("at least two texts are needed to distil with")
+
+
+def run(
+    distillation: Distillation,
+    *,
+    each: Callable[[StepReport], None] = lambda report: None,
+    save: Callable[[], None] = lambda: None,
+    save_every: int = 200,
+    keep_on: Callable[[], bool] = lambda: True,
+) -> None:
+    """Make all remaining steps, or stop when ``keep_on`` says no.
+
+    Args:
+        distillation: the run.
+        each: called after each step.
+        save: called after every ``save_every`` steps and at the end.
+        save_every: steps.
+        keep_on: asked before each step.
+    """
+    while not distillation.done and keep_on():
+        each(distillation.run_step())
+        if distillation.step % save_every == 0 or distillation.done:
+            save()

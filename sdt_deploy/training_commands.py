@@ -1,0 +1,124 @@
+"""Commands about training and quality; :mod:`sdt_deploy.cli` registers them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from sdt_deploy.choices import (
+    CurriculumChoice,
+    DeviceChoice,
+    LevelsChoice,
+    ProbeTrainingChoice,
+)
+from sdt_deploy.console import clean_up_on_sigterm, console, progress_bar
+
+
+def evaluate(
+    subject: Annotated[Path, typer.Argument(help="Bundle, or any model that convert accepts.")],
+    teacher: Annotated[Path, typer.Option(help="Dense model to compare with.")],
+    texts: Annotated[Path, typer.Option(help="Held-out text, one paragraph per line.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare with a dense teacher on held-out text; a bundle keeps the result.
+
+    Example: sdt-deploy evaluate bundle --teacher ./all-MiniLM-L6-v2 --texts held-out.txt
+    """
+    from sdt_deploy.extras import require
+
+    clean_up_on_sigterm()
+    require("torch", extra="export", purpose="Running the teacher")
+    from sdt_deploy.evaluation.evaluate import evaluate as measure
+    from sdt_deploy.tokenization import read_lines
+
+    quality = measure(subject, teacher, read_lines(texts)).to_dict()
+    if as_json:
+        console.file.write(json.dumps(quality, indent=1) + "\n")
+        return
+    for name, value in quality.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        console.print(f"[bold]{name:<16}[/bold]{shown}", highlight=False)
+
+
+def distill(
+    teacher: Annotated[Path, typer.Argument(help="Dense model; any that convert accepts.")],
+    out: Annotated[Path, typer.Argument(help="Native model directory to make.")],
+    texts: Annotated[list[Path], typer.Option(help="Text, one paragraph a line; repeatable.")],
+    target_depth: Annotated[float, typer.Option(help="Mean layers per token at the end.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps to make.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 32,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens; longer texts are cut.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 3e-4,
+    probe: Annotated[
+        ProbeTrainingChoice, typer.Option(help="How the probe is trained.")
+    ] = ProbeTrainingChoice.fixed,
+    levels: Annotated[LevelsChoice, typer.Option(help="Depths to use.")] = LevelsChoice.two_level,
+    curriculum: Annotated[
+        CurriculumChoice, typer.Option(help="How the depth falls to the target.")
+    ] = CurriculumChoice.cosine,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Train adapters of this rank; default: all weights.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Write an adapter file too; needs --lora-rank.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of order and adapters.")] = 0,
+    device: Annotated[DeviceChoice, typer.Option(help="Where to train.")] = DeviceChoice.cpu,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    cache_mb: Annotated[
+        int, typer.Option(min=0, help="Keep the teacher's states if they fit.")
+    ] = 1024,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the target if it exists.")
+    ] = False,
+) -> None:
+    """Train a dense model to skip layers and keep its output.
+
+    Example: sdt-deploy distill ./all-MiniLM-L6-v2 model --texts texts.txt --target-depth 3.6
+    """
+    from sdt_deploy.extras import require
+
+    clean_up_on_sigterm()
+    require("torch", extra="export", purpose="Training")
+    require("safetensors", extra="export", purpose="Training")
+    from sdt_deploy.tokenization import read_lines
+    from sdt_deploy.training.config import DistillConfig
+    from sdt_deploy.training.job import JobOptions, training_directory
+    from sdt_deploy.training.job import distill as distil
+
+    config = DistillConfig(
+        target_depth=target_depth,
+        n_steps=steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        learning_rate=learning_rate,
+        probe=probe.value,
+        levels=levels.value,
+        curriculum=curriculum.value,
+        lora_rank=lora_rank,
+        seed=seed,
+    )
+    options = JobOptions(
+        device=device.value,
+        resume=resume,
+        save_every=save_every,
+        cache_mb=cache_mb,
+        adapter=adapter,
+        overwrite=overwrite,
+    )
+    lines = [line for path in texts for line in read_lines(path)]
+    with progress_bar("distil") as advance:
+        _, last = distil(teacher, out, lines, config, options, progress=advance)
+    said = (
+        "" if last is None else f", loss {last.loss:.4f}, depth of the last batch {last.depth:.2f}"
+    )
+    console.print(
+        f"[bold]{escape(str(out))}[/bold]: {steps} steps{said}; log in "
+        f"{escape(str(training_directory(out)))}",
+        highlight=False,
+    )
