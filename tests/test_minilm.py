@@ -19,18 +19,34 @@ from sdt_deploy.model.checkpoints import load
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.tokenization import TextTokenizer, read_lines
+from tests.conftest import Once
 
 TEXTS = Path(__file__).parent.parent / "examples" / "texts" / "shakespeare.txt"
 
 
 @pytest.fixture(scope="module")
-def native(readme: Path) -> Path:
-    return readme / "build" / "model"
+def fitted(minilm: Path, once: Once) -> Path:
+    """The original weights with a fitted probe of graded depths; the README's are distilled."""
+
+    def fill(directory: Path) -> None:
+        script = str(Path(sys.executable).with_name("sdt-deploy"))
+        for command in (
+            ["convert", str(minilm), "model", "--texts", str(TEXTS)],
+            ["export", "model", "bundle"],
+        ):
+            subprocess.run([script, *command], cwd=directory, check=True, capture_output=True)
+
+    return once("minilm", fill)
 
 
 @pytest.fixture(scope="module")
-def bundle(readme: Path) -> Path:
-    return readme / "build" / "bundle"
+def native(fitted: Path) -> Path:
+    return fitted / "model"
+
+
+@pytest.fixture(scope="module")
+def bundle(fitted: Path) -> Path:
+    return fitted / "bundle"
 
 
 def test_conversion_and_export(native: Path, bundle: Path) -> None:
