@@ -21,6 +21,11 @@ class StateBuffers:
     """
 
     def __init__(self, backend: Backend, states: TensorSpec) -> None:
+        if len(states.axes) != 2 or not isinstance(states.axes[1], int):
+            raise BundleFormatError(
+                f"{states.name} must have the axes [rows, width], not {shown(states.axes)}; "
+                "export again"
+            )
         self._backend = backend
         self._states = states
         self._width = int(states.axes[1])
