@@ -11,7 +11,9 @@ import numpy as np
 import onnx
 
 from sdt_deploy.bundle import (
+    ATTENTION_LAYOUTS,
     FORMAT,
+    FORMAT_VERSION,
     MANIFEST,
     REFERENCE,
     SAMPLE,
@@ -70,6 +72,7 @@ def export(
         raise ConfigError(
             f"the single file is float32 only, not {config.numbers}; export with --no-single-file"
         )
+    layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
     model = checkpoint.model.eval()
     parts = list(partition(model, config, single_file=single_file))
     layers = dict(
@@ -94,7 +97,7 @@ def export(
                 outputs=part.module.outputs,
                 graph_sha256=hashes[part.name],
                 max_abs_error=verify_graph(path, part.name, layers.get(part.name), model, config),
-                attention_layout="padded-heads" if part.name in layers else None,
+                attention_layout=layout if part.name in layers else None,
                 layers=layers.get(part.name),
             )
         progress("write manifest", 2 * len(parts), 2 * len(parts))
