@@ -55,7 +55,8 @@ def export(
         checkpoint: the model with its tokenizer and provenance.
         target: directory to make.
         config: how to cut the model; default: one layer per stage, float32.
-        single_file: write the whole loop as one graph too; None: in float32, which alone it knows.
+        single_file: write the whole loop as one graph too; None: in decomposed float32, which alone
+            it knows.
         overwrite: replace ``target`` if it exists.
         progress: see :data:`Progress`.
 
@@ -66,11 +67,13 @@ def export(
         OutputError: if ``target`` exists or cannot be written.
     """
     config = config or ExportConfig()
+    possible = config.numbers == "float32" and config.attention == "decomposed"
     if single_file is None:
-        single_file = config.numbers == "float32"
-    if single_file and config.numbers != "float32":
+        single_file = possible
+    if single_file and not possible:
         raise ConfigError(
-            f"the single file is float32 only, not {config.numbers}; export with --no-single-file"
+            "the single file is float32 only, with decomposed attention, not "
+            f"{config.numbers} with {config.attention}; export with --no-single-file"
         )
     layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
     model = checkpoint.model.eval()

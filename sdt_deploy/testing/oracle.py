@@ -17,8 +17,10 @@ from torch import Tensor
 from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.exporters.partition import partition
+from sdt_deploy.model.blocks import TransformerLayer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
+from sdt_deploy.runtime.backends.device import DeviceMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,41 @@ class OracleBackend(HostMemory):
         """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
 
 
+class OracleDeviceBackend(DeviceMemory):
+    """The same for the loop on a device, in torch tensors on the CPU."""
+
+    name = "oracle-device"
+    profiles = ()
+
+    def __init__(self, bundle: Bundle, model: SparseDepthTransformer) -> None:
+        super().__init__("cpu")
+        self._oracle = OracleBackend(bundle, model)
+        self.calls = self._oracle.calls
+
+    def has(self, name: str) -> bool:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
+        return self._oracle.has(name)
+
+    def graph(self, name: str) -> Graph:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
+        return _OnTensors(self._oracle.graph(name))
+
+    def close(self) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
+
+
+class _OnTensors:
+    """A graph over NumPy arrays, given tensors on the CPU: they share memory."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """See :meth:`sdt_deploy.runtime.backend.Graph.bind`."""
+        arrays = ({name: t.numpy() for name, t in side.items()} for side in (inputs, outputs))
+        return self._graph.bind(*arrays)
+
+
 class _OracleGraph:
     def __init__(
         self, spec: GraphSpec, model: SparseDepthTransformer, calls: list[StageCall]
@@ -120,6 +157,8 @@ class _OracleGraph:
         remaining = torch.full(states.shape[:1], stop - first, dtype=torch.int32)
         if "remaining_depth" in inputs:
             remaining = torch.from_numpy(inputs["remaining_depth"])
+        if self._spec.attention_layout == "padded-rows":
+            return {"updated_states": self._fused(self._model.blocks[first], inputs)}
         n_heads = self._model.config.n_heads
         gather = _long(inputs["gather_index"])[:, 0] // n_heads
         scatter = _long(inputs["scatter_index"])[:, 0]
@@ -144,6 +183,17 @@ class _OracleGraph:
             updated = layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
             states = torch.where(active[:, None], updated, states)
         return {"updated_states": states}
+
+    def _fused(self, layer: TransformerLayer, inputs: Mapping[str, Array]) -> Tensor:
+        gather, scatter = _long(inputs["gather_index"]), _long(inputs["scatter_index"])
+        queries = torch.from_numpy(inputs["hidden_states"])[gather]
+        keys = queries
+        if "context_states" in inputs:
+            keys = torch.from_numpy(inputs["context_states"])
+        visible = _within(inputs["key_lengths"], keys.shape[1])
+        joined = torch.cat([queries, keys], dim=1)
+        mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
+        return layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
 
     def _head(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         states = torch.from_numpy(inputs["hidden_states"])
