@@ -31,7 +31,7 @@ from distill_data import HELD_OUT, MAX_LENGTH, first, load_base, read_packed
 
 from sdt_deploy.evaluation.agreement import agreement
 from sdt_deploy.evaluation.oracle import embed_with_oracle
-from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import rebuilt
 from sdt_deploy.model.probe import set_thresholds
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[Variant, Variant]] = {
     "unmixed": ({"mixed_share": 0.0}, {}),
     "augmented": ({"crop_share": 0.5, "replaced_share": 0.1}, {}),
     "cropped": ({"crop_share": 0.5}, {}),
-    "unpinned": ({}, {"unpinned": True}),
+    "shallow-sep": ({}, {"shallow_sep": True}),
     "shallow-2": ({"shallow_depth": 2}, {}),
     "no-hidden": ({"loss": {**LOSS, "hidden": 0.0}}, {}),
     "all-hidden": ({"loss": {**LOSS, "hidden": 1.0, "shallow": 1.0}}, {}),
@@ -83,7 +83,7 @@ EXPLORED = [
     "lora-112",
     "unmixed",
     "augmented",
-    "unpinned",
+    "shallow-sep",
     "random",
     "truncated-4",
 ]
@@ -114,7 +114,7 @@ class Student:
         }
         calibration = read_packed(data / "calibration.xz")
         self.start = calibrated(
-            self._started(probes),
+            self._started(probes, calibration),
             calibration,
             target_depth=self.config.target_depth,
             levels=self.config.levels,
@@ -135,7 +135,7 @@ class Student:
         if extra.get("compile"):
             gates.layer_forward = torch.compile(gates.layer_forward, dynamic=True)
 
-    def _started(self, probes: dict[str, torch.Tensor]) -> Checkpoint:
+    def _started(self, probes: dict[str, torch.Tensor], sample: TokenSample) -> Checkpoint:
         model, extra = self.base.model, self.extra
         if "probe" in extra:
             model = rebuilt(model)
@@ -148,8 +148,8 @@ class Student:
                 model.config.replace(n_layers=extra["n_layers"], thresholds=())
             )
             model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        if extra.get("unpinned"):
-            model = rebuilt(model, pinned_token_ids=())
+        if extra.get("shallow_sep"):
+            model = _with_shallow_last_token(model, sample)
         return dataclasses.replace(self.base, model=model.eval())
 
     def note(self, **values: Any) -> None:
@@ -242,6 +242,23 @@ class Student:
         safetensors.torch.save_file(tensors, path)
 
 
+@torch.no_grad()
+def _with_shallow_last_token(
+    model: SparseDepthTransformer, sample: TokenSample
+) -> SparseDepthTransformer:
+    """Return the model with only its first special token pinned, and the last one scored low.
+
+    Pinned tokens are a tenth of a short text, and pass through all layers.
+    """
+    first_id, last_id = model.config.pinned_token_ids
+    model = rebuilt(model, pinned_token_ids=(first_id,))
+    mean = model.embed(torch.from_numpy(sample.input_ids[None, :100]).long())[0].mean(dim=0)
+    apart = model.embed(torch.full((1, 100), last_id))[0].mean(dim=0) - mean
+    weight = model.scorer.weight
+    weight.sub_((weight @ apart + 4.0) / apart.square().sum() * apart)
+    return model
+
+
 def _shown(report: StepReport) -> dict[str, float]:
     terms = {key: round(value, 5) for key, value in report.terms.items()}
     return {
@@ -300,6 +317,7 @@ def explore(arguments: argparse.Namespace, begun: float) -> None:
             process.wait(max(0.1, arguments.limit_s - (time.monotonic() - begun)))
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
             print(f"{name}: ended at the limit", flush=True)
         text = (arguments.out / f"{name}.txt").read_text()
         (arguments.out / f"{name}.txt").unlink()

@@ -62,6 +62,7 @@ class DeviceTokens:
 
     def __init__(self, sample: TokenSample, max_length: int, device: torch.device) -> None:
         self.lengths = np.minimum(np.diff(sample.cu_seqlens), max_length).astype(np.int64)
+        self._max_length = max_length
         self.starts = sample.cu_seqlens[:-1].astype(np.int64)
         self.input_ids = torch.from_numpy(sample.input_ids.astype(np.int32)).to(device)
 
@@ -86,7 +87,9 @@ class DeviceTokens:
             drawn = rng.integers(np.minimum(MIN_CROP, whole), whole + 1)
             lengths = np.where(cropped, drawn, whole)
             skipped = rng.integers(0, whole - lengths + 1)
-        place = np.arange(-(-int(lengths.max()) // WIDTH_STEP) * WIDTH_STEP)
+        longest = int(lengths.max())
+        rounded = -(-longest // WIDTH_STEP) * WIDTH_STEP
+        place = np.arange(max(longest, min(rounded, self._max_length)))
         index = starts[:, None] + place + np.where(place > 0, skipped[:, None], 0)
         index = np.where(place == lengths[:, None] - 1, (starts + whole - 1)[:, None], index)
         mask = place < lengths[:, None]
