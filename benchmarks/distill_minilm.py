@@ -274,6 +274,7 @@ def one(arguments: argparse.Namespace, begun: float) -> None:
     """Train and measure one variant within the limit."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # the other fused kernels take any mask
         print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     options, extra = VARIANTS.get(arguments.variant or arguments.name, ({}, {}))
     options, extra = {**options, **arguments.options}, {**extra, **arguments.extra}
@@ -296,6 +297,7 @@ def explore(arguments: argparse.Namespace, begun: float) -> None:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
     started = {}
