@@ -249,9 +249,12 @@ class FusedStageGraph(GraphModule):
 class HeadGraph(GraphModule):
     """Last hidden states to outputs."""
 
-    def __init__(self, head: PackedHead, config: ModelConfig, precision: Precision) -> None:
+    def __init__(
+        self, head: PackedHead, config: ModelConfig, precision: Precision, *, fused: bool = False
+    ) -> None:
         super().__init__()
         self.head = head
+        self.fused = fused
         states = _states("hidden_states", "n_tokens", config.d_model, precision)
         if not config.head.per_sequence:
             self.inputs = (states,)
@@ -275,7 +278,11 @@ class HeadGraph(GraphModule):
         if lengths is None:
             return self.head.project(self.head.normed(gather_rows(hidden_states, index)))
         padded = gather_rows(self.head.normed(hidden_states), index)
-        return self.head.project(self.head.pool(padded, within(lengths, index.shape[1])))
+        if self.fused:  # sizes would be computed on the host, which no CUDA graph may contain
+            mask = (index * 0 + 1).cumsum(dim=1, dtype=torch.int32) <= lengths[:, None]
+        else:
+            mask = within(lengths, index.shape[1])
+        return self.head.project(self.head.pool(padded, mask))
 
 
 class _PaddedGraph(GraphModule):
@@ -320,8 +327,8 @@ class _PaddedGraph(GraphModule):
             return key_bias(visible, self.n_heads, dtype)
         if not scattered:
             return visible.to(torch.int64).sum(dim=1)
-        batch, seq = visible.shape
-        return Mask(visible[:, None, None, :].expand(batch, 1, seq, seq))
+        everywhere = visible | ~visible
+        return Mask(visible[:, None, None, :] & everywhere[:, None, :, None])
 
     def through(self, layer: nn.Module, states: Tensor, see: Tensor | Mask) -> Tensor:
         """Apply one layer to all rows of a padded batch, as :meth:`embed` returns them."""
@@ -334,13 +341,15 @@ class _PaddedGraph(GraphModule):
     def finish(self, states: Tensor, mask: Tensor) -> Tensor:
         batch, seq = mask.shape
         config = self.head.config
+
+        def padded(rows: Tensor) -> Tensor:
+            return rows if self.fused else rows.reshape(batch, seq, -1)
+
         if not config.per_sequence:
-            return self.head.project(self.head.normed(states)).reshape(batch, seq, -1)
+            return padded(self.head.project(self.head.normed(states)))
         if config.pooling == "cls":
-            first = states.reshape(batch, seq, -1).select(1, 0)
-            return self.head.project(self.head.normed(first))
-        padded = self.head.normed(states).reshape(batch, seq, -1)
-        return self.head.project(self.head.pool(padded, mask))
+            return self.head.project(self.head.normed(padded(states).select(1, 0)))
+        return self.head.project(self.head.pool(padded(self.head.normed(states)), mask))
 
 
 class DenseGraph(_PaddedGraph):
@@ -425,7 +434,8 @@ def partition(
         else:
             module = stage(packed[first:stop], model.config, precision)
         yield GraphPart(name=f"stage-{i:02d}", module=module, topology=f"stage of {stop - first}")
-    yield GraphPart(name="head", module=HeadGraph(head, model.config, precision), topology="head")
+    last = HeadGraph(head, model.config, precision, fused=bool(fused))
+    yield GraphPart(name="head", module=last, topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
         yield GraphPart(name=name, module=baseline(model, fused or packed, head), topology=name)
     if single_file:

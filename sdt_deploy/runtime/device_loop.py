@@ -12,6 +12,7 @@ batch run one after the other on one stream, so all captures share one pool of s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import OrderedDict
@@ -71,7 +72,7 @@ class GraphCache:
         self._torch = torch
         self._enabled = enabled
         self._max_graphs = max_graphs
-        self._pool = torch.cuda.graph_pool_handle() if enabled else None
+        self._pool: Any = None
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -92,13 +93,18 @@ class GraphCache:
         work()
         if not self._enabled:
             return
+        if not self._graphs:  # a pool dies with its last graph
+            self._pool = self._torch.cuda.graph_pool_handle()
         graph = self._torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             work()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(Exception):  # it fails as well, and says less
+                graph.capture_end()
+            raise
+        graph.capture_end()
         self._graphs[key] = graph
         if len(self._graphs) > self._max_graphs:
             self._graphs.popitem(last=False)
@@ -106,8 +112,6 @@ class GraphCache:
     def clear(self) -> None:
         """Free all graphs, and with them their scratch memory."""
         self._graphs.clear()
-        if self._enabled:
-            self._pool = self._torch.cuda.graph_pool_handle()  # the old one died with its graphs
 
 
 class PinnedBlock:
