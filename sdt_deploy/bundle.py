@@ -245,13 +245,13 @@ class Manifest:
                         f"graph {spec.name}: {tensor.name} is {tensor.dtype}, not "
                         f"{' or '.join(allowed)}"
                     )
-                padded = tensor.name == "context_states" and self.export.attention == "fused"
+                n_axes = 3 if self.export.attention == "fused" else 2
                 if is_state and (
-                    len(tensor.axes) != 2 + padded or tensor.axes[-1] != self.model.d_model
+                    len(tensor.axes) != n_axes or tensor.axes[-1] != self.model.d_model
                 ):
                     raise ConfigError(
                         f"graph {spec.name}: {tensor.name} has the axes {shown(tensor.axes)}, "
-                        f"not rows and {self.model.d_model}"
+                        f"not {n_axes} of which the last is {self.model.d_model}"
                     )
         expected = 0
         for first, stop in self.stage_layers:

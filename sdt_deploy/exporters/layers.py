@@ -104,10 +104,12 @@ def within(lengths: Tensor, max_seqlen: int) -> Tensor:
 class PackedLinear(nn.Module):
     """``rows @ weight + bias`` in ``dtype`` with the weight stored as ``[in, out]``."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, biased: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().T.to(dtype).contiguous())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(dtype))
+        self.bias = None
+        if biased and linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach().to(dtype))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""
@@ -242,6 +244,13 @@ class FusedLayer(nn.Module):
     """One transformer layer in the forms that GPU libraries have kernels for.
 
     Rows are in ``dtype`` throughout. LayerNormalization and Attention compute in float32 inside.
+
+    Keys and values have no bias of their own. That of the keys adds one number to all logits of a
+    query, which softmax takes away; that of the values passes through the weighted mean as it is,
+    and is part of the output's.
+
+    Everything has three axes, and packed rows a first one of length 1: only so does ONNX Runtime
+    fuse residual sums into norms.
     """
 
     def __init__(self, layer: TransformerLayer, dtype: torch.dtype) -> None:
@@ -249,10 +258,13 @@ class FusedLayer(nn.Module):
         attention = layer.attention
         self.pre_norm = layer.pre_norm
         self.n_heads = attention.n_heads
+        output = copy.deepcopy(attention.output)
+        with torch.no_grad():
+            output.bias.add_(attention.output.weight @ attention.value.bias)
         self.query = PackedLinear(attention.query, dtype)
-        self.key = PackedLinear(attention.key, dtype)
-        self.value = PackedLinear(attention.value, dtype)
-        self.output = PackedLinear(attention.output, dtype)
+        self.key = PackedLinear(attention.key, dtype, biased=False)
+        self.value = PackedLinear(attention.value, dtype, biased=False)
+        self.output = PackedLinear(output, dtype)
         self.feed_forward = PackedFeedForward(layer.feed_forward, dtype)
         self.attention_norm = copy.deepcopy(layer.attention_norm).to(dtype)
         self.feed_forward_norm = copy.deepcopy(layer.feed_forward_norm).to(dtype)
@@ -266,19 +278,15 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         """Update ``states``.
 
-        ONNX Runtime fuses residual sums into norms only where there are three axes of known names,
-        so packed rows get an axis of length 1 inside.
-
         Args:
-            states: ``[n_tokens, d_model]`` with ``places``, else a batch
+            states: ``[1, n_tokens, d_model]`` with ``places``, else a batch
                 ``[batch, seq, d_model]``, padded on the right.
             places: ``gather_index [batch, max_seqlen]`` int32, the row at each place, and
                 ``scatter_index [n_tokens]`` int32, the flat place of each row.
             context: ``[batch, max_context_seqlen, d_model]``, what is seen; None: the states.
             lengths: see :func:`fused_attention`.
         """
-        rows = states if places is None else states.unsqueeze(0)
-        queries = self.attention_norm(rows) if self.pre_norm else rows
+        queries = self.attention_norm(states) if self.pre_norm else states
         keys, laid_out = queries, places
         if context is not None:
             keys, laid_out = self.attention_norm(context) if self.pre_norm else context, None
@@ -293,12 +301,10 @@ class FusedLayer(nn.Module):
             mixed = gather_rows(mixed.reshape(-1, mixed.shape[-1]), places[1]).unsqueeze(0)
         mixed = self.output(mixed)
         if self.pre_norm:
-            rows = rows + mixed
-            rows = rows + self.feed_forward(self.feed_forward_norm(rows))
-        else:
-            rows = self.attention_norm(rows + mixed)
-            rows = self.feed_forward_norm(rows + self.feed_forward(rows))
-        return rows if places is None else rows.squeeze(0)
+            states = states + mixed
+            return states + self.feed_forward(self.feed_forward_norm(states))
+        states = self.attention_norm(states + mixed)
+        return self.feed_forward_norm(states + self.feed_forward(states))
 
 
 def _spread(rows: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:

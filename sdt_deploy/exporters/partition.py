@@ -49,8 +49,8 @@ def _float32(name: str, *axes: str | int) -> TensorSpec:
     return TensorSpec(name=name, axes=axes, dtype="float32")
 
 
-def _states(name: str, rows: str, d_model: int, precision: Precision) -> TensorSpec:
-    return TensorSpec(name=name, axes=(rows, d_model), dtype=precision)
+def _states(name: str, *axes: str | int, precision: Precision) -> TensorSpec:
+    return TensorSpec(name=name, axes=axes, dtype=precision)
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
@@ -105,27 +105,41 @@ class PackedHead(nn.Module):
         weight = mask.unsqueeze(-1).to(padded.dtype)
         return (padded * weight).sum(dim=1) / weight.sum(dim=1)
 
+    def of_padded(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Compute the outputs of ``states [batch, max_seqlen, d_model]``.
+
+        ``mask [batch, max_seqlen]`` bool is True where there is a token; only means need it.
+        """
+        if not self.config.per_sequence:
+            return self.project(self.normed(states))
+        if self.config.pooling == "cls":
+            return self.project(self.normed(states.select(1, 0)))
+        assert mask is not None
+        return self.project(self.pool(self.normed(states), mask))
+
 
 class EntryGraph(GraphModule):
     """Ids to hidden states and scores."""
 
-    def __init__(self, model: SparseDepthTransformer, precision: Precision) -> None:
+    def __init__(
+        self, model: SparseDepthTransformer, precision: Precision, axes: tuple[str, ...]
+    ) -> None:
         super().__init__()
         self.dtype = torch_dtype(precision)
         self.embeddings = model.embeddings
         self.scorer = model.scorer
         config = model.config
         names = ["input_ids", "position_ids"] + ["token_type_ids"] * (config.n_token_types > 0)
-        self.inputs = tuple(_int32(name, "n_tokens") for name in names)
+        self.inputs = tuple(_int32(name, *axes) for name in names)
         self.outputs = (
-            _states("hidden_states", "n_tokens", config.d_model, precision),
-            _float32("scores", "n_tokens"),
+            _states("hidden_states", *axes, config.d_model, precision=precision),
+            _float32("scores", *axes),
         )
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Embed and score packed tokens."""
+        """Embed and score tokens, packed, or for fused stages in the places of a padded batch."""
         embedded = self.embeddings(input_ids, position_ids, token_type_ids)
         return embedded.to(self.dtype), self.scorer(input_ids, embedded)
 
@@ -141,12 +155,12 @@ class ActiveStageGraph(GraphModule):
         self.n_heads = config.n_heads
         grouped = len(layers) > 1
         self.inputs = (
-            _states("hidden_states", "n_tokens", config.d_model, precision),
+            _states("hidden_states", "n_tokens", config.d_model, precision=precision),
             *_layout(config, "max_seqlen"),
             _bias(config, "max_seqlen", *(len(layers),) * grouped),
             *(_int32("remaining_depth", "n_tokens"),) * grouped,
         )
-        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision),)
+        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision=precision),)
 
     def forward(
         self,
@@ -178,15 +192,15 @@ class AllStageGraph(GraphModule):
         self.n_heads = config.n_heads
         grouped = len(layers) > 1
         self.inputs = (
-            _states("hidden_states", "n_tokens", config.d_model, precision),
+            _states("hidden_states", "n_tokens", config.d_model, precision=precision),
             *_layout(config, "max_seqlen"),
-            _states("context_states", "n_context", config.d_model, precision),
+            _states("context_states", "n_context", config.d_model, precision=precision),
             _int32("context_gather_index", "batch", config.n_heads, "max_context_seqlen"),
             _bias(config, "max_context_seqlen"),
             *(_int32("remaining_depth", "n_tokens"),) * grouped,
             *(_int32("refresh_index", "n_context"),) * grouped,
         )
-        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision),)
+        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision=precision),)
 
     def forward(
         self,
@@ -219,43 +233,52 @@ class FusedStageGraph(GraphModule):
 
     def __init__(self, layer: FusedLayer, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
-        self.layer = layer
+        self.layers = nn.ModuleList([layer])
         self.sees_all = config.context == "all"
-        places = (
+        d_model = config.d_model
+        context = ("context_states", "batch", "max_context_seqlen", d_model)
+        self.inputs = (
+            _states("hidden_states", 1, "n_tokens", d_model, precision=precision),
             _int32("gather_index", "batch", "max_seqlen"),
             _int32("scatter_index", "n_tokens"),
-        )
-        context = TensorSpec(
-            name="context_states",
-            axes=("batch", "max_context_seqlen", config.d_model),
-            dtype=precision,
-        )
-        self.inputs = (
-            _states("hidden_states", "n_tokens", config.d_model, precision),
-            *places,
-            *(context,) * self.sees_all,
+            *(_states(*context, precision=precision) for _ in range(self.sees_all)),
             TensorSpec(name="key_lengths", axes=("batch",), dtype="int64"),
         )
-        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision),)
+        self.outputs = (_states("updated_states", 1, "n_tokens", d_model, precision=precision),)
 
     def forward(
         self, hidden_states: Tensor, gather_index: Tensor, scatter_index: Tensor, *rest: Tensor
     ) -> Tensor:
         """Update the active rows; ``rest``: the context, if there is one, and its lengths."""
         context = rest[0] if self.sees_all else None
-        return self.layer(hidden_states, (gather_index, scatter_index), context, rest[-1])
+        return self.layers[0](hidden_states, (gather_index, scatter_index), context, rest[-1])
+
+
+class FusedHeadGraph(GraphModule):
+    """Last hidden states of a padded batch to outputs."""
+
+    def __init__(self, head: PackedHead, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        self.head = head
+        padded, pooling = ("batch", "max_seqlen"), config.head.pooling
+        states = _states("hidden_states", *padded, config.d_model, precision=precision)
+        self.inputs = (states, *(_int32("attention_mask", *padded),) * (pooling == "mean"))
+        rows = padded[:1] if config.head.per_sequence else padded
+        self.outputs = (_float32("output", *rows, config.output_width),)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Compute outputs, pooled over the tokens that ``attention_mask`` names."""
+        mask = None if attention_mask is None else attention_mask > 0
+        return self.head.of_padded(hidden_states, mask)
 
 
 class HeadGraph(GraphModule):
     """Last hidden states to outputs."""
 
-    def __init__(
-        self, head: PackedHead, config: ModelConfig, precision: Precision, *, fused: bool = False
-    ) -> None:
+    def __init__(self, head: PackedHead, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.head = head
-        self.fused = fused
-        states = _states("hidden_states", "n_tokens", config.d_model, precision)
+        states = _states("hidden_states", "n_tokens", config.d_model, precision=precision)
         if not config.head.per_sequence:
             self.inputs = (states,)
         elif config.head.pooling == "cls":
@@ -278,11 +301,7 @@ class HeadGraph(GraphModule):
         if lengths is None:
             return self.head.project(self.head.normed(gather_rows(hidden_states, index)))
         padded = gather_rows(self.head.normed(hidden_states), index)
-        if self.fused:  # sizes would be computed on the host, which no CUDA graph may contain
-            mask = (index * 0 + 1).cumsum(dim=1, dtype=torch.int32) <= lengths[:, None]
-        else:
-            mask = within(lengths, index.shape[1])
-        return self.head.project(self.head.pool(padded, mask))
+        return self.head.project(self.head.pool(padded, within(lengths, index.shape[1])))
 
 
 class _PaddedGraph(GraphModule):
@@ -309,7 +328,8 @@ class _PaddedGraph(GraphModule):
     def embed(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """Return ``[batch · seq, d_model]``, or for fused layers ``[batch, seq, d_model]``."""
         if self.fused:  # operators that keep the names of the axes
-            positions = (mask.to(torch.int32).cumsum(dim=1, dtype=torch.int32) - 1).clamp_min(0)
+            tokens = mask.to(torch.int32)
+            positions = tokens.cumsum(dim=1, dtype=torch.int32) - tokens
             return self.embeddings(input_ids, positions, token_type_ids)
         batch, seq = input_ids.shape
         positions = torch.arange(seq, dtype=torch.int32).expand(batch, seq)
@@ -339,17 +359,17 @@ class _PaddedGraph(GraphModule):
         return layer(states, layout, states, layout, see)
 
     def finish(self, states: Tensor, mask: Tensor) -> Tensor:
+        if self.fused:
+            return self.head.of_padded(states, mask)
         batch, seq = mask.shape
         config = self.head.config
-
-        def padded(rows: Tensor) -> Tensor:
-            return rows if self.fused else rows.reshape(batch, seq, -1)
-
         if not config.per_sequence:
-            return padded(self.head.project(self.head.normed(states)))
+            return self.head.project(self.head.normed(states)).reshape(batch, seq, -1)
         if config.pooling == "cls":
-            return self.head.project(self.head.normed(padded(states).select(1, 0)))
-        return self.head.project(self.head.pool(padded(self.head.normed(states)), mask))
+            first = states.reshape(batch, seq, -1).select(1, 0)
+            return self.head.project(self.head.normed(first))
+        padded = self.head.normed(states).reshape(batch, seq, -1)
+        return self.head.project(self.head.pool(padded, mask))
 
 
 class DenseGraph(_PaddedGraph):
@@ -425,7 +445,8 @@ def partition(
     head = PackedHead(model.head, dtype)
     fused = [FusedLayer(layer, dtype) for layer in model.blocks if config.attention == "fused"]
     packed = [PackedLayer(layer, dtype) for layer in model.blocks if not fused]
-    yield GraphPart(name="entry", module=EntryGraph(model, precision), topology="entry")
+    axes = ("batch", "max_seqlen") if fused else ("n_tokens",)
+    yield GraphPart(name="entry", module=EntryGraph(model, precision, axes), topology="entry")
     stage = ActiveStageGraph if model.config.context == "active" else AllStageGraph
     for i, (first, stop) in enumerate(config.stage_layers(model.config.n_layers)):
         module: GraphModule
@@ -434,7 +455,7 @@ def partition(
         else:
             module = stage(packed[first:stop], model.config, precision)
         yield GraphPart(name=f"stage-{i:02d}", module=module, topology=f"stage of {stop - first}")
-    last = HeadGraph(head, model.config, precision, fused=bool(fused))
+    last = (FusedHeadGraph if fused else HeadGraph)(head, model.config, precision)
     yield GraphPart(name="head", module=last, topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
         yield GraphPart(name=name, module=baseline(model, fused or packed, head), topology=name)

@@ -21,7 +21,8 @@ _ATTENTION = ("query", "key", "value", "output")
 def restore(bundle: Bundle) -> SparseDepthTransformer:
     """Rebuild the float32 model from the weights in a bundle's entry, stages and head.
 
-    Weights that the bundle holds in half precision come back as they were rounded.
+    Weights that the bundle holds in half precision come back as they were rounded. Of fused
+    attention the biases come back where they were folded to, so the function is the model's.
 
     int8 weights come back as the float32 numbers that they stand for.
 
@@ -39,6 +40,10 @@ def restore(bundle: Bundle) -> SparseDepthTransformer:
             if key is not None:
                 weight = (array.T if transposed else array).astype(np.float32, order="C")
                 tensors[key] = torch.from_numpy(weight)
+    if bundle.manifest.export.attention == "fused":
+        zeros = torch.zeros(bundle.manifest.model.d_model)
+        for layer in range(bundle.manifest.model.n_layers):
+            tensors |= {f"layers.{layer}.attention.{name}.bias": zeros for name in ("key", "value")}
     return model_with_weights(bundle.manifest.model, tensors, where=str(bundle.path))
 
 

@@ -88,7 +88,8 @@ def verify_graph(
             if layers is not None:
                 inputs, expected = _stage_case(model, layers, config.attention, cut, rng)
             else:
-                inputs, expected = _CASES[name](model, cut, rng)
+                key = f"fused-{name}" if config.attention == "fused" else name
+                inputs, expected = _CASES.get(key, _CASES[name])(model, cut, rng)
         for state in STATES & inputs.keys():
             inputs[state] = inputs[state].astype(numpy_dtype(precision))
         cases.append((cut, inputs, {key: tensor.numpy() for key, tensor in expected.items()}))
@@ -103,8 +104,8 @@ def verify_graph(
                 width, tolerance = -1, INT8_TOLERANCE
             by_token = key == "scores" or not model.config.head.per_sequence
             for (cut, inputs, wanted), outputs in zip(cases, found, strict=True):
-                actual = outputs[i][: len(wanted[key])].astype(np.float32)
-                error = np.abs(actual - wanted[key])
+                size_of = tuple(slice(n) for n in wanted[key].shape)  # rows may follow
+                error = np.abs(outputs[i][size_of].astype(np.float32) - wanted[key])
                 if "attention_mask" in inputs and by_token:  # what stands at padding means nothing
                     error[inputs["attention_mask"] == 0] = 0.0
                 if width < 0:
@@ -220,6 +221,30 @@ def _head_case(
     return inputs, {"output": output if head.per_sequence else output[mask]}
 
 
+def _fused_entry_case(
+    model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    batch = _Padded(model.config, lengths, rng)
+    inputs = _padded_inputs(batch)
+    del inputs["attention_mask"]
+    inputs["position_ids"] = batch.positions.astype(np.int32)
+    ids, _, types = batch.torch()
+    embedded = model.embed(ids, types)
+    return inputs, {"hidden_states": embedded, "scores": model.scorer(ids, embedded)}
+
+
+def _fused_head_case(
+    model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    batch = _Padded(model.config, lengths, rng)
+    states = rng.standard_normal((*batch.mask.shape, model.config.d_model)).astype(np.float32)
+    inputs: dict[str, np.ndarray] = {"hidden_states": states}
+    if model.config.head.pooling == "mean":
+        inputs["attention_mask"] = batch.mask.astype(np.int32)
+    output = model.head(torch.from_numpy(states), torch.from_numpy(batch.mask))
+    return inputs, {"output": output}
+
+
 def _dense_case(
     model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
@@ -311,6 +336,8 @@ def _stage_case(
         hidden = torch.where(turn[..., None], updated, hidden)
     expected = {"updated_states": hidden[torch.from_numpy(active)]}
     if attention == "fused":
+        inputs["hidden_states"] = inputs["hidden_states"][None]
+        expected = {name: states[None] for name, states in expected.items()}
         inputs["key_lengths"] = counts.astype(np.int64)
         if config.context == "all":
             inputs["key_lengths"] = lengths.astype(np.int64)
@@ -327,7 +354,9 @@ def _stage_case(
 
 _CASES: Mapping[str, Callable[..., tuple[dict[str, np.ndarray], dict[str, Tensor]]]] = {
     "entry": _entry_case,
+    "fused-entry": _fused_entry_case,
     "head": _head_case,
+    "fused-head": _fused_head_case,
     "dense": _dense_case,
     "masked": _masked_case,
     "single": _masked_case,

@@ -32,7 +32,6 @@ from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting
 from sdt_deploy.runtime.ladders import Bucket, batch_bucket, stage_bucket
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
-from sdt_deploy.runtime.routing import depths_from_scores
 from sdt_deploy.runtime.stopping import StopCheck
 
 MAX_GRAPHS = 512
@@ -156,13 +155,11 @@ class Frame:
 
     def __init__(self, backend: DeviceBackend, config: ModelConfig, bucket: Bucket) -> None:
         torch, device = backend.torch, backend.device
-        n_places, batch, longest = bucket.n_tokens, bucket.batch, bucket.max_seqlen
-        padded = (batch, longest)
+        batch, longest = padded = bucket.batch, bucket.max_seqlen
         sent = {
             "input_ids": (padded, "int32"),  # 0 in padding
             "attention_mask": (padded, "int32"),
             "lengths": ((batch,), "int64"),  # 0 for sequences that fill the bucket
-            "short_lengths": ((batch,), "int32"),  # the same
             "thresholds": ((config.n_layers,), "float32"),
         }
         if config.n_token_types:
@@ -171,25 +168,29 @@ class Frame:
         result = {
             "output": ((*rows, config.output_width), "float32"),
             "scores": (padded, "float32"),
+            "depths": (padded, "int32"),
         }
         self.bucket = bucket
         self.sent = PinnedBlock(torch, device, sent)
         self.counts = PinnedBlock(torch, device, {"counts": ((2, config.n_layers), "int32")})
         self.result = PinnedBlock(torch, device, result)
         self.plan = DevicePlan.empty(
-            torch, device, bucket, config.n_layers, counts=self.counts.there["counts"]
+            torch,
+            device,
+            bucket,
+            config.n_layers,
+            counts=self.counts.there["counts"],
+            depths=self.result.there["depths"].view(-1),
         )
-        self.places = torch.arange(n_places, dtype=torch.int32, device=device).view(padded)
-        """``[batch, max_seqlen]`` int32: 0, 1, 2, …"""
-        self.position_ids = self.places.remainder(longest).view(-1)
-        self.firsts = self.places[:, 0].contiguous()
-        """``[batch]`` int32, the first place of each sequence."""
+        positions = torch.arange(longest, dtype=torch.int32, device=device)
+        self.position_ids = positions.expand(padded).contiguous()
+        """``[batch, max_seqlen]`` int32."""
 
-    def inputs(self, *names: str, flat: bool) -> dict[str, Any]:
-        """Return padded inputs by name, ``token_type_ids`` with them if the model has types."""
-        there = self.sent.there
-        wanted = [*names, *(name for name in ("token_type_ids",) if name in there)]
-        return {name: there[name].view(-1) if flat else there[name] for name in wanted}
+    @property
+    def ids(self) -> dict[str, Any]:
+        """``input_ids``, and ``token_type_ids`` if the model has types."""
+        names = ("input_ids", "token_type_ids")
+        return {name: self.sent.there[name] for name in names if name in self.sent.there}
 
     def send(self, batch: TokenBatch, thresholds: Sequence[float]) -> None:
         """Write a batch: one copy, which nothing waits for.
@@ -208,9 +209,8 @@ class Frame:
             if here[name].shape != values.shape:
                 here[name].fill(0)
             here[name][:n, :longest] = values
-        for name in ("lengths", "short_lengths"):
-            here[name][:n] = batch.lengths
-            here[name][n:] = 0
+        here["lengths"][:n] = batch.lengths
+        here["lengths"][n:] = 0
         here["thresholds"][:] = thresholds
         self.sent.send()
 
@@ -286,10 +286,15 @@ class DeviceLoop:
                 output = output.copy()
             else:
                 output = batch.packed(output[:, :longest]).copy()
-            scores = batch.packed(frame.result.here["scores"][:n, :longest]).copy()
-        depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
-        if path != "dense":
-            depths = depths_from_scores(scores, thresholds)
+            scores, depths = (
+                batch.packed(frame.result.here[name][:n, :longest]).copy()
+                for name in ("scores", "depths")
+            )
+        if path == "dense":
+            depths.fill(config.n_layers)
+        elif path == "masked":
+            limits = np.asarray(thresholds, dtype=np.float32)
+            depths = (scores > limits[:, None]).sum(axis=0, dtype=np.int32)
         return RunResult(
             output=output,
             depths=depths,
@@ -330,13 +335,13 @@ class DeviceLoop:
         return tuple(processed)
 
     def _enter(self, frame: Frame) -> None:
-        n_places, there = frame.bucket.n_tokens, frame.sent.there
-        states, scores = self._states[:n_places], frame.result.there["scores"].view(-1)
-        inputs = {**frame.inputs("input_ids", flat=True), "position_ids": frame.position_ids}
-        self._call("entry", inputs, {"hidden_states": states, "scores": scores})
+        there, scores = frame.sent.there, frame.result.there["scores"]
+        states = self._states[: frame.bucket.n_tokens]
+        inputs = {**frame.ids, "position_ids": frame.position_ids}
+        self._call("entry", inputs, {"hidden_states": self._padded(frame), "scores": scores})
         routing = self._backend.routing
-        routing.plan(scores, there["lengths"], there["thresholds"], frame.plan)
-        routing.take_rows(frame.plan, states, self._rows[0][:n_places])
+        routing.plan(scores.view(-1), there["lengths"], there["thresholds"], frame.plan)
+        routing.take_rows(frame.plan, states, self._rows[0][: len(states)])
 
     def _stage(self, frame: Frame, number: int, size: Bucket) -> None:
         layer, routing, plan = self._layers[number], self._backend.routing, frame.plan
@@ -345,37 +350,36 @@ class DeviceLoop:
         updated = self._rows[(number + 1) % 2][: size.n_tokens]
         gather_index, scatter_index = routing.stage_indices(plan, layer, size)
         inputs = {
-            "hidden_states": rows,
+            "hidden_states": rows[None],
             "gather_index": gather_index,
             "scatter_index": scatter_index,
         }
         sees_all = self._config.context == "all"
         if sees_all:
-            inputs["context_states"] = states.view(*plan.grid.shape, -1)
+            inputs["context_states"] = self._padded(frame)
             inputs["key_lengths"] = frame.sent.there["lengths"]
         else:
             inputs["key_lengths"] = plan.active_lengths[layer]
-        self._call(f"stage-{number:02d}", inputs, {"updated_states": updated})
+        self._call(f"stage-{number:02d}", inputs, {"updated_states": updated[None]})
         routing.put_rows(plan, updated, layer, states, finished=not sees_all)
 
     def _head(self, frame: Frame) -> None:
-        inputs = {"hidden_states": self._states[: frame.bucket.n_tokens]}
-        head, output = self._config.head, frame.result.there["output"]
-        if head.pooling == "cls":
-            inputs["first_index"] = frame.firsts
-        elif head.pooling == "mean":
-            inputs["gather_index"] = frame.places
-            inputs["lengths"] = frame.sent.there["short_lengths"]
-        self._call("head", inputs, {"output": output.view(-1, output.shape[-1])})
+        inputs = {"hidden_states": self._padded(frame)}
+        if self._config.head.pooling == "mean":
+            inputs["attention_mask"] = frame.sent.there["attention_mask"]
+        self._call("head", inputs, {"output": frame.result.there["output"]})
 
     def _whole(self, frame: Frame, path: PathName) -> None:
-        inputs = frame.inputs("input_ids", "attention_mask", flat=False)
-        outputs = dict(frame.result.there)
-        if path == "dense":
-            del outputs["scores"]
-        else:
+        inputs = {**frame.ids, "attention_mask": frame.sent.there["attention_mask"]}
+        outputs = {"output": frame.result.there["output"]}
+        if path != "dense":
             inputs["thresholds"] = frame.sent.there["thresholds"]
+            outputs["scores"] = frame.result.there["scores"]
         self._call(path, inputs, outputs)
+
+    def _padded(self, frame: Frame) -> Any:
+        """Return the states of the frame's places as ``[batch, max_seqlen, d_model]``."""
+        return self._states[: frame.bucket.n_tokens].view(*frame.plan.grid.shape, -1)
 
     def _call(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         self._backend.graph(name).bind(inputs, outputs)()

@@ -44,23 +44,24 @@ class DevicePlan:
 
     @classmethod
     def empty(
-        cls, torch: Any, device: Any, bucket: Bucket, n_layers: int, *, counts: Any = None
+        cls, torch: Any, device: Any, bucket: Bucket, n_layers: int, **given: Any
     ) -> DevicePlan:
-        """Allocate a plan for ``bucket``, rows past the tokens included."""
+        """Allocate a plan for ``bucket``, rows past the tokens included, but for what is given."""
 
         def zeros(*shape: int, dtype: Any = torch.int32) -> Any:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         n_places = bucket.n_tokens
-        return cls(
-            depths=zeros(n_places),
-            place=zeros(n_places),
-            slot=zeros(n_places),
-            row_depth=zeros(n_places),
-            grid=zeros(bucket.batch, bucket.max_seqlen),
-            active_lengths=zeros(n_layers, bucket.batch, dtype=torch.int64),
-            counts=zeros(2, n_layers) if counts is None else counts,
-        )
+        made = {
+            "place": zeros(n_places),
+            "slot": zeros(n_places),
+            "row_depth": zeros(n_places),
+            "grid": zeros(bucket.batch, bucket.max_seqlen),
+            "active_lengths": zeros(n_layers, bucket.batch, dtype=torch.int64),
+        }
+        if not given:
+            given = {"depths": zeros(n_places), "counts": zeros(2, n_layers)}
+        return cls(**made, **given)
 
 
 class DeviceRouting(Protocol):

@@ -71,5 +71,5 @@ def stage_bucket(n_active: int, max_seqlen: int, whole: Bucket) -> Bucket:
     return Bucket(
         n_tokens=min(rung(n_active, multiple=TOKEN_MULTIPLE, steps=8), whole.n_tokens),
         batch=whole.batch,
-        max_seqlen=min(rung(max_seqlen, multiple=SEQLEN_MULTIPLE, steps=4), whole.max_seqlen),
+        max_seqlen=min(rung(max_seqlen, multiple=SEQLEN_MULTIPLE, steps=8), whole.max_seqlen),
     )

@@ -152,13 +152,13 @@ class _OracleGraph:
         assert self._spec.layers is not None
         first, stop = self._spec.layers
         states = torch.from_numpy(inputs["hidden_states"])
-        self._calls.append(StageCall(stage=self._spec.name, n_rows=len(states)))
+        self._calls.append(StageCall(stage=self._spec.name, n_rows=states.shape[-2]))
+        if self._spec.attention_layout == "padded-rows":
+            return {"updated_states": self._fused(self._model.blocks[first], inputs)}
         sees_all = self._model.config.context == "all"
         remaining = torch.full(states.shape[:1], stop - first, dtype=torch.int32)
         if "remaining_depth" in inputs:
             remaining = torch.from_numpy(inputs["remaining_depth"])
-        if self._spec.attention_layout == "padded-rows":
-            return {"updated_states": self._fused(self._model.blocks[first], inputs)}
         n_heads = self._model.config.n_heads
         gather = _long(inputs["gather_index"])[:, 0] // n_heads
         scatter = _long(inputs["scatter_index"])[:, 0]
@@ -186,17 +186,20 @@ class _OracleGraph:
 
     def _fused(self, layer: TransformerLayer, inputs: Mapping[str, Array]) -> Tensor:
         gather, scatter = _long(inputs["gather_index"]), _long(inputs["scatter_index"])
-        queries = torch.from_numpy(inputs["hidden_states"])[gather]
+        queries = torch.from_numpy(inputs["hidden_states"])[0][gather]
         keys = queries
         if "context_states" in inputs:
             keys = torch.from_numpy(inputs["context_states"])
         visible = _within(inputs["key_lengths"], keys.shape[1])
         joined = torch.cat([queries, keys], dim=1)
         mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
-        return layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
+        return layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter][None]
 
     def _head(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         states = torch.from_numpy(inputs["hidden_states"])
+        if states.ndim == 3:
+            mask = torch.from_numpy(inputs.get("attention_mask", np.ones(states.shape[:2], "i4")))
+            return {"output": self._model.head(states, mask > 0)}
         if "first_index" in inputs:
             padded, mask = states[_long(inputs["first_index"])][:, None], torch.ones(1, 1).bool()
         elif "gather_index" in inputs:
