@@ -110,10 +110,11 @@ def run_worker(
                     results.append(Built(graph=graph, output=outputs[graph], problem=problem))
         except BrokenPipeError:
             pass  # it ended at once; why stands below
+        except BaseException:
+            process.kill()
+            raise
         finally:
             process.stdout.close()
-            if not ended:
-                process.kill()
             process.wait()
         if not ended:
             errors.seek(0)

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -90,12 +90,7 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
             ``[min, opt, max]``.
         reporter: gets the events.
     """
-    from polygraphy.backend.trt import (
-        CreateConfig,
-        EngineBytesFromNetwork,
-        NetworkFromOnnxPath,
-        Profile,
-    )
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
     from polygraphy.exception import PolygraphyException
     from polygraphy.mod.trt_importer import lazy_import_trt
 
@@ -103,34 +98,15 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
     name = graph["name"]
     reporter.send(name, "start")
     progress = monitor(trt, name, reporter) if hasattr(trt, "IProgressMonitor") else None
-    profiles = [Profile() for _ in graph["profiles"]]
-    for profile, shapes in zip(profiles, graph["profiles"], strict=True):
-        for tensor, (low, best, high) in shapes.items():
-            profile.add(tensor, min=low, opt=best, max=high)
-    options: dict[str, Any] = {"profiles": profiles, "progress_monitor": progress}
-    if job["workspace_bytes"] is not None:
-        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job["workspace_bytes"]}
-    save_cache = None
-    if job["timing_cache"] is not None:
-        options["load_timing_cache"] = job["timing_cache"]
-        options["error_on_timing_cache_miss"] = job["pin_timing_cache"]
-        save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
-    if job["rtx"]:
-        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-
-        config = CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
-    else:
-        options["max_aux_streams"] = 0  # the stages' own stream; the caller has others
-        narrow = job["precision"] == "float16" and not job["strongly_typed"]
-        config = CreateConfig(fp16=narrow, **options)
-
     handler = _Lines()
     logger = logging.getLogger("Polygraphy")
     logger.addHandler(handler)
     output = Path(graph["output"])
     start = time.perf_counter()
     try:
+        config = build_config(trt, job, graph["profiles"], progress)
         network = NetworkFromOnnxPath(graph["onnx"], strongly_typed=job["strongly_typed"])
+        save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
         engine = EngineBytesFromNetwork(network, config=config, save_timing_cache=save_cache)()
         with output.open("wb") as stream:
             stream.write(memoryview(engine))
@@ -144,6 +120,31 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
         reporter.send(name, "built", build_s=seconds, **described)
     finally:
         logger.removeHandler(handler)
+
+
+def build_config(
+    trt: Any, job: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], progress: Any
+) -> Any:
+    """Return polygraphy's configuration of one build; arguments as in :func:`build`."""
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    profiles = [Profile() for _ in shapes]
+    for profile, inputs in zip(profiles, shapes, strict=True):
+        for tensor, (low, best, high) in inputs.items():
+            profile.add(tensor, min=low, opt=best, max=high)
+    options: dict[str, Any] = {"profiles": profiles, "progress_monitor": progress}
+    if job["workspace_bytes"] is not None:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job["workspace_bytes"]}
+    if job["timing_cache"] is not None:
+        options["load_timing_cache"] = job["timing_cache"]
+        options["error_on_timing_cache_miss"] = job["pin_timing_cache"]
+    if job["rtx"]:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        return CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
+    options["max_aux_streams"] = 0  # the stages' own stream; the caller has others
+    narrow = job["precision"] == "float16" and not job["strongly_typed"]
+    return CreateConfig(fp16=narrow, **options)
 
 
 def describe(path: Path) -> dict[str, int]:

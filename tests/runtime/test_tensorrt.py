@@ -20,10 +20,11 @@ from sdt_deploy.bundle import Bundle, write_manifest
 from sdt_deploy.engines import ENGINES, EngineSet, EngineSpec
 from sdt_deploy.errors import BackendError, BundleIntegrityError, InputError
 from sdt_deploy.exporters.engine_plan import plan_jobs
-from sdt_deploy.gpu import Driver, Gpu
+from sdt_deploy.gpu import Driver, Gpu, driver
 from sdt_deploy.runtime.backends import tensorrt as backend_module
 from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
 from sdt_deploy.runtime.session import Session
+from tests.gpu import rtx_refusal
 from tests.runtime.fake_tensorrt import METHODS, FakeLibrary
 from tests.samples import ExportedModel, assert_parity, random_batch
 
@@ -259,3 +260,19 @@ def test_an_engine_that_the_library_refuses(open_fake: Open) -> None:
     library.version = "10"
     with pytest.raises(BackendError, match=r"could not be loaded\n.*of another version"):
         session.run([[1, 2]], path="dense")
+
+
+def test_what_the_real_library_refuses_is_an_error(exported: Exported) -> None:
+    """TensorRT-RTX, handed an engine where there is no driver; on a GPU see tests/gpu."""
+    pytest.importorskip("tensorrt_rtx")
+    if driver().gpus:
+        pytest.skip("there is a GPU here")
+    steps = rtx_refusal.steps(exported("active-lm").bundle)
+    assert steps["open"]["error"] == "BackendError"
+    assert f"need a GPU: {driver().problem}" in steps["open"]["message"]
+    assert not steps["doctor"]["runs"]
+    assert steps["load"]["error"] == "BackendError"
+    assert "stage-00" in steps["load"]["message"]
+    assert "CUDA driver version" in steps["load"]["message"]
+    assert steps["build"]["error"] == "BuildError"
+    assert "9.0 (SM90) not supported" in steps["build"]["message"]
