@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from sdt_deploy.bench.benchmark import CaseResult, environment
 from sdt_deploy.bench.run import BenchOptions, run_bench
 from sdt_deploy.config import BuildConfig, ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.console import console
+from sdt_deploy.costs import dense_flops
 from sdt_deploy.exporters.export import export
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.runtime.backends.device import DeviceMemory
 
 SIZES = {
     "minilm": {"d_model": 384, "n_heads": 12, "n_layers": 6, "d_ff": 1536},
@@ -61,20 +66,66 @@ def make(size: str, context: str, levels: str) -> Checkpoint:
     return Checkpoint(model=model, provenance={"source": f"random weights, {size}"})
 
 
+def ceilings() -> dict[str, float]:
+    """Measure what the GPU can do: a large float16 product, and a large copy."""
+    memory = DeviceMemory()
+    size = 8192
+    one, other = (torch.randn(size, size, device="cuda").half() for _ in range(2))
+    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(block)
+    for _ in range(3):
+        one @ other
+        target.copy_(block)
+    product = min(memory.clock(lambda: one @ other) for _ in range(10))
+    copy = min(memory.clock(lambda: target.copy_(block)) for _ in range(10))
+    return {
+        "float16_tflop_per_s": 2 * size**3 / product * 1e-9,
+        "copy_gb_per_s": 2 * block.nbytes / copy * 1e-6,
+    }
+
+
+def floor_ms(row: CaseResult, config: ModelConfig, limits: dict[str, float]) -> dict[str, float]:
+    """Return the least time of a case by operations, and by the bytes of the layers' weights.
+
+    ``dense`` counts all operations, ``sparse`` those that the active tokens need.
+    """
+    dense = dense_flops(config, [row.seq] * row.batch)
+    weights = config.n_layers * (4 * config.d_model**2 + 2 * config.d_model * config.d_ff) * 2
+    rate = limits["float16_tflop_per_s"] * 1e9
+    return {
+        "dense": max(dense / rate, weights / limits["copy_gb_per_s"] * 1e-6),
+        "sparse": max(row.flops_ratio * dense / rate, weights / limits["copy_gb_per_s"] * 1e-6),
+    }
+
+
+def gpu_state() -> str:
+    """Return the GPU's name, driver, clocks and power, as the driver reports them."""
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> None:
     """Read the command line, measure, write the figures after each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="onnxruntime-cuda")
     parser.add_argument("--models", default="minilm,base")
-    parser.add_argument("--precisions", default="float32,float16")
+    parser.add_argument("--precisions", default="float16")
     parser.add_argument("--contexts", default="all,active")
+    parser.add_argument("--attention", default="fused", choices=("fused", "decomposed"))
     parser.add_argument("--levels", default="graded", choices=("graded", "two"))
-    parser.add_argument("--layers-per-stage", type=int, default=1)
-    parser.add_argument("--cases", default="2x20,8x128,64x128,64x256,64x512")
-    parser.add_argument("--budget", type=float, default=2.0)
+    parser.add_argument("--cases", default="2x20,8x128,16x512,64x128,32x256,64x256,128x256")
+    parser.add_argument("--budget", type=float, default=1.5)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--accuracy", action="store_true", help="compare with the PyTorch model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = []
+    limits = ceilings()
+    found: dict[str, Any] = {
+        "environment": {**environment(), "gpu": gpu_state(), **limits},
+        "models": [],
+    }
+    console.print(found["environment"])
     for size in options.models.split(","):
         for context in options.contexts.split(","):
             checkpoint = make(size, context, options.levels)
@@ -82,9 +133,7 @@ def main() -> None:
                 start = time.perf_counter()
                 with tempfile.TemporaryDirectory() as directory:
                     bundle = Path(directory) / "bundle"
-                    config = ExportConfig(
-                        precision=precision, layers_per_stage=options.layers_per_stage
-                    )
+                    config = ExportConfig(precision=precision, attention=options.attention)
                     export(checkpoint, bundle, config)
                     if options.backend.startswith("tensorrt"):
                         build(bundle, options.backend)
@@ -94,15 +143,22 @@ def main() -> None:
                         BenchOptions(
                             cases=options.cases,
                             budget_s=options.budget,
-                            with_memory=False,
+                            with_memory=not options.no_memory,
+                            with_accuracy=options.accuracy,
                             backend=options.backend,
                         ),
+                        progress=lambda what, done, total: print(what, flush=True),
                     )
                 console.print(f"{size} {context} {precision}, made in {exported_s:.0f} s")
                 console.print(outcome.table)
-                rows = [asdict(case) for case in outcome.cases]
+                rows = [
+                    {**asdict(case), "floor_ms": floor_ms(case, checkpoint.model.config, limits)}
+                    for case in outcome.cases
+                ]
                 head = {"model": size, "context": context, "precision": precision}
-                found.append({**head, "levels": options.levels, "cases": rows})
+                rest = {"levels": options.levels, "attention": options.attention}
+                state = gpu_state()
+                found["models"].append({**head, **rest, "gpu_after": state, "cases": rows})
                 if options.json:
                     options.json.write_text(json.dumps(found, indent=1))
 

@@ -29,18 +29,22 @@ from sdt_deploy.files import (
 )
 
 FORMAT = "sdt-bundle"
-FORMAT_VERSION = 2
-"""Written; version 1 is read as well, which knows no precision but float32."""
-ATTENTION_LAYOUTS: Mapping[int, str] = {1: "padded", 2: "padded-heads"}
-"""What a stage takes to lay packed rows out for attention, by format version."""
+FORMAT_VERSION = 3
+"""Written; older ones are read as well. Version 1 knows no precision but float32."""
+ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
+    1: {"decomposed": "padded"},
+    2: {"decomposed": "padded-heads"},
+    3: {"decomposed": "padded-heads", "fused": "padded-rows"},
+}
+"""How a stage lays rows out for attention, by format version and :attr:`ExportConfig.attention`."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 REFERENCE = "reference.npz"
 TOKENIZER = "tokenizer.json"
 SAMPLE = "sample.npz"
 STATES = frozenset({"hidden_states", "context_states", "updated_states"})
-"""Inputs and outputs in the precision of the export; the others are float32 or int32 in all."""
-DTYPES = ("float32", "float16", "bfloat16", "int32")
+"""Inputs and outputs in the precision of the export; the others are float32 or integers in all."""
+DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -79,7 +83,7 @@ class GraphSpec:
     max_abs_error: float
     """Largest deviation from the float32 PyTorch model when the graph was exported."""
     attention_layout: str | None = None
-    """``padded-heads`` for stages (``padded`` in format version 1); None for other graphs."""
+    """See :data:`ATTENTION_LAYOUTS`; None for graphs that are no stages."""
     layers: tuple[int, int] | None = None
     """First layer and one past the last (stages only)."""
 
@@ -92,7 +96,8 @@ class GraphSpec:
                 f"graph {self.name}: max_abs_error must be a number, not "
                 f"{shown(self.max_abs_error)}"
             )
-        if self.attention_layout not in (None, *ATTENTION_LAYOUTS.values()):
+        known = {layout for layouts in ATTENTION_LAYOUTS.values() for layout in layouts.values()}
+        if self.attention_layout not in (None, *known):
             raise ConfigError(
                 f"graph {self.name}: attention layout {shown(self.attention_layout)} is not known"
             )
@@ -168,7 +173,7 @@ class Manifest:
         if not is_integer(version, min(ATTENTION_LAYOUTS), max(ATTENTION_LAYOUTS)):
             raise BundleFormatError(
                 f"{where} has format version {shown(version)}; this release of sdt-deploy reads "
-                f"versions {' and '.join(map(str, ATTENTION_LAYOUTS))}. Export again, or use the "
+                f"versions {', '.join(map(str, ATTENTION_LAYOUTS))}. Export again, or use the "
                 "release that wrote it"
             )
         if body.pop("digest", None) != _digest(body):
@@ -227,17 +232,23 @@ class Manifest:
         for spec in self.graphs.values():
             if spec.file not in self.files:
                 raise ConfigError(f"graph {spec.name} names a file that is not listed: {spec.file}")
-            if spec.attention_layout not in (None, ATTENTION_LAYOUTS[self.format_version]):
+            layouts = ATTENTION_LAYOUTS[self.format_version]
+            if spec.attention_layout not in (None, layouts.get(self.export.attention)):
                 raise ConfigError(f"graph {spec.name}: attention layout {spec.attention_layout!r}")
             for tensor in (*spec.inputs, *spec.outputs):
                 is_state = tensor.name in STATES
-                allowed = (self.export.precision,) if is_state else ("float32", "int32")
+                allowed: tuple[str, ...] = ("float32", "int32", "int64")
+                if is_state:
+                    allowed = (self.export.precision,)
                 if tensor.dtype not in allowed:
                     raise ConfigError(
                         f"graph {spec.name}: {tensor.name} is {tensor.dtype}, not "
                         f"{' or '.join(allowed)}"
                     )
-                if is_state and (len(tensor.axes) != 2 or tensor.axes[1] != self.model.d_model):
+                padded = tensor.name == "context_states" and self.export.attention == "fused"
+                if is_state and (
+                    len(tensor.axes) != 2 + padded or tensor.axes[-1] != self.model.d_model
+                ):
                     raise ConfigError(
                         f"graph {spec.name}: {tensor.name} has the axes {shown(tensor.axes)}, "
                         f"not rows and {self.model.d_model}"

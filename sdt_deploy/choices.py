@@ -44,6 +44,13 @@ class PrecisionChoice(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class AttentionChoice(StrEnum):
+    """How attention stands in the graphs."""
+
+    decomposed = "decomposed"
+    fused = "fused"
+
+
 class HeadChoice(StrEnum):
     """What is computed from the last hidden states."""
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from sdt_deploy import engine_commands, training_commands
 from sdt_deploy.choices import (
+    AttentionChoice,
     BackendChoice,
     ContextChoice,
     HeadChoice,
@@ -170,6 +171,10 @@ def export(
         PrecisionChoice,
         typer.Option(help="Type of products and states; float16 and bfloat16 are for GPUs."),
     ] = PrecisionChoice.float32,
+    attention: Annotated[
+        AttentionChoice,
+        typer.Option(help="fused: the form for GPUs, where onnxruntime-cuda captures it."),
+    ] = AttentionChoice.decomposed,
     single_file: Annotated[
         bool | None,
         typer.Option(
@@ -202,6 +207,7 @@ def export(
                 layers_per_stage=layers_per_stage,
                 precision=precision.value,
                 quantization=quantize.value,
+                attention=attention.value,
             ),
             single_file=single_file,
             overwrite=overwrite,

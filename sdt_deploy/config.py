@@ -21,10 +21,13 @@ Pooling = Literal["mean", "cls"]
 Precision = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8"]
 Target = Literal["onnxruntime"]
+Attention = Literal["decomposed", "fused"]
 EngineFlavour = Literal["tensorrt", "tensorrt-rtx"]
 
 OPSETS: Mapping[str, int] = {"onnxruntime": 18}
 """ONNX opset of the exported graphs, per target."""
+FUSED_OPSET = 24
+"""The first opset whose Attention operator takes the lengths of its keys."""
 MAX_SIZE = 2**31 - 1
 """Largest size of any axis: ids and indices are int32."""
 MAX_LAYERS = 4096
@@ -280,14 +283,24 @@ class ExportConfig:
     """Consecutive layers in one stage graph."""
     precision: Precision = "float32"
     """Type of products and of the states between graphs. Scores, norms, softmax, residual sums and
-    outputs are float32 in all."""
+    outputs are float32 in all; with fused attention, see there."""
     quantization: Quantization = "none"
     """``int8``: the products of the layers with their weights, everything else in ``precision``."""
     target: Target = "onnxruntime"
     """Decides the opset, see :data:`OPSETS`."""
+    attention: Attention = "decomposed"
+    """``fused``: one Attention operator over padded rows and plain residual sums in ``precision``,
+    the forms that GPU libraries have kernels for; norms and softmax are float32 inside these
+    operators. ``decomposed`` suits CPUs."""
 
     def __post_init__(self) -> None:
         _check_positive("layers_per_stage", self.layers_per_stage)
+        check_choice("attention", self.attention, Attention)
+        _check(
+            self.attention == "decomposed"
+            or (self.layers_per_stage == 1 and self.quantization == "none"),
+            "fused attention needs one layer per stage and no quantization",
+        )
         check_choice("precision", self.precision, Precision)
         check_choice("quantization", self.quantization, Quantization)
         _check(
@@ -299,7 +312,7 @@ class ExportConfig:
     @property
     def opset(self) -> int:
         """ONNX opset of every graph."""
-        return OPSETS[self.target]
+        return FUSED_OPSET if self.attention == "fused" else OPSETS[self.target]
 
     @property
     def numbers(self) -> str:

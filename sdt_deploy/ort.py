@@ -149,13 +149,17 @@ def open_session(
     return _opened(path, options, (provider, {}), disabled_optimizers)
 
 
-def open_cuda_session(path: Path, *, device_id: int, stream: int) -> Any:
+def open_cuda_session(
+    path: Path, *, device_id: int, stream: int, allocator: tuple[int, int]
+) -> Any:
     """Open an ONNX graph on the CUDA provider, to be run by :func:`bind_addresses`.
 
     Args:
         path: the graph.
         device_id: the GPU, in CUDA's order.
         stream: handle of the CUDA stream that all of its work goes to; not the default stream.
+        allocator: addresses of the C functions that allocate and free its memory; they must stay
+            valid while the session lives.
 
     Raises:
         MissingExtraError: if onnxruntime is not installed.
@@ -173,6 +177,8 @@ def open_cuda_session(path: Path, *, device_id: int, stream: int) -> Any:
     where = {
         "device_id": device_id,
         "user_compute_stream": str(stream),
+        "gpu_external_alloc": str(allocator[0]),
+        "gpu_external_free": str(allocator[1]),
         "use_tf32": 0,  # float32 means float32, as it does in the exported bundle
     }
     return _opened(path, options, (provider, where), ())

@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -119,8 +120,10 @@ def test_public_names() -> None:
 
 
 def test_every_module_imports() -> None:
+    absent = set() if find_spec("triton") else {"sdt_deploy.runtime.triton_routing"}
     for module in pkgutil.walk_packages([str(ROOT)], "sdt_deploy."):
-        importlib.import_module(module.name)
+        if module.name not in absent:
+            importlib.import_module(module.name)
 
 
 def test_files_stay_small() -> None:

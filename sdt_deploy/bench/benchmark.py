@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from sdt_deploy.bench.cases import TokenSource
-from sdt_deploy.bench.memory import peak_bytes
-from sdt_deploy.bench.timing import interleave
+from sdt_deploy.bench.memory import device_peak_bytes, peak_bytes
+from sdt_deploy.bench.timing import interleave, wall_ms
 from sdt_deploy.costs import dense_flops
 from sdt_deploy.ort import pool_threads, usable_cores
+from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import needed_flops
 from sdt_deploy.runtime.padded import padded_arrays
@@ -79,6 +80,8 @@ class CaseResult:
     """Against the oracle at equal depths; None where torch is not installed."""
     routing_flips: int | None
     """Tokens whose depth differs from the oracle's."""
+    useful_rows: float | None = None
+    """Active rows over the rows that stages processed, where these are padded to buckets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +150,23 @@ def measure_case(
         overheads.append(timings.overhead_ms * 1e3 / max(1, len(timings.stage_ms)))
 
     single = {}
+    whole: Callable[[TokenBatch, PathName], Callable[[], object]] = partial(padded_call, session)
+    clock = wall_ms
+    if isinstance(session.backend, DeviceMemory):
+        clock = session.backend.clock
+        if session.on_device:  # then all paths go through the same captured graphs
+
+            def whole(batch: TokenBatch, path: PathName) -> Callable[[], object]:
+                return partial(session.run_batch, batch, path=path)
+
     if "single" in manifest.graphs:
         runs = [partial(session.run_batch, batch, path="single") for batch in batches]
         single["single"] = in_turn(runs)
     auto_paths = Counter(session.run_batch(batch).path for batch in batches)
     times = interleave(
         {
-            "dense": in_turn([padded_call(session, batch, "dense") for batch in batches]),
-            "masked": in_turn([padded_call(session, batch, "masked") for batch in batches]),
+            "dense": in_turn([whole(batch, "dense") for batch in batches]),
+            "masked": in_turn([whole(batch, "masked") for batch in batches]),
             "sparse": in_turn([partial(sparse, batch) for batch in batches]),
             **single,
             "full_depth": in_turn(
@@ -166,6 +178,7 @@ def measure_case(
             "auto": in_turn([partial(session.run_batch, batch) for batch in batches]),
         },
         budget_s=budget_s,
+        clock=clock,
     )
     results = [session.run_batch(batch, path="sparse") for batch in batches]
     error, flips = None, None
@@ -179,14 +192,19 @@ def measure_case(
     usage = LayerUsage.from_depths(
         np.concatenate([found.depths for found in results]), config.n_layers
     )
+    processed = sum(sum(found.stage_rows) for found in results)
+    useful = sum(usage.active_tokens) / processed if processed else None
     dense_ms, sparse_ms = times["dense"].median_ms, times["sparse"].median_ms
     needed = sum(needed_flops(config, found.depths, found.cu_seqlens) for found in results)
     lengths = [length for batch in batches for length in batch.lengths.tolist()]
     flops_ratio = needed / dense_flops(config, lengths)
-    peaks = {
-        path: peak_bytes(session.bundle.path, path, batches[0], n_threads) if with_memory else None
-        for path in ("dense", "sparse")
-    }
+    peaks: dict[str, int | None] = {}
+    for path in ("dense", "sparse") if with_memory else ():
+        if session.on_device:
+            name = session.backend.name
+            peaks[path] = device_peak_bytes(session.bundle, name, path, batches[0])
+        else:
+            peaks[path] = peak_bytes(session.bundle.path, path, batches[0], n_threads)
     return CaseResult(
         batch=size[0],
         seq=size[1],
@@ -212,10 +230,11 @@ def measure_case(
         efficiency=flops_ratio * dense_ms / sparse_ms,
         spread_ms={name: timed.spread_ms for name, timed in times.items()},
         n_runs=times["sparse"].n_runs,
-        dense_peak_bytes=peaks["dense"],
-        sparse_peak_bytes=peaks["sparse"],
+        dense_peak_bytes=peaks.get("dense"),
+        sparse_peak_bytes=peaks.get("sparse"),
         max_abs_error=error,
         routing_flips=flips,
+        useful_rows=useful,
     )
 
 
@@ -318,7 +337,7 @@ def padded_call(session: Session, batch: TokenBatch, path: PathName) -> Callable
 def environment() -> dict[str, Any]:
     """Describe what a measurement depends on."""
     packages: dict[str, str | None] = {}
-    for name in ("sdt-deploy", "onnxruntime", "numpy", "torch"):
+    for name in ("sdt-deploy", "onnxruntime", "onnxruntime-gpu", "numpy", "torch"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -1,5 +1,7 @@
 """Peak memory of one run above the loaded weights, each path in a process of its own (Linux).
 
+On a GPU each path has a session of its own, and torch's allocator counts.
+
 ``python -m sdt_deploy.bench.memory BUNDLE PATH IDS.npz`` prints the bytes.
 """
 
@@ -15,7 +17,9 @@ from typing import Literal
 
 import numpy as np
 
+from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import BackendError
+from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.session import Session
 
@@ -47,6 +51,20 @@ def peak_bytes(
     if done.returncode:
         raise BackendError(f"{' '.join(command)} failed:\n{done.stderr}")
     return int(done.stdout)
+
+
+def device_peak_bytes(
+    bundle: Bundle, backend: str, path: Literal["sparse", "dense"], batch: TokenBatch
+) -> int:
+    """Return the peak memory on a GPU of a first run above the loaded weights.
+
+    Buffers, scratch memory and the capture of the graphs included.
+    """
+    with Session.open(bundle, backend=backend, check_files=False) as session:
+        memory = session.backend
+        assert isinstance(memory, DeviceMemory)
+        session.run(batch.input_ids[:1], np.array([0, 1]), path=path)
+        return memory.peak_bytes(lambda: session.run_batch(batch, path=path))
 
 
 def _status(field: str) -> int:

@@ -11,7 +11,9 @@ import numpy as np
 import onnx
 
 from sdt_deploy.bundle import (
+    ATTENTION_LAYOUTS,
     FORMAT,
+    FORMAT_VERSION,
     MANIFEST,
     REFERENCE,
     SAMPLE,
@@ -53,7 +55,8 @@ def export(
         checkpoint: the model with its tokenizer and provenance.
         target: directory to make.
         config: how to cut the model; default: one layer per stage, float32.
-        single_file: write the whole loop as one graph too; None: in float32, which alone it knows.
+        single_file: write the whole loop as one graph too; None: in decomposed float32, which alone
+            it knows.
         overwrite: replace ``target`` if it exists.
         progress: see :data:`Progress`.
 
@@ -64,12 +67,15 @@ def export(
         OutputError: if ``target`` exists or cannot be written.
     """
     config = config or ExportConfig()
+    possible = config.numbers == "float32" and config.attention == "decomposed"
     if single_file is None:
-        single_file = config.numbers == "float32"
-    if single_file and config.numbers != "float32":
+        single_file = possible
+    if single_file and not possible:
         raise ConfigError(
-            f"the single file is float32 only, not {config.numbers}; export with --no-single-file"
+            "the single file is float32 only, with decomposed attention, not "
+            f"{config.numbers} with {config.attention}; export with --no-single-file"
         )
+    layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
     model = checkpoint.model.eval()
     parts = list(partition(model, config, single_file=single_file))
     layers = dict(
@@ -94,7 +100,7 @@ def export(
                 outputs=part.module.outputs,
                 graph_sha256=hashes[part.name],
                 max_abs_error=verify_graph(path, part.name, layers.get(part.name), model, config),
-                attention_layout="padded-heads" if part.name in layers else None,
+                attention_layout=layout if part.name in layers else None,
                 layers=layers.get(part.name),
             )
         progress("write manifest", 2 * len(parts), 2 * len(parts))

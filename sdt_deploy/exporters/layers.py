@@ -12,10 +12,14 @@ and keys.
 Products are computed in the type of their weights, which is the precision of the export. Norms,
 softmax and residual sums are float32 in every precision (``docs/decisions/008-precision.md``); the
 casts around them vanish where the precision is float32.
+
+That holds for ``decomposed`` attention. :class:`FusedLayer` has the forms for GPUs
+(``docs/decisions/013-fused-attention.md``).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sdt_deploy.config import FUSED_OPSET
 from sdt_deploy.model.blocks import FeedForward, TransformerLayer
 
 
@@ -194,3 +199,108 @@ class PackedLayer(nn.Module):
         mixed = self.attend(states, layout, context, context_layout, bias)
         wide = self.attention_norm(wide + mixed.float())
         return self.feed_forward_norm(wide + self.feed_forward(wide.to(dtype)).float()).to(dtype)
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, n_heads: int, lengths: Tensor | Mask
+) -> Tensor:
+    """Attention as one ONNX operator, of opset 24; it exports only, and does not run in torch.
+
+    Args:
+        query: ``[batch, max_seqlen, d_model]``.
+        key: ``[batch, max_context_seqlen, d_model]``.
+        value: shaped as ``key``.
+        n_heads: heads that ``d_model`` is cut into.
+        lengths: ``[batch]`` int64, the keys of each sequence that are seen, its first ones; or a
+            :class:`Mask`.
+
+    Returns:
+        ``[batch, max_seqlen, d_model]``.
+    """
+    seen = lengths.visible if isinstance(lengths, Mask) else None
+    counts = None if isinstance(lengths, Mask) else lengths
+    mixed: Tensor = torch.onnx.ops.symbolic(
+        "Attention",
+        (query, key, value, seen, None, None, counts),
+        {"q_num_heads": n_heads, "kv_num_heads": n_heads},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=FUSED_OPSET,
+    )
+    return mixed
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Keys seen wherever they stand, for which engines have slower kernels than for lengths."""
+
+    visible: Tensor
+    """``[batch, 1, max_seqlen, max_context_seqlen]`` bool."""
+
+
+class FusedLayer(nn.Module):
+    """One transformer layer in the forms that GPU libraries have kernels for.
+
+    Rows are in ``dtype`` throughout. LayerNormalization and Attention compute in float32 inside.
+    """
+
+    def __init__(self, layer: TransformerLayer, dtype: torch.dtype) -> None:
+        super().__init__()
+        attention = layer.attention
+        self.pre_norm = layer.pre_norm
+        self.n_heads = attention.n_heads
+        self.query = PackedLinear(attention.query, dtype)
+        self.key = PackedLinear(attention.key, dtype)
+        self.value = PackedLinear(attention.value, dtype)
+        self.output = PackedLinear(attention.output, dtype)
+        self.feed_forward = PackedFeedForward(layer.feed_forward, dtype)
+        self.attention_norm = copy.deepcopy(layer.attention_norm).to(dtype)
+        self.feed_forward_norm = copy.deepcopy(layer.feed_forward_norm).to(dtype)
+
+    def forward(
+        self,
+        states: Tensor,
+        places: tuple[Tensor, Tensor] | None,
+        context: Tensor | None,
+        lengths: Tensor | Mask,
+    ) -> Tensor:
+        """Update ``states``.
+
+        ONNX Runtime fuses residual sums into norms only where there are three axes of known names,
+        so packed rows get an axis of length 1 inside.
+
+        Args:
+            states: ``[n_tokens, d_model]`` with ``places``, else a batch
+                ``[batch, seq, d_model]``, padded on the right.
+            places: ``gather_index [batch, max_seqlen]`` int32, the row at each place, and
+                ``scatter_index [n_tokens]`` int32, the flat place of each row.
+            context: ``[batch, max_context_seqlen, d_model]``, what is seen; None: the states.
+            lengths: see :func:`fused_attention`.
+        """
+        rows = states if places is None else states.unsqueeze(0)
+        queries = self.attention_norm(rows) if self.pre_norm else rows
+        keys, laid_out = queries, places
+        if context is not None:
+            keys, laid_out = self.attention_norm(context) if self.pre_norm else context, None
+        mixed = fused_attention(
+            _spread(self.query(queries), places),
+            _spread(self.key(keys), laid_out),
+            _spread(self.value(keys), laid_out),
+            self.n_heads,
+            lengths,
+        )
+        if places is not None:
+            mixed = gather_rows(mixed.reshape(-1, mixed.shape[-1]), places[1]).unsqueeze(0)
+        mixed = self.output(mixed)
+        if self.pre_norm:
+            rows = rows + mixed
+            rows = rows + self.feed_forward(self.feed_forward_norm(rows))
+        else:
+            rows = self.attention_norm(rows + mixed)
+            rows = self.feed_forward_norm(rows + self.feed_forward(rows))
+        return rows if places is None else rows.squeeze(0)
+
+
+def _spread(rows: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Lay ``rows [1, n_tokens, d_model]`` out as ``[batch, max_seqlen, d_model]``."""
+    return rows if places is None else gather_rows(rows.squeeze(0), places[0])

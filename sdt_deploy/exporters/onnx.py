@@ -27,6 +27,7 @@ _ONNX_TYPES = {
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
     "int32": onnx.TensorProto.INT32,
+    "int64": onnx.TensorProto.INT64,
     "int8": onnx.TensorProto.INT8,
 }
 _INLINE_BYTES = 1024

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.layers import (
+    FusedLayer,
     HeadLayout,
+    Mask,
     PackedLayer,
     PackedLinear,
     gather_rows,
@@ -212,6 +214,38 @@ class AllStageGraph(GraphModule):
         return states
 
 
+class FusedStageGraph(GraphModule):
+    """One layer in fused form; see :class:`sdt_deploy.runtime.device_loop.DeviceLoop`."""
+
+    def __init__(self, layer: FusedLayer, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sees_all = config.context == "all"
+        places = (
+            _int32("gather_index", "batch", "max_seqlen"),
+            _int32("scatter_index", "n_tokens"),
+        )
+        context = TensorSpec(
+            name="context_states",
+            axes=("batch", "max_context_seqlen", config.d_model),
+            dtype=precision,
+        )
+        self.inputs = (
+            _states("hidden_states", "n_tokens", config.d_model, precision),
+            *places,
+            *(context,) * self.sees_all,
+            TensorSpec(name="key_lengths", axes=("batch",), dtype="int64"),
+        )
+        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision),)
+
+    def forward(
+        self, hidden_states: Tensor, gather_index: Tensor, scatter_index: Tensor, *rest: Tensor
+    ) -> Tensor:
+        """Update the active rows; ``rest``: the context, if there is one, and its lengths."""
+        context = rest[0] if self.sees_all else None
+        return self.layer(hidden_states, (gather_index, scatter_index), context, rest[-1])
+
+
 class HeadGraph(GraphModule):
     """Last hidden states to outputs."""
 
@@ -248,11 +282,15 @@ class _PaddedGraph(GraphModule):
     """What the two whole-model baselines share: padded ``[batch, seq]`` in and out."""
 
     def __init__(
-        self, model: SparseDepthTransformer, layers: Sequence[PackedLayer], head: PackedHead
+        self,
+        model: SparseDepthTransformer,
+        layers: Sequence[PackedLayer | FusedLayer],
+        head: PackedHead,
     ) -> None:
         super().__init__()
         self.embeddings = model.embeddings
         self.layers = nn.ModuleList(layers)
+        self.fused = isinstance(layers[0], FusedLayer)
         self.head = head
         config = model.config
         self.n_heads = config.n_heads
@@ -261,11 +299,37 @@ class _PaddedGraph(GraphModule):
         axes = ("batch",) if config.head.per_sequence else ("batch", "seq")
         self.outputs = (_float32("output", *axes, config.output_width),)
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Return ``[batch · seq, d_model]``, or for fused layers ``[batch, seq, d_model]``."""
+        if self.fused:  # operators that keep the names of the axes
+            positions = (mask.to(torch.int32).cumsum(dim=1, dtype=torch.int32) - 1).clamp_min(0)
+            return self.embeddings(input_ids, positions, token_type_ids)
         batch, seq = input_ids.shape
         positions = torch.arange(seq, dtype=torch.int32).expand(batch, seq)
         types = None if token_type_ids is None else token_type_ids.reshape(-1)
         return self.embeddings(input_ids.reshape(-1), positions.reshape(-1), types)
+
+    def sight(
+        self, visible: Tensor, dtype: torch.dtype, *, scattered: bool = False
+    ) -> Tensor | Mask:
+        """Say which keys ``visible [batch, seq]`` shows, in the form that the layers take.
+
+        ``scattered``: they need not be the first ones of each sequence.
+        """
+        if not self.fused:
+            return key_bias(visible, self.n_heads, dtype)
+        if not scattered:
+            return visible.to(torch.int64).sum(dim=1)
+        batch, seq = visible.shape
+        return Mask(visible[:, None, None, :].expand(batch, 1, seq, seq))
+
+    def through(self, layer: nn.Module, states: Tensor, see: Tensor | Mask) -> Tensor:
+        """Apply one layer to all rows of a padded batch, as :meth:`embed` returns them."""
+        if self.fused:
+            return layer(states, None, None, see)
+        assert isinstance(see, Tensor)
+        layout = HeadLayout(self.n_heads, batch=see.shape[0])
+        return layer(states, layout, states, layout, see)
 
     def finish(self, states: Tensor, mask: Tensor) -> Tensor:
         batch, seq = mask.shape
@@ -287,11 +351,10 @@ class DenseGraph(_PaddedGraph):
     ) -> Tensor:
         """Run the dense model on a padded batch."""
         mask = attention_mask > 0
-        layout = HeadLayout(self.n_heads, batch=input_ids.shape[0])
-        states = self.embed(input_ids, token_type_ids).to(self.head.dtype)
-        bias = key_bias(mask, self.n_heads, states.dtype)
+        states = self.embed(input_ids, mask, token_type_ids).to(self.head.dtype)
+        see = self.sight(mask, states.dtype)
         for layer in self.layers:
-            states = layer(states, layout, states, layout, bias)
+            states = self.through(layer, states, see)
         return self.finish(states, mask)
 
 
@@ -299,7 +362,10 @@ class MaskedGraph(_PaddedGraph):
     """The sparse model's function without compaction: inactive rows keep their state."""
 
     def __init__(
-        self, model: SparseDepthTransformer, layers: Sequence[PackedLayer], head: PackedHead
+        self,
+        model: SparseDepthTransformer,
+        layers: Sequence[PackedLayer | FusedLayer],
+        head: PackedHead,
     ) -> None:
         super().__init__(model, layers, head)
         self.scorer = model.scorer
@@ -313,17 +379,18 @@ class MaskedGraph(_PaddedGraph):
         """Run the sparse model on a padded batch; ``rest``: token types, if any, thresholds."""
         *types, thresholds = rest
         mask = attention_mask > 0
-        layout = HeadLayout(self.n_heads, batch=input_ids.shape[0])
-        embedded = self.embed(input_ids, types[0] if types else None)
-        scores = self.scorer(input_ids.reshape(-1), embedded).reshape(input_ids.shape)
+        embedded = self.embed(input_ids, mask, types[0] if types else None)
+        ids = input_ids if self.fused else input_ids.reshape(-1)
+        scores = self.scorer(ids, embedded).reshape(input_ids.shape)
         states = embedded.to(self.head.dtype)
-        bias = key_bias(mask, self.n_heads, states.dtype)
+        see = self.sight(mask, states.dtype)
         for i, layer in enumerate(self.layers):
             active = mask & (scores > thresholds[i])
             if self.context == "active":
-                bias = key_bias(active, self.n_heads, states.dtype)
-            updated = layer(states, layout, states, layout, bias)
-            states = torch.where(active.reshape(-1, 1), updated, states)
+                see = self.sight(active, states.dtype, scattered=True)
+            updated = self.through(layer, states, see)
+            rows = active.unsqueeze(-1) if self.fused else active.reshape(-1, 1)
+            states = torch.where(rows, updated, states)
         return self.finish(states, mask), scores
 
 
@@ -346,16 +413,21 @@ def partition(
     ``masked``; :mod:`sdt_deploy.exporters.single` builds it instead of tracing it.
     """
     precision, dtype = config.precision, torch_dtype(config.precision)
-    layers = [PackedLayer(layer, dtype) for layer in model.blocks]
     head = PackedHead(model.head, dtype)
+    fused = [FusedLayer(layer, dtype) for layer in model.blocks if config.attention == "fused"]
+    packed = [PackedLayer(layer, dtype) for layer in model.blocks if not fused]
     yield GraphPart(name="entry", module=EntryGraph(model, precision), topology="entry")
     stage = ActiveStageGraph if model.config.context == "active" else AllStageGraph
     for i, (first, stop) in enumerate(config.stage_layers(model.config.n_layers)):
-        module = stage(layers[first:stop], model.config, precision)
+        module: GraphModule
+        if fused:
+            module = FusedStageGraph(fused[first], model.config, precision)
+        else:
+            module = stage(packed[first:stop], model.config, precision)
         yield GraphPart(name=f"stage-{i:02d}", module=module, topology=f"stage of {stop - first}")
     yield GraphPart(name="head", module=HeadGraph(head, model.config, precision), topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
-        yield GraphPart(name=name, module=baseline(model, layers, head), topology=name)
+        yield GraphPart(name=name, module=baseline(model, fused or packed, head), topology=name)
     if single_file:
-        whole = MaskedGraph(model, layers, head)
+        whole = MaskedGraph(model, packed, head)
         yield GraphPart(name="single", module=whole, topology="single")

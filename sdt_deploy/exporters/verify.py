@@ -19,7 +19,14 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from sdt_deploy.bundle import STATES
-from sdt_deploy.config import INT8_TOLERANCE, TOLERANCES, ExportConfig, ModelConfig, Precision
+from sdt_deploy.config import (
+    INT8_TOLERANCE,
+    TOLERANCES,
+    Attention,
+    ExportConfig,
+    ModelConfig,
+    Precision,
+)
 from sdt_deploy.errors import VerificationError
 from sdt_deploy.exporters.onnx import numpy_dtype
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -78,7 +85,10 @@ def verify_graph(
         cut = np.minimum(lengths, model.config.max_positions)
         rng = np.random.default_rng(sum(lengths))
         with torch.no_grad():
-            inputs, expected = _case(name, layers, model, cut, rng)
+            if layers is not None:
+                inputs, expected = _stage_case(model, layers, config.attention, cut, rng)
+            else:
+                inputs, expected = _CASES[name](model, cut, rng)
         for state in STATES & inputs.keys():
             inputs[state] = inputs[state].astype(numpy_dtype(precision))
         cases.append((cut, inputs, {key: tensor.numpy() for key, tensor in expected.items()}))
@@ -95,7 +105,7 @@ def verify_graph(
             for (cut, inputs, wanted), outputs in zip(cases, found, strict=True):
                 actual = outputs[i][: len(wanted[key])].astype(np.float32)
                 error = np.abs(actual - wanted[key])
-                if name == "single" and by_token:  # what stands at padding means nothing
+                if "attention_mask" in inputs and by_token:  # what stands at padding means nothing
                     error[inputs["attention_mask"] == 0] = 0.0
                 if width < 0:
                     size = _root_mean_square(wanted[key].ravel())
@@ -129,26 +139,6 @@ def assert_dynamic(path: Path, declared: Mapping[str, tuple[str | int, ...]]) ->
         for dim, axis in zip(value.type.tensor_type.shape.dim, declared[value.name], strict=True):
             if isinstance(axis, str) and dim.dim_param != axis:
                 raise VerificationError(f"{path.name}: axis {axis} of {value.name} is static")
-
-
-def _case(
-    name: str,
-    layers: tuple[int, int] | None,
-    model: SparseDepthTransformer,
-    lengths: np.ndarray,
-    rng: np.random.Generator,
-) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
-    if layers is not None:
-        return _stage_case(model, layers, lengths, rng)
-    makers: dict[str, Callable[..., Any]] = {
-        "entry": _entry_case,
-        "head": _head_case,
-        "dense": _dense_case,
-        "masked": _masked_case,
-        "single": _masked_case,
-    }
-    made: tuple[dict[str, np.ndarray], dict[str, Tensor]] = makers[name](model, lengths, rng)
-    return made
 
 
 class _Padded:
@@ -274,6 +264,7 @@ def _thresholds_in_gaps(
 def _stage_case(
     model: SparseDepthTransformer,
     layers: tuple[int, int],
+    attention: Attention,
     lengths: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
@@ -313,15 +304,31 @@ def _stage_case(
     if len(lengths) > 2:
         _pad_to_bucket(inputs)
         visible = np.pad(visible, ((0, 0), (0, 0), (0, 1)))
-    _by_head(inputs, config.n_heads)
-    bias = np.where(visible, 0.0, np.finfo(np.float32).min / 2)[:, :, None, :, None]
-    bias = np.repeat(bias, config.n_heads, axis=2).astype(np.float32)
-    grouped = config.context == "active" and stop - first > 1
-    inputs["key_bias"] = bias if grouped else bias[0]
-
     hidden, present = torch.from_numpy(states), torch.from_numpy(mask)
     for i, layer in enumerate(model.blocks[first:stop]):
         turn = torch.from_numpy(depth > i)
         updated = layer(hidden, turn if config.context == "active" else present)
         hidden = torch.where(turn[..., None], updated, hidden)
-    return inputs, {"updated_states": hidden[torch.from_numpy(active)]}
+    expected = {"updated_states": hidden[torch.from_numpy(active)]}
+    if attention == "fused":
+        inputs["key_lengths"] = counts.astype(np.int64)
+        if config.context == "all":
+            inputs["key_lengths"] = lengths.astype(np.int64)
+            inputs["context_states"] = states
+            del inputs["context_gather_index"]
+        return inputs, expected
+    _by_head(inputs, config.n_heads)
+    bias = np.where(visible, 0.0, np.finfo(np.float32).min / 2)[:, :, None, :, None]
+    bias = np.repeat(bias, config.n_heads, axis=2).astype(np.float32)
+    grouped = config.context == "active" and stop - first > 1
+    inputs["key_bias"] = bias if grouped else bias[0]
+    return inputs, expected
+
+
+_CASES: Mapping[str, Callable[..., tuple[dict[str, np.ndarray], dict[str, Tensor]]]] = {
+    "entry": _entry_case,
+    "head": _head_case,
+    "dense": _dense_case,
+    "masked": _masked_case,
+    "single": _masked_case,
+}

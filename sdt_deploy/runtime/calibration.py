@@ -13,7 +13,11 @@ from sdt_deploy.runtime.result import RunResult
 
 
 def measure_costs(
-    config: ModelConfig, paths: Sequence[Path], run: Callable[[TokenBatch, Path], RunResult]
+    config: ModelConfig,
+    paths: Sequence[Path],
+    run: Callable[[TokenBatch, Path], RunResult],
+    *,
+    n_large: int = 4,
 ) -> CostModel:
     """Return the cost model of ``run`` over ``paths`` after a few runs on random tokens."""
 
@@ -27,4 +31,4 @@ def measure_costs(
             return padded_flops(config, lengths), milliseconds
         return needed_flops(config, runs[0].depths, cu_seqlens), milliseconds
 
-    return calibrate(config, paths, measure)
+    return calibrate(config, paths, measure, n_large=n_large)

@@ -105,6 +105,8 @@ def calibrate(
     config: ModelConfig,
     paths: Sequence[Path],
     measure: Callable[[Path, Sequence[int]], tuple[float, float]],
+    *,
+    n_large: int = 4,
 ) -> CostModel:
     """Make a cost model from two measurements of each path.
 
@@ -113,8 +115,9 @@ def calibrate(
         paths: to choose from.
         measure: runs one path on sequences of the given lengths; returns the operations that were
             needed and the milliseconds that they took.
+        n_large: sequences of the larger one; as many as keep the hardware busy.
     """
-    small, large = [min(config.max_positions, 8)], [min(config.max_positions, 128)] * 4
+    small, large = [min(config.max_positions, 8)], [min(config.max_positions, 128)] * n_large
     return CostModel(
         lines={path: LinearCost.fit(measure(path, small), measure(path, large)) for path in paths}
     )

@@ -89,6 +89,9 @@ class RunResult:
     timings: Timings
     path: PathName
     """The path that computed the result."""
+    stage_rows: tuple[int, ...] = ()
+    """Rows that each stage call processed where these are padded to buckets, on a GPU; else none:
+    a stage then processes its active tokens."""
 
     def split(self, packed: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
         """Cut a packed array ``[n_tokens, …]`` of this result into one view per sequence."""

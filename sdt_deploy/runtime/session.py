@@ -24,6 +24,7 @@ from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs
+from sdt_deploy.runtime.device_loop import device_loop
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.loop import bind_stages, timed
 from sdt_deploy.runtime.padded import run_padded
@@ -74,6 +75,7 @@ class Session:
         self._tokenizer: TextTokenizer | None = None
         self._costs: dispatch.CostModel | None = None
         self._closed = False
+        self._device_loop = device_loop(bundle, backend)
         stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
         self._graphs: Graphs | None = backend.graph("entry"), stages, backend.graph("head")
 
@@ -127,6 +129,11 @@ class Session:
         return self.bundle.manifest
 
     @property
+    def on_device(self) -> bool:
+        """Whether batches stay on a GPU, in captured graphs, from their ids to their outputs."""
+        return self._device_loop is not None
+
+    @property
     def tokenizer(self) -> TextTokenizer:
         """The bundle's tokenizer.
 
@@ -151,6 +158,8 @@ class Session:
         """
         self._closed = True
         self._buffers.close()
+        if self._device_loop is not None:
+            self._device_loop.close()
         self.backend.close()
         self._tokenizer = self._costs = self._graphs = None
 
@@ -293,6 +302,8 @@ class Session:
     ) -> RunResult:
         if check is not None:
             check()
+        if self._device_loop is not None:
+            return self._device_loop.run(batch, thresholds, path, check)
         with self.backend.running():
             if path == "sparse":
                 return self._run_sparse(batch, thresholds, check)
@@ -317,6 +328,7 @@ class Session:
                     config,
                     dispatch.candidates(config, self.backend.has),
                     lambda batch, path: self._run_one(batch, config.thresholds, path),
+                    n_large=128 if self.on_device else 4,
                 )
             return costs
 

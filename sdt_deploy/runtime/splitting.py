@@ -138,6 +138,7 @@ def merge(
             head_ms=sum(one.head_ms for one in times),
         ),
         path=first.path,
+        stage_rows=tuple(n_rows for part in parts for n_rows in part.stage_rows),
     )
 
 

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdt_deploy.bundle import Bundle, GraphSpec, Manifest
+from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.exporters.partition import partition
+from sdt_deploy.model.blocks import TransformerLayer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
+from sdt_deploy.runtime.backends.device import DeviceMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class StageCall:
 def memory_bundle(model: SparseDepthTransformer, config: ExportConfig | None = None) -> Bundle:
     """Make a bundle that exists in memory only: a manifest for ``model``, without any file."""
     config = config or ExportConfig()
+    layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
     stage_layers = iter(config.stage_layers(model.config.n_layers))
     graphs = {
         part.name: GraphSpec(
@@ -42,7 +45,7 @@ def memory_bundle(model: SparseDepthTransformer, config: ExportConfig | None = N
             outputs=part.module.outputs,
             graph_sha256="0" * 64,
             max_abs_error=0.0,
-            attention_layout="padded-heads" if part.name.startswith("stage-") else None,
+            attention_layout=layout if part.name.startswith("stage-") else None,
             layers=next(stage_layers) if part.name.startswith("stage-") else None,
         )
         for part in partition(model, config)
@@ -74,6 +77,41 @@ class OracleBackend(HostMemory):
 
     def close(self) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
+
+
+class OracleDeviceBackend(DeviceMemory):
+    """The same for the loop on a device, in torch tensors on the CPU."""
+
+    name = "oracle-device"
+    profiles = ()
+
+    def __init__(self, bundle: Bundle, model: SparseDepthTransformer) -> None:
+        super().__init__("cpu")
+        self._oracle = OracleBackend(bundle, model)
+        self.calls = self._oracle.calls
+
+    def has(self, name: str) -> bool:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
+        return self._oracle.has(name)
+
+    def graph(self, name: str) -> Graph:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
+        return _OnTensors(self._oracle.graph(name))
+
+    def close(self) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
+
+
+class _OnTensors:
+    """A graph over NumPy arrays, given tensors on the CPU: they share memory."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """See :meth:`sdt_deploy.runtime.backend.Graph.bind`."""
+        arrays = ({name: t.numpy() for name, t in side.items()} for side in (inputs, outputs))
+        return self._graph.bind(*arrays)
 
 
 class _OracleGraph:
@@ -119,6 +157,8 @@ class _OracleGraph:
         remaining = torch.full(states.shape[:1], stop - first, dtype=torch.int32)
         if "remaining_depth" in inputs:
             remaining = torch.from_numpy(inputs["remaining_depth"])
+        if self._spec.attention_layout == "padded-rows":
+            return {"updated_states": self._fused(self._model.blocks[first], inputs)}
         n_heads = self._model.config.n_heads
         gather = _long(inputs["gather_index"])[:, 0] // n_heads
         scatter = _long(inputs["scatter_index"])[:, 0]
@@ -143,6 +183,17 @@ class _OracleGraph:
             updated = layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
             states = torch.where(active[:, None], updated, states)
         return {"updated_states": states}
+
+    def _fused(self, layer: TransformerLayer, inputs: Mapping[str, Array]) -> Tensor:
+        gather, scatter = _long(inputs["gather_index"]), _long(inputs["scatter_index"])
+        queries = torch.from_numpy(inputs["hidden_states"])[gather]
+        keys = queries
+        if "context_states" in inputs:
+            keys = torch.from_numpy(inputs["context_states"])
+        visible = _within(inputs["key_lengths"], keys.shape[1])
+        joined = torch.cat([queries, keys], dim=1)
+        mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
+        return layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
 
     def _head(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         states = torch.from_numpy(inputs["hidden_states"])

@@ -6,6 +6,7 @@ stream still uses them are reused in stream order only, so nothing has to wait.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.backend import Array, HostArray
+from sdt_deploy.runtime.device_plan import DeviceRouting, TorchRouting
 from sdt_deploy.runtime.device_routing import plan_on_device
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules
 
@@ -41,6 +43,21 @@ class DeviceMemory:
             raise BackendError(
                 f"torch {torch.__version__} finds no GPU; `sdt-deploy doctor` says what is missing"
             )
+
+    @property
+    def torch(self) -> Any:
+        """The module."""
+        return self._torch
+
+    @functools.cached_property
+    def routing(self) -> DeviceRouting:
+        """What routes on this device."""
+        if self.device.type != "cuda":
+            return TorchRouting()
+        require("triton", extra="gpu", purpose="Routing on a GPU")
+        from sdt_deploy.runtime.triton_routing import TritonRouting
+
+        return TritonRouting()
 
     @property
     def stream(self) -> int:
@@ -111,6 +128,24 @@ class DeviceMemory:
             event = self._torch.cuda.Event()
             event.record()
             event.synchronize()
+
+    def clock(self, run: Callable[[], object]) -> float:
+        """Make a call; return the milliseconds between events before and behind its work."""
+        begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """Make a call; return how much more of the GPU's memory it had allocated at a time."""
+        cuda = self._torch.cuda
+        cuda.synchronize(self.device)
+        cuda.reset_peak_memory_stats(self.device)
+        before = cuda.memory_allocated(self.device)
+        run()
+        return int(cuda.max_memory_allocated(self.device) - before)
 
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.take`."""

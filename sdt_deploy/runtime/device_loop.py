@@ -1,0 +1,409 @@
+"""The loop on a GPU: everything stays there, calls are captured, and the host waits once.
+
+A batch is padded to a bucket (:mod:`sdt_deploy.runtime.ladders`), and the entry runs on all places
+of it. From the scores a few kernels make the route plan (:mod:`sdt_deploy.runtime.device_plan`).
+The host reads how many tokens are active in each layer, chooses a bucket for each stage, and
+launches the stages, which read and write rows sorted by falling depth; finished rows, and with
+``context="all"`` all of them, go back to their places. The head runs on the places.
+
+Every piece is a CUDA graph, captured when its bucket occurs for the first time. The pieces of a
+batch run one after the other on one stream, so all captures share one pool of scratch memory.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+
+from sdt_deploy.bundle import Bundle, Manifest
+from sdt_deploy.config import ModelConfig
+from sdt_deploy.errors import BackendError
+from sdt_deploy.runtime.backend import Backend
+from sdt_deploy.runtime.backends.device import DeviceMemory
+from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting
+from sdt_deploy.runtime.ladders import Bucket, batch_bucket, stage_bucket
+from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
+from sdt_deploy.runtime.routing import depths_from_scores
+from sdt_deploy.runtime.stopping import StopCheck
+
+MAX_GRAPHS = 512
+"""Captured graphs that a session keeps; the least recently used ones go first."""
+ALIGNMENT = 256
+"""Bytes; TensorRT wants addresses to be multiples of it."""
+Work = Callable[[], None]
+
+
+class DeviceBackend(Backend, Protocol):
+    """A backend whose buffers are torch tensors on :attr:`device`."""
+
+    device: Any
+
+    @property
+    def torch(self) -> Any:
+        """The module."""
+
+    @property
+    def routing(self) -> DeviceRouting:
+        """What routes on this device."""
+
+    def wait(self) -> None:
+        """Wait for what was enqueued on the current stream so far."""
+
+
+class GraphCache:
+    """Captured CUDA graphs by key, bounded in number.
+
+    Args:
+        torch: the module.
+        enabled: False: every launch runs its work as it is.
+        max_graphs: see :data:`MAX_GRAPHS`.
+    """
+
+    def __init__(self, torch: Any, *, enabled: bool, max_graphs: int = MAX_GRAPHS) -> None:
+        self._torch = torch
+        self._enabled = enabled
+        self._max_graphs = max_graphs
+        self._pool = torch.cuda.graph_pool_handle() if enabled else None
+        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def launch(self, key: Hashable, work: Work) -> None:
+        """Enqueue ``work`` on the current stream, which must not be the default one.
+
+        The first time it runs as it is, and is captured afterwards: engines allocate, choose and
+        compile on a first run, which no capture may contain. ``work`` must use the same addresses
+        each time, apart from memory that it allocates.
+        """
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            graph.replay()
+            return
+        work()
+        if not self._enabled:
+            return
+        graph = self._torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        self._graphs[key] = graph
+        if len(self._graphs) > self._max_graphs:
+            self._graphs.popitem(last=False)
+
+    def clear(self) -> None:
+        """Free all graphs."""
+        self._graphs.clear()
+
+
+class PinnedBlock:
+    """Arrays side by side in one block on the device and one in pinned memory: one copy for all.
+
+    Args:
+        torch: the module.
+        device: where.
+        parts: shape and dtype by name.
+    """
+
+    def __init__(
+        self, torch: Any, device: Any, parts: Mapping[str, tuple[tuple[int, ...], str]]
+    ) -> None:
+        starts, total = [], 0
+        for shape, dtype in parts.values():
+            starts.append(total)
+            n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+            total += -(-n_bytes // ALIGNMENT) * ALIGNMENT
+        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
+        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.there: dict[str, Any] = {}
+        """The tensors on the device."""
+        self.here: dict[str, np.ndarray] = {}
+        """The arrays in pinned memory."""
+        for (name, (shape, dtype)), begin in zip(parts.items(), starts, strict=True):
+            end = begin + math.prod(shape) * np.dtype(dtype).itemsize
+            self.there[name] = self._device[begin:end].view(getattr(torch, dtype)).view(shape)
+            self.here[name] = self._host.numpy()[begin:end].view(dtype).reshape(shape)
+
+    def send(self) -> None:
+        """Copy to the device; nothing waits, so the arrays must stay as they are for now."""
+        self._device.copy_(self._host, non_blocking=True)
+
+    def fetch(self) -> None:
+        """Copy to the host; they are there once the stream has been waited for."""
+        self._host.copy_(self._device, non_blocking=True)
+
+
+class Frame:
+    """The small buffers of one bucket, at fixed addresses."""
+
+    def __init__(self, backend: DeviceBackend, config: ModelConfig, bucket: Bucket) -> None:
+        torch, device = backend.torch, backend.device
+        n_places, batch, longest = bucket.n_tokens, bucket.batch, bucket.max_seqlen
+        padded = (batch, longest)
+        sent = {
+            "input_ids": (padded, "int32"),  # 0 in padding
+            "attention_mask": (padded, "int32"),
+            "lengths": ((batch,), "int64"),  # 0 for sequences that fill the bucket
+            "short_lengths": ((batch,), "int32"),  # the same
+            "thresholds": ((config.n_layers,), "float32"),
+        }
+        if config.n_token_types:
+            sent["token_type_ids"] = (padded, "int32")
+        rows = (batch,) if config.head.per_sequence else padded
+        result = {
+            "output": ((*rows, config.output_width), "float32"),
+            "scores": (padded, "float32"),
+        }
+        self.bucket = bucket
+        self.sent = PinnedBlock(torch, device, sent)
+        self.counts = PinnedBlock(torch, device, {"counts": ((2, config.n_layers), "int32")})
+        self.result = PinnedBlock(torch, device, result)
+        self.plan = DevicePlan.empty(
+            torch, device, bucket, config.n_layers, counts=self.counts.there["counts"]
+        )
+        self.places = torch.arange(n_places, dtype=torch.int32, device=device).view(padded)
+        """``[batch, max_seqlen]`` int32: 0, 1, 2, …"""
+        self.position_ids = self.places.remainder(longest).view(-1)
+        self.firsts = self.places[:, 0].contiguous()
+        """``[batch]`` int32, the first place of each sequence."""
+
+    def inputs(self, *names: str, flat: bool) -> dict[str, Any]:
+        """Return padded inputs by name, ``token_type_ids`` with them if the model has types."""
+        there = self.sent.there
+        wanted = [*names, *(name for name in ("token_type_ids",) if name in there)]
+        return {name: there[name].view(-1) if flat else there[name] for name in wanted}
+
+    def send(self, batch: TokenBatch, thresholds: Sequence[float]) -> None:
+        """Write a batch: one copy, which nothing waits for.
+
+        The block is free: the last run that used it has ended.
+        """
+        n, longest = len(batch.lengths), int(batch.lengths.max())
+        here = self.sent.here
+        padded = {
+            "input_ids": batch.padded(batch.input_ids),
+            "attention_mask": batch.attention_mask,
+        }
+        if "token_type_ids" in here:
+            padded["token_type_ids"] = batch.padded(batch.types)
+        for name, values in padded.items():
+            if here[name].shape != values.shape:
+                here[name].fill(0)
+            here[name][:n, :longest] = values
+        for name in ("lengths", "short_lengths"):
+            here[name][:n] = batch.lengths
+            here[name][n:] = 0
+        here["thresholds"][:] = thresholds
+        self.sent.send()
+
+
+class DeviceLoop:
+    """Runs batches on a device; one at a time, in whatever thread.
+
+    Args:
+        manifest: of a bundle whose stages have the layout ``padded-rows``.
+        backend: its engines and memory.
+        capture: make CUDA graphs; False: for devices that have none.
+    """
+
+    def __init__(self, manifest: Manifest, backend: DeviceBackend, *, capture: bool) -> None:
+        self._config = manifest.model
+        self._dtype = manifest.export.precision
+        self._layers = [first for first, _ in manifest.stage_layers]
+        self._backend = backend
+        self._torch = backend.torch
+        self._graphs = GraphCache(backend.torch, enabled=capture)
+        self._lock = threading.Lock()
+        self._frames: dict[Bucket, Frame] = {}
+        self._capacity = 0
+        self._states: Any = None
+        """``[n_places, d_model]``, the last state of every token, in its place."""
+        self._rows: Sequence[Any] = ()
+        """Two buffers ``[n_places, d_model]``: stages read one and write the other."""
+
+    @property
+    def n_graphs(self) -> int:
+        """Graphs captured and kept."""
+        return len(self._graphs)
+
+    def run(
+        self,
+        batch: TokenBatch,
+        thresholds: Sequence[float],
+        path: PathName,
+        check: StopCheck | None = None,
+    ) -> RunResult:
+        """Run a batch through ``sparse``, ``masked`` or ``dense``.
+
+        The host waits for the device once for the counts, ``sparse`` only, and once at the end.
+
+        Args:
+            batch: the batch.
+            thresholds: one per layer, nondecreasing.
+            path: the path.
+            check: called before each stage.
+
+        Returns:
+            Arrays that belong to the caller.
+
+        Raises:
+            BackendError: if an engine fails.
+        """
+        start = perf_counter()
+        config = self._config
+        bucket = batch_bucket(batch.lengths.tolist(), max_positions=config.max_positions)
+        n, longest = len(batch.lengths), int(batch.lengths.max())
+        with self._lock, self._backend.running():
+            frame = self._frame(bucket)
+            frame.send(batch, thresholds)
+            stage_rows: tuple[int, ...] = ()
+            if path == "sparse":
+                stage_rows = self._run_stages(frame, check)
+            else:
+                self._graphs.launch((path, bucket), partial(self._whole, frame, path))
+            frame.result.fetch()
+            self._backend.wait()
+            output = frame.result.here["output"][:n]
+            if config.head.per_sequence:
+                output = output.copy()
+            else:
+                output = batch.packed(output[:, :longest]).copy()
+            scores = batch.packed(frame.result.here["scores"][:n, :longest]).copy()
+        depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
+        if path != "dense":
+            depths = depths_from_scores(scores, thresholds)
+        return RunResult(
+            output=output,
+            depths=depths,
+            scores=None if path == "dense" else scores,
+            input_ids=batch.input_ids.copy(),
+            cu_seqlens=batch.cu_seqlens.copy(),
+            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
+            timings=Timings(total_ms=(perf_counter() - start) * 1e3),
+            path=path,
+            stage_rows=stage_rows,
+        )
+
+    def close(self) -> None:
+        """Free graphs and buffers."""
+        with self._lock:
+            self._graphs.clear()
+            self._frames.clear()
+            self._capacity, self._states, self._rows = 0, None, ()
+
+    def _run_stages(self, frame: Frame, check: StopCheck | None) -> tuple[int, ...]:
+        """Run entry, stages and head; return the rows that each stage processed."""
+        launch, bucket = self._graphs.launch, frame.bucket
+        launch(("entry", bucket), partial(self._enter, frame))
+        frame.counts.fetch()
+        self._backend.wait()
+        counts = frame.counts.here["counts"]
+        processed = []
+        for number, layer in enumerate(self._layers):
+            n_active, longest = counts[:, layer].tolist()
+            if not n_active:
+                break
+            if check is not None:
+                check()
+            size = stage_bucket(n_active, longest, bucket)
+            launch(("stage", number, bucket, size), partial(self._stage, frame, number, size))
+            processed.append(size.n_tokens)
+        launch(("head", bucket), partial(self._head, frame))
+        return tuple(processed)
+
+    def _enter(self, frame: Frame) -> None:
+        n_places, there = frame.bucket.n_tokens, frame.sent.there
+        states, scores = self._states[:n_places], frame.result.there["scores"].view(-1)
+        inputs = {**frame.inputs("input_ids", flat=True), "position_ids": frame.position_ids}
+        self._call("entry", inputs, {"hidden_states": states, "scores": scores})
+        routing = self._backend.routing
+        routing.plan(scores, there["lengths"], there["thresholds"], frame.plan)
+        routing.take_rows(frame.plan, states, self._rows[0][:n_places])
+
+    def _stage(self, frame: Frame, number: int, size: Bucket) -> None:
+        layer, routing, plan = self._layers[number], self._backend.routing, frame.plan
+        states = self._states[: frame.bucket.n_tokens]
+        rows = self._rows[number % 2][: size.n_tokens]
+        updated = self._rows[(number + 1) % 2][: size.n_tokens]
+        gather_index, scatter_index = routing.stage_indices(plan, layer, size)
+        inputs = {
+            "hidden_states": rows,
+            "gather_index": gather_index,
+            "scatter_index": scatter_index,
+        }
+        sees_all = self._config.context == "all"
+        if sees_all:
+            inputs["context_states"] = states.view(*plan.grid.shape, -1)
+            inputs["key_lengths"] = frame.sent.there["lengths"]
+        else:
+            inputs["key_lengths"] = plan.active_lengths[layer]
+        self._call(f"stage-{number:02d}", inputs, {"updated_states": updated})
+        routing.put_rows(plan, updated, layer, states, finished=not sees_all)
+
+    def _head(self, frame: Frame) -> None:
+        inputs = {"hidden_states": self._states[: frame.bucket.n_tokens]}
+        head, output = self._config.head, frame.result.there["output"]
+        if head.pooling == "cls":
+            inputs["first_index"] = frame.firsts
+        elif head.pooling == "mean":
+            inputs["gather_index"] = frame.places
+            inputs["lengths"] = frame.sent.there["short_lengths"]
+        self._call("head", inputs, {"output": output.view(-1, output.shape[-1])})
+
+    def _whole(self, frame: Frame, path: PathName) -> None:
+        inputs = frame.inputs("input_ids", "attention_mask", flat=False)
+        outputs = dict(frame.result.there)
+        if path == "dense":
+            del outputs["scores"]
+        else:
+            inputs["thresholds"] = frame.sent.there["thresholds"]
+        self._call(path, inputs, outputs)
+
+    def _call(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
+        self._backend.graph(name).bind(inputs, outputs)()
+
+    def _frame(self, bucket: Bucket) -> Frame:
+        """Return the buffers of ``bucket``; the states' are as large as the largest one's."""
+        if bucket.n_tokens > self._capacity:
+            self._graphs.clear()  # they name addresses that are about to go
+            self._states, self._rows = None, ()
+            shape = bucket.n_tokens, self._config.d_model
+            self._states, *self._rows = (self._backend.empty(shape, self._dtype) for _ in range(3))
+            self._capacity = bucket.n_tokens
+        if bucket not in self._frames:
+            self._frames[bucket] = Frame(self._backend, self._config, bucket)
+        return self._frames[bucket]
+
+
+def for_devices(bundle: Bundle) -> bool:
+    """Tell whether the stages of a bundle are laid out for the loop on a device."""
+    return all(spec.attention_layout == "padded-rows" for spec in bundle.manifest.stages)
+
+
+def device_loop(bundle: Bundle, backend: Backend) -> DeviceLoop | None:
+    """Return what runs a bundle with fused stages; None: its stages take another layout.
+
+    Raises:
+        BackendError: if ``backend`` does not run on a GPU.
+    """
+    if not for_devices(bundle):
+        return None
+    if not isinstance(backend, DeviceMemory):
+        raise BackendError(
+            f"{bundle.path} was exported with fused attention, for GPUs, and {backend.name} runs "
+            "on the CPU; export it with --attention decomposed, or open it with "
+            'backend="onnxruntime-cuda"'
+        )
+    return DeviceLoop(bundle.manifest, backend, capture=backend.device.type == "cuda")

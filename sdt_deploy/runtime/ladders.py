@@ -1,0 +1,75 @@
+"""Sizes that captured graphs are made for: a few, so that they are reused.
+
+A *bucket* is a triple of sizes on a ladder; a batch takes the smallest one that holds it. Rungs
+grow by a quarter at most (tokens by an eighth from 512 on), which bounds what padding costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdt_deploy.errors import ConfigError
+
+TOKEN_MULTIPLE = 64
+"""Rows come in multiples of it: the height of the tiles that GPU matrix products work on."""
+SEQLEN_MULTIPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Sizes that a graph is captured for."""
+
+    n_tokens: int
+    """Rows."""
+    batch: int
+    """Sequences."""
+    max_seqlen: int
+    """Places of each sequence."""
+
+    def __post_init__(self) -> None:
+        if min(self.n_tokens, self.batch, self.max_seqlen) < 1:
+            raise ConfigError(f"sizes of a bucket are positive, not {self}")
+
+
+def rung(size: int, *, multiple: int, steps: int) -> int:
+    """Return the smallest rung of a ladder that is at least ``size``.
+
+    Between two powers of two there are ``steps`` rungs at most, all multiples of ``multiple``.
+
+    Args:
+        size: a positive number.
+        multiple: a power of two.
+        steps: a power of two; a rung is at most ``1 + 1 / steps`` of the one below it, or
+            ``multiple`` larger.
+    """
+    step = max(multiple, (1 << (size.bit_length() - 1)) // steps)
+    return -(-size // step) * step
+
+
+def batch_bucket(lengths: Sequence[int], *, max_positions: int) -> Bucket:
+    """Return the bucket of a padded batch; ``n_tokens`` counts its padding too.
+
+    Args:
+        lengths: tokens of each sequence.
+        max_positions: no sequence may be longer, so neither is the bucket's.
+    """
+    batch = rung(len(lengths), multiple=1, steps=4)
+    longest = rung(max(lengths), multiple=SEQLEN_MULTIPLE, steps=4)
+    longest = min(longest, max(max_positions, max(lengths)))
+    return Bucket(n_tokens=batch * longest, batch=batch, max_seqlen=longest)
+
+
+def stage_bucket(n_active: int, max_seqlen: int, whole: Bucket) -> Bucket:
+    """Return the bucket of a stage call.
+
+    Args:
+        n_active: active tokens.
+        max_seqlen: active tokens of the sequence that has most.
+        whole: the bucket of the batch.
+    """
+    return Bucket(
+        n_tokens=min(rung(n_active, multiple=TOKEN_MULTIPLE, steps=8), whole.n_tokens),
+        batch=whole.batch,
+        max_seqlen=min(rung(max_seqlen, multiple=SEQLEN_MULTIPLE, steps=4), whole.max_seqlen),
+    )

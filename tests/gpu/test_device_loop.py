@@ -1,0 +1,155 @@
+"""Captured graphs, kernels and waits of the loop on a GPU: `pytest -m gpu tests/gpu`."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdt_deploy.config import ExportConfig, Precision
+from sdt_deploy.exporters.export import export
+from sdt_deploy.gpu import driver
+from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.model.inference import oracle_output
+from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.runtime.session import Session
+from tests.samples import CONFIGS, quantile_thresholds, random_batch, random_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(driver().problem), reason=f"{driver().problem}"),
+]
+TOLERANCES = {"float32": 2e-4, "float16": 2e-2}
+Made = tuple[SparseDepthTransformer, Path]
+
+
+@pytest.fixture(scope="module", params=["active-lm", "all-embedding", "active-grouped"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def precision(request: pytest.FixtureRequest) -> Precision:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def made(name: str, precision: Precision, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    model = random_model(CONFIGS[name][0], seed=5)
+    bundle = tmp_path_factory.mktemp("fused") / "bundle"
+    config = ExportConfig(attention="fused", precision=precision)
+    export(Checkpoint(model=model, provenance={}), bundle, config)
+    return model, bundle
+
+
+def open_session(bundle: Path) -> Session:
+    return Session.open(bundle, backend="onnxruntime-cuda")
+
+
+def test_parity_and_replays(made: Made, precision: Precision) -> None:
+    """Equal to the oracle at first, and bitwise equal to that when graphs are replayed."""
+    model, path = made
+    config = model.config
+    rng = np.random.default_rng(3)
+    flips = 0
+    with open_session(path) as session:
+        batches = [
+            random_batch(config, list(lengths), seed=seed)
+            for seed, lengths in enumerate(([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [29] * 9))
+        ]
+        wanted = [rng.random(config.n_layers).tolist() for _ in batches]
+        limits = [
+            quantile_thresholds(model, batch, each)
+            for batch, each in zip(batches, wanted, strict=True)
+        ]
+        firsts = {}
+        for turn in range(3):
+            for i, (batch, thresholds) in enumerate(zip(batches, limits, strict=True)):
+                for kind in ("sparse", "masked", "dense"):
+                    found = session.run_batch(batch, thresholds=thresholds, path=kind)  # type: ignore[arg-type]
+                    if turn:
+                        np.testing.assert_array_equal(found.output, firsts[i, kind])
+                        continue
+                    firsts[i, kind] = found.output
+                    oracle = model.as_dense() if kind == "dense" else model
+                    expected = oracle_output(
+                        oracle,
+                        batch.input_ids,
+                        batch.cu_seqlens,
+                        batch.token_type_ids,
+                        depths=found.depths,
+                    )
+                    scale = np.sqrt(np.mean(expected.output**2))
+                    error = np.abs(found.output - expected.output).max() / scale
+                    assert error < TOLERANCES[precision], (kind, i)
+                    if kind == "sparse":
+                        chosen = oracle_output(
+                            model,
+                            batch.input_ids,
+                            batch.cu_seqlens,
+                            batch.token_type_ids,
+                            thresholds=thresholds,
+                        )
+                        flips += int((found.depths != chosen.depths).sum())
+    assert flips == 0
+
+
+def test_it_waits_once_for_counts_and_once_at_the_end(made: Made) -> None:
+    torch = pytest.importorskip("torch")
+    model, path = made
+    batch = random_batch(model.config, [20, 3, 11], seed=1)
+    with open_session(path) as session:
+        for _ in range(2):
+            session.run_batch(batch, path="sparse")
+        waits = []
+        wait = session.backend.wait  # type: ignore[attr-defined]
+        session.backend.wait = lambda: (waits.append(1), wait())  # type: ignore[attr-defined]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for kind in ("sparse", "dense"):
+                waits.clear()
+                session.run_batch(batch, path=kind)  # type: ignore[arg-type]
+                assert len(waits) == (2 if kind == "sparse" else 1)
+            # Not captured yet, so every copy that is not asynchronous would be noticed.
+            fresh = random_batch(model.config, [9, 9], seed=1)
+            session.run_batch(fresh, path="sparse")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_triton_routes_as_torch_does() -> None:
+    pytest.importorskip("triton")
+    from tests.runtime.triton_check import check
+
+    check("cuda", 30)
+    check("cuda", 4, longest=512, largest_batch=70)
+
+
+def test_streams_threads_and_two_sessions(made: Made) -> None:
+    torch = pytest.importorskip("torch")
+    model, path = made
+    wrong: list[Exception] = []
+    with open_session(path) as one, open_session(path) as other:
+        lengths = [[9, 29, 4, 17], [3], [12, 12]]
+        batches = [random_batch(model.config, each, seed=i) for i, each in enumerate(lengths)]
+        expected = [one.run_batch(batch, path="sparse").output for batch in batches]
+
+        def work(seed: int) -> None:
+            session = (one, other)[seed % 2]
+            try:
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    for turn in range(30):
+                        i = (seed + turn) % len(batches)
+                        found = session.run_batch(batches[i], path="sparse")
+                        np.testing.assert_allclose(found.output, expected[i], rtol=0, atol=1e-3)
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong, wrong[0]

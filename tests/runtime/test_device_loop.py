@@ -1,0 +1,226 @@
+"""The loop for GPUs, run by torch on the CPU; tests/gpu runs it on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdt_deploy.config import ExportConfig, ModelConfig
+from sdt_deploy.errors import BackendError, ConfigError, RunCancelledError
+from sdt_deploy.runtime.device_loop import GraphCache
+from sdt_deploy.runtime.device_plan import NO_ROW, DevicePlan, TorchRouting
+from sdt_deploy.runtime.ladders import Bucket, stage_bucket
+from sdt_deploy.runtime.routing import depths_from_scores, plan_route
+from sdt_deploy.runtime.session import Session
+from sdt_deploy.runtime.splitting import PartLimits
+from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
+from tests.samples import (
+    CONFIGS,
+    assert_parity,
+    cut_points,
+    lengths_lists,
+    model_configs,
+    quantile_thresholds,
+    random_batch,
+    random_model,
+    rules,
+    seeds,
+)
+
+FUSED = ExportConfig(attention="fused")
+
+
+@given(data=st.data(), drawn=model_configs(), lengths=lengths_lists, seed=seeds)
+@settings(max_examples=150, deadline=None)
+def test_any_model(
+    data: st.DataObject,
+    drawn: tuple[ModelConfig, ExportConfig],
+    lengths: list[int],
+    seed: int,
+) -> None:
+    config, _ = drawn
+    model = random_model(config, seed % 10_000)
+    bundle = memory_bundle(model, FUSED)
+    backend = OracleDeviceBackend(bundle, model)
+    session = Session(bundle, backend)
+    # Twice, of other sizes: what one batch leaves in the buffers must not reach the next.
+    for turn, chosen in enumerate((lengths, [*lengths[1:], 3])):
+        batch = random_batch(config, chosen, seed + turn)
+        thresholds = quantile_thresholds(model, batch, data.draw(cut_points(config.n_layers)))
+        backend.calls.clear()
+        result = assert_parity(session, model, batch, thresholds)
+        active = [n for n in result.layer_usage.active_tokens if n]
+        rows = [call.n_rows for call in backend.calls]
+        assert rows == list(result.stage_rows)
+        # Hard skipping: a stage processes its active tokens, padded to the next rung.
+        assert len(rows) == len(active)
+        assert all(n <= m < n * 1.125 + 64 for n, m in zip(active, rows, strict=True))
+        for path in ("masked", "dense"):
+            assert_parity(session, model, batch, thresholds if path == "masked" else None, path)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 1000), st.integers(0, 2))
+def test_it_routes_as_the_host_does(lengths: list[int], seed: int, empty: int) -> None:
+    """Rows, counts and attention layouts are those of the planner for the CPU."""
+    n_layers, batch, longest = 5, len(lengths) + empty, max(lengths) + empty
+    bucket = Bucket(n_tokens=batch * longest, batch=batch, max_seqlen=longest)
+    present = np.arange(longest) < np.array([*lengths, *[0] * empty])[:, None]
+    padded = np.random.default_rng(seed).integers(0, 7, present.shape).astype(np.float32) / 6
+    thresholds = (0.0, 1 / 6, 0.5, 0.5, 5 / 6)
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    depths = depths_from_scores(padded[present], thresholds)
+    one_each = [(i, i + 1) for i in range(n_layers)]
+    expected = plan_route(depths, cu_seqlens, rules(one_each, "active", 1))
+    order = np.arange(len(depths)) if expected.order is None else expected.order
+
+    plan = DevicePlan.empty(torch, "cpu", bucket, n_layers)
+    routing = TorchRouting()
+    counts = torch.tensor([*lengths, *[0] * empty])
+    routing.plan(torch.from_numpy(padded).view(-1), counts, torch.tensor(thresholds), plan)
+    np.testing.assert_array_equal(plan.depths.numpy()[present.reshape(-1)], depths)
+    place_of_token = np.flatnonzero(present)
+    np.testing.assert_array_equal(plan.place[: len(depths)], place_of_token[order])
+    assert (plan.grid.numpy()[~present] == NO_ROW).all()
+    for step in expected.steps:
+        n_active, width = plan.counts[:, step.stage].tolist()
+        assert (n_active, width) == (step.n_active, step.queries.max_seqlen)
+        size = stage_bucket(n_active, width, bucket)
+        gather, scatter = routing.stage_indices(plan, step.stage, size)
+        assert scatter.shape == (size.n_tokens,)
+        # Every active row stands where its scatter index says, among the first of its sequence.
+        np.testing.assert_array_equal(gather.view(-1)[scatter[:n_active].long()], range(n_active))
+        ours = [
+            sorted(row[:n].tolist())
+            for row, n in zip(gather, plan.active_lengths[step.stage].tolist(), strict=True)
+            if n
+        ]
+        theirs = step.queries.padded
+        assert ours == [
+            sorted(row[:n].tolist())
+            for row, n in zip(theirs.gather_index, theirs.lengths, strict=True)
+        ]
+
+
+def test_triton_routes_as_torch_does() -> None:
+    """The kernels in Triton's interpreter, where triton is installed."""
+    pytest.importorskip("triton")
+    script = "from tests.runtime.triton_check import check; check('cpu', 40)"
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+
+
+def test_parts_threads_and_cancelling() -> None:
+    config, _ = CONFIGS["all-embedding"]
+    model = random_model(config, 3)
+    bundle = memory_bundle(model, FUSED)
+    backend = OracleDeviceBackend(bundle, model)
+    session = Session(bundle, backend, part_limits=PartLimits(max_padded_tokens=64))
+    batch = random_batch(config, [9, 29, 4, 17, 30, 1], seed=1)
+    result = assert_parity(session, model, batch)
+    assert len(result.stage_rows) > config.n_layers, "it ran in parts"
+
+    wrong: list[Exception] = []
+
+    def work(seed: int) -> None:
+        try:
+            for turn in range(5):
+                lengths = [1 + (seed * 7 + turn) % 29, 11, 5]
+                assert_parity(session, model, random_batch(config, lengths, seed))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+    event = threading.Event()
+    event.set()
+    with pytest.raises(RunCancelledError):
+        session.run_batch(batch, path="sparse", cancel=event)
+    session.close()
+    with pytest.raises(BackendError, match="closed"):
+        session.run_batch(batch)
+
+
+def test_bundles_for_gpus_are_refused_on_the_cpu() -> None:
+    config, _ = CONFIGS["all-embedding"]
+    model = random_model(config, 3)
+    bundle = memory_bundle(model, FUSED)
+    with pytest.raises(BackendError, match="--attention decomposed"):
+        Session(bundle, OracleBackend(bundle, model))
+
+
+@pytest.mark.parametrize("options", [{"layers_per_stage": 2}, {"quantization": "int8"}])
+def test_fused_attention_takes_one_layer_in_floats(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="one layer per stage and no quantization"):
+        ExportConfig(attention="fused", **options)  # type: ignore[arg-type]
+
+
+class _FakeTorch:
+    """CUDA graphs as lists of what ran while they were captured."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.cuda = self
+        fake = self
+
+        class Graph:
+            def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
+                assert (pool, capture_error_mode) == ("pool", "thread_local")
+                self.begin = len(fake.log)
+
+            def capture_end(self) -> None:
+                self.work = fake.log[self.begin :]
+                del fake.log[self.begin :]  # nothing runs while it is captured
+
+            def replay(self) -> None:
+                fake.log.extend(f"replayed {each}" for each in self.work)
+
+        self.CUDAGraph = Graph
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+
+def _logs(fake: _FakeTorch, what: str) -> Callable[[], None]:
+    return lambda: fake.log.append(what)
+
+
+def test_graphs_are_captured_once_and_the_oldest_goes() -> None:
+    fake = _FakeTorch()
+    graphs = GraphCache(fake, enabled=True, max_graphs=2)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        graphs.launch(key, _logs(fake, key))
+    assert fake.log == ["a", "b", "replayed a", "c", "replayed a", "b"]
+    assert len(graphs) == 2
+    graphs.clear()
+    graphs.launch("a", _logs(fake, "a"))
+    assert fake.log[-1] == "a"
+
+
+def test_a_capture_that_fails_leaves_no_graph() -> None:
+    fake = _FakeTorch()
+    graphs = GraphCache(fake, enabled=True)
+    runs = iter([None, RuntimeError("not while capturing")])
+
+    def work() -> None:
+        error = next(runs)
+        if error is not None:
+            raise error
+
+    with pytest.raises(RuntimeError):
+        graphs.launch("a", work)
+    assert len(graphs) == 0

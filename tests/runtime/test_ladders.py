@@ -1,0 +1,59 @@
+"""Sizes of captured graphs: pure decisions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdt_deploy.errors import ConfigError
+from sdt_deploy.runtime.ladders import Bucket, batch_bucket, rung, stage_bucket
+
+
+@given(st.integers(1, 200_000), st.sampled_from([1, 8, 64]), st.sampled_from([4, 8]))
+def test_a_rung_holds_and_is_near(size: int, multiple: int, steps: int) -> None:
+    found = rung(size, multiple=multiple, steps=steps)
+    assert found >= size
+    assert found % multiple == 0
+    assert found < size * (1 + 1 / steps) + multiple
+    assert rung(found, multiple=multiple, steps=steps) == found, "a rung is its own rung"
+
+
+@given(st.integers(1, 100_000), st.integers(1, 100_000))
+def test_rungs_rise_with_size(one: int, other: int) -> None:
+    small, large = sorted((one, other))
+    assert rung(small, multiple=64, steps=8) <= rung(large, multiple=64, steps=8)
+
+
+def test_the_ladder_is_short() -> None:
+    """Few rungs, so that graphs are reused: 8 for each doubling, from 512 tokens on."""
+    rungs = {rung(n, multiple=64, steps=8) for n in range(1, 8193)}
+    assert len(rungs) == 8 + 8 * 4
+    assert [n for n in sorted(rungs) if n <= 512] == list(range(64, 513, 64))
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=300), st.data())
+def test_buckets_hold_their_batch(lengths: list[int], data: st.DataObject) -> None:
+    whole = batch_bucket(lengths, max_positions=512)
+    assert whole.batch >= len(lengths)
+    assert max(lengths) <= whole.max_seqlen <= 512
+    assert whole.n_tokens == whole.batch * whole.max_seqlen
+    active = [data.draw(st.integers(0, n)) for n in lengths]
+    if any(active):
+        stage = stage_bucket(sum(active), max(active), whole)
+        assert sum(active) <= stage.n_tokens <= whole.n_tokens
+        assert max(active) <= stage.max_seqlen <= whole.max_seqlen
+        assert stage.batch == whole.batch
+
+
+def test_sizes_in_use_are_rungs() -> None:
+    """Batches of common sizes are not padded, so a comparison at them is one of equals."""
+    for batch in (1, 2, 4, 8, 16, 32, 64, 128):
+        for seq in (64, 128, 256, 512):
+            found = batch_bucket([seq] * batch, max_positions=512)
+            assert (found.batch, found.max_seqlen) == (batch, seq)
+
+
+def test_empty_buckets_are_refused() -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        Bucket(n_tokens=0, batch=1, max_seqlen=1)

@@ -1,0 +1,53 @@
+"""Triton's routing against torch's, on a CPU by the interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from sdt_deploy.runtime.device_plan import DevicePlan, TorchRouting
+from sdt_deploy.runtime.ladders import Bucket, stage_bucket
+from sdt_deploy.runtime.triton_routing import TritonRouting
+
+
+def check(device: str, n_cases: int, longest: int = 20, largest_batch: int = 6) -> None:
+    """Compare everything on random batches with scores on thresholds, and empty sequences."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape or (1,), generator=generator)
+
+    for case in range(n_cases):
+        batch, seq, n_layers = (int(draw(1, n)) for n in (largest_batch, longest, 5))
+        bucket = Bucket(n_tokens=batch * seq, batch=batch, max_seqlen=seq)
+        lengths = draw(0, seq, batch)
+        lengths[0] = max(1, int(lengths[0]))
+        lengths = lengths.to(device)
+        scores = (draw(0, 6, batch * seq).float() / 6).to(device)
+        limits = (draw(0, 6, n_layers).float() / 6).sort().values.to(device)
+        routings = (TorchRouting(), TritonRouting())
+        plans = [DevicePlan.empty(torch, device, bucket, n_layers) for _ in routings]
+        for routing, plan in zip(routings, plans, strict=True):
+            routing.plan(scores, lengths, limits, plan)
+        n_tokens = int(lengths.sum())
+        for name in ("depths", "active_lengths", "counts", "grid"):
+            ours, wanted = (getattr(plan, name) for plan in reversed(plans))
+            assert torch.equal(ours, wanted), (case, name)
+        for name in ("place", "slot", "row_depth"):
+            ours, wanted = (getattr(plan, name)[:n_tokens] for plan in reversed(plans))
+            assert torch.equal(ours, wanted), (case, name)
+        states = torch.randn(batch * seq, 24, generator=generator).to(device)
+        for layer in range(n_layers):
+            n_active, width = plans[0].counts[:, layer].tolist()
+            if not n_active:
+                continue
+            size = stage_bucket(n_active, width, bucket)
+            rows = [torch.empty(size.n_tokens, 24, device=device) for _ in routings]
+            found = []
+            for routing, plan, out in zip(routings, plans, rows, strict=True):
+                routing.take_rows(plan, states, out)
+                moved = [states.clone(), states.clone()]
+                for finished, target in zip((False, True), moved, strict=True):
+                    routing.put_rows(plan, out * 2, layer, target, finished=finished)
+                found.append([out[:n_tokens], *moved, *routing.stage_indices(plan, layer, size)])
+            for wanted, ours in zip(*found, strict=True):
+                assert torch.equal(ours, wanted), (case, layer)
