@@ -18,6 +18,7 @@ from sdt_deploy.costs import active_shares
 from sdt_deploy.engines import EngineSet
 from sdt_deploy.errors import BundleFormatError, ConfigError
 from sdt_deploy.exporters.engine_process import EngineJob
+from sdt_deploy.files import sha256
 from sdt_deploy.gpu import driver, read_capability
 from sdt_deploy.tokenization import read_lines
 
@@ -76,13 +77,37 @@ def read_lengths(path: Path | None) -> list[int] | None:
     return [int(line) for line in lines]
 
 
-def plan_jobs(bundle: Bundle, engines: EngineSet, graphs: Sequence[str] = ()) -> list[EngineJob]:
+def pinned_times(config: BuildConfig) -> str | None:
+    """Return the SHA-256 of a pinned timing cache, which decides the kernels; None: not pinned.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    if not config.pin_timing_cache or config.timing_cache is None:
+        return None
+    try:
+        return sha256(config.timing_cache)
+    except OSError as error:
+        raise ConfigError(
+            f"the timing cache {config.timing_cache} cannot be read: {error}. Make it first, with "
+            "a build without --pin-timing-cache"
+        ) from error
+
+
+def plan_jobs(
+    bundle: Bundle,
+    engines: EngineSet,
+    graphs: Sequence[str] = (),
+    *,
+    pinned: str | None = None,
+) -> list[EngineJob]:
     """Plan the builds of a set.
 
     Args:
         bundle: the bundle.
         engines: what is to be built, with its profiles.
         graphs: names of graphs; none: all.
+        pinned: see :func:`pinned_times`.
 
     Raises:
         ConfigError: if the bundle has no graph of a name.
@@ -120,6 +145,7 @@ def plan_jobs(bundle: Bundle, engines: EngineSet, graphs: Sequence[str] = ()) ->
             "version": engines.version,
             "compute_capabilities": engines.compute_capabilities,
             "workspace_mb": engines.workspace_mb,
+            "timing_cache": pinned,
             **_machine(engines),
         }
         canonical = json.dumps(parts, sort_keys=True).encode()

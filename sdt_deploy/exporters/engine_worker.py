@@ -8,6 +8,7 @@ output. When nobody reads any more, the build is cancelled.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -137,7 +138,9 @@ def build_config(
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job["workspace_bytes"]}
     if job["timing_cache"] is not None:
         options["load_timing_cache"] = job["timing_cache"]
-        options["error_on_timing_cache_miss"] = job["pin_timing_cache"]
+        if job["pin_timing_cache"]:  # beside a path polygraphy would write a lock
+            options["load_timing_cache"] = io.BytesIO(Path(job["timing_cache"]).read_bytes())
+            options["error_on_timing_cache_miss"] = True
     if job["rtx"]:
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 

@@ -24,6 +24,7 @@ from sdt_deploy.errors import (
 from sdt_deploy.exporters.engine_cache import EngineCache
 from sdt_deploy.exporters.engine_plan import (
     command_line,
+    pinned_times,
     plan_jobs,
     read_lengths,
     target_gpus,
@@ -114,7 +115,7 @@ def build_engines(
         workspace_mb=config.workspace_mb,
         engines={},
     )
-    jobs = plan_jobs(bundle, new, config.graphs)
+    jobs = plan_jobs(bundle, new, config.graphs, pinned=pinned_times(config))
     with exclusive(bundle.path), _workplace(bundle.path) as directory:
         old = next((each for each in manifest.engines if each.name == new.name), None)
         specs: dict[str, EngineSpec] = {}
