@@ -3,10 +3,11 @@
     apt-get download fortunes wordnet-base debian-handbook …
     python benchmarks/collect_texts.py DIRECTORY OUT
 
-Every ``.deb`` and ``.tar.gz`` in ``DIRECTORY`` is one source. ``OUT/NAME.txt`` gets its paragraphs,
-one per line: 40 to 900 characters, mostly letters, with English function words, each once over all
-sources. ``OUT/sources.json`` counts them. What a model is tested on must be another source than
-those it is trained on, so each source has a file of its own.
+Every ``.deb``, ``.tar.gz`` and ``.txt`` in ``DIRECTORY`` is one source; a ``.txt`` is a list of the
+``Description-en`` fields of packages. ``OUT/NAME.txt`` gets its paragraphs, one per line: 40 to 900
+characters, mostly letters, with English function words, each once over all sources.
+``OUT/sources.json`` counts them. What a model is tested on must be another source than those it is
+trained on, so each source has a file of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _OTHER_LANGUAGE = re.compile(
     r"ru|sk|sl|sr|sv|tr|uk|vi|zh)([_-]\w+)?(\.UTF-8)?/|[._](ar|cs|da|de|el|es|fi|fr|id|it|ja|ko|nb|"
     r"nl|pl|pt|pt-br|ro|ru|sv|tr|uk|vi|zh-\w+)\.(html|txt)"
 )
+DESCRIPTIONS = "Description-en"
 BIBLE = re.compile(r"(?m)^\S+ ?\w*\d+:\d+ ")
 
 
@@ -63,6 +65,12 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
             stream = archive.extractfile(member)
             assert stream is not None
             name, content = member.name, stream.read()
+            if name.endswith(".tar.gz"):
+                with tarfile.open(fileobj=io.BytesIO(content)) as inner:
+                    for one in inner:
+                        if one.isfile() and (part := inner.extractfile(one)) is not None:
+                            yield f"{name}/{one.name}", part.read()
+                continue
             if name.endswith((".gz", ".dz")):
                 name, content = name[:-3], gzip.decompress(content)
             yield name, content
@@ -90,6 +98,14 @@ def paragraphs_of(name: str, text: str) -> Iterator[str]:
                 if not re.match(r"^[.'](?![BIR]{1,2} )", line)
             ]
             yield _TROFF.sub("", "\n".join(lines)).replace("\\-", "-")
+    elif name.startswith("wesnoth") or "/wesnoth/" in name:
+        yield from re.findall(r'_ ?"([^"]+)"', text)
+    elif suffix == ".json" and "datasets-" in name:
+        yield from re.split(r"\n\s*\n", text.replace("\\n", "\n").replace('\\"', '"'))
+    elif name.endswith("_GroundTruth.txt"):
+        yield from (line.rpartition("\t")[2] for line in text.splitlines())
+    elif name == DESCRIPTIONS:
+        yield from re.split(r"\n(?: \.)?\n", re.sub(r"(?m)^\S.*$", "", text))
     elif suffix == ".dict":
         yield from re.split(r"\n\s*\n|\n(?=\S)", re.sub(r"[{}]|\[[^]]*\]", "", text))
     elif suffix in (".txt", ".rst", ".md", ".info", ".pod", ".des", ".raw", ".cfg", "", ".lua"):
@@ -99,11 +115,20 @@ def paragraphs_of(name: str, text: str) -> Iterator[str]:
             yield from re.split(r"\n[ \t]*\n", text.replace("\r", ""))
 
 
-def cleaned(paragraph: str) -> str | None:
-    """Return the paragraph on one line, or None if it is not English prose of a fit length."""
+def pieces(paragraph: str) -> Iterator[str]:
+    """Yield the paragraph on one line, a long one in parts of whole sentences."""
     text = re.sub(r"\s+", " ", paragraph).strip(" *-•|")
-    if len(text) > MAX_CHARACTERS:
-        text = text[: text.rfind(". ", MIN_CHARACTERS, MAX_CHARACTERS) + 1]
+    while len(text) > MAX_CHARACTERS:
+        stop = text.rfind(". ", MIN_CHARACTERS, MAX_CHARACTERS) + 1
+        if not stop:
+            return
+        yield text[:stop]
+        text = text[stop + 1 :]
+    yield text
+
+
+def cleaned(text: str) -> str | None:
+    """Return the text, or None if it is not English prose of a fit length."""
     if len(text) < MIN_CHARACTERS:
         return None
     letters = sum(c.isalpha() or c in " ,.;'" for c in text)
@@ -115,27 +140,36 @@ def cleaned(paragraph: str) -> str | None:
     return text if len(set(words)) > 0.5 * min(len(words), 40) else None
 
 
+def texts_of(path: Path) -> Iterator[str]:
+    """Yield the English paragraphs of one source."""
+    files = [(DESCRIPTIONS, path.read_bytes())] if path.suffix == ".txt" else members(path)
+    for name, content in files:
+        if b"\0" not in content[:4096]:
+            for paragraph in paragraphs_of(name, content.decode("utf-8", "replace")):
+                for piece in pieces(paragraph):
+                    if (text := cleaned(piece)) and "\ufffd" not in text:
+                        yield text
+
+
 def main() -> None:
     """Collect, remove duplicates, shuffle, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
+    directory = arguments.directory
     arguments.out.mkdir(parents=True, exist_ok=True)
     seen: set[int] = set()
     counts = {}
-    for path in sorted([*arguments.directory.glob("*.deb"), *arguments.directory.glob("*.tar.gz")]):
-        name = path.name.partition("_")[0].removesuffix(".tar.gz")
+    sources = [path for end in (".deb", ".tar.gz", ".txt") for path in directory.glob(f"*{end}")]
+    for path in sorted(sources):
+        name = path.name.partition("_")[0].removesuffix(".tar.gz").removesuffix(".txt")
         found = []
-        for member, content in members(path):
-            if b"\0" in content[:4096]:
-                continue
-            for paragraph in paragraphs_of(member, content.decode("utf-8", "replace")):
-                text = cleaned(paragraph)
-                key = hash(re.sub(r"[^a-z]", "", text.lower())[:200]) if text else 0
-                if text and "\ufffd" not in text and key not in seen:
-                    seen.add(key)
-                    found.append(text)
+        for text in texts_of(path):
+            key = hash(re.sub(r"[^a-z]", "", text.lower())[:200])
+            if key not in seen:
+                seen.add(key)
+                found.append(text)
         random.Random(0).shuffle(found)
         if found:
             (arguments.out / f"{name}.txt").write_text("\n".join(found) + "\n")

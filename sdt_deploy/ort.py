@@ -173,12 +173,11 @@ def open_cuda_session(
     ensure_thread_pool()  # for what is left to the CPU; where there is one, all sessions use it
     options = ort.SessionOptions()
     options.use_per_session_threads = False
+    options.enable_mem_pattern = False  # would allocate anew on the second run of a size
     options.log_severity_level = 3
     where = {
         "device_id": device_id,
         "user_compute_stream": str(stream),
-        "gpu_external_alloc": str(allocator[0]),
-        "gpu_external_free": str(allocator[1]),
         "use_tf32": 0,  # float32 means float32, as it does in the exported bundle
     }
     return _opened(path, options, (provider, where), ())

@@ -104,8 +104,10 @@ class GraphCache:
             self._graphs.popitem(last=False)
 
     def clear(self) -> None:
-        """Free all graphs."""
+        """Free all graphs, and with them their scratch memory."""
         self._graphs.clear()
+        if self._enabled:
+            self._pool = self._torch.cuda.graph_pool_handle()  # the old one died with its graphs
 
 
 class PinnedBlock:

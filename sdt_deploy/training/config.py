@@ -48,6 +48,14 @@ class DistillConfig:
     curriculum: Curriculum = "cosine"
     curriculum_share: float = 0.4
     """Share of the run in which the depth falls from all layers to the target."""
+    mixed_share: float = 0.0
+    """Share of the steps whose depth is drawn between the wanted one and all layers: one model then
+    serves many depths, and stays near its teacher at full depth."""
+    crop_share: float = 0.0
+    """Share of the sequences of which a random part is taken, the first and last token kept."""
+    replaced_share: float = 0.0
+    """Share of the unpinned tokens that are replaced by others of the texts; the teacher sees the
+    same, so this only widens what is learned (Beyer et al., 2022)."""
     loss: LossWeights = field(default_factory=LossWeights)
     n_memory: int = 8192
     """Teacher embeddings of earlier batches that the neighbour loss compares with."""
@@ -68,7 +76,14 @@ class DistillConfig:
             _check(0 < getattr(self, name) < math.inf, name, self, "positive")
         for name in ("probe_learning_rate", "weight_decay"):
             _check(0 <= getattr(self, name) < math.inf, name, self, "0 or more")
-        for name in ("warm_up", "curriculum_share", "hard_share"):
+        for name in (
+            "warm_up",
+            "curriculum_share",
+            "hard_share",
+            "mixed_share",
+            "crop_share",
+            "replaced_share",
+        ):
             _check(0 <= getattr(self, name) <= 1, name, self, "in 0..1")
         for name, choices in (
             ("probe", ProbeTraining),
@@ -78,6 +93,11 @@ class DistillConfig:
             allowed = get_args(choices)
             _check(getattr(self, name) in allowed, name, self, f"one of {', '.join(allowed)}")
         _check(0 < self.target_depth < math.inf, "target_depth", self, "in (0, layers]")
+
+    @property
+    def augments(self) -> bool:
+        """Whether the teacher sees something new at every step, so that no cache serves."""
+        return self.crop_share > 0 or self.replaced_share > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

@@ -60,6 +60,8 @@ class Distillation:
         config: how to run.
         device: where; the teacher is moved there.
         mixed_precision: compute products in bfloat16 (CUDA only).
+        progress: gives the share of the run that is over from the steps made; None: by their
+            number. A clock makes a run that ends in time, whatever a step costs.
 
     Raises:
         ConfigError: if ``config`` does not fit the model.
@@ -74,9 +76,11 @@ class Distillation:
         *,
         device: torch.device | str = "cpu",
         mixed_precision: bool = False,
+        progress: Callable[[int], float] | None = None,
     ) -> None:
         self._device = torch.device(device)
         self._start, self.config = start, config
+        self._progress = progress or (lambda step: step / config.n_steps)
         _check_fit(start.model, teacher, sample, config)
         torch.manual_seed(config.seed)
         self.model = copy.deepcopy(start.model).to(self._device).train()
@@ -110,7 +114,7 @@ class Distillation:
     @property
     def done(self) -> bool:
         """Whether all steps were made."""
-        return self.step >= self.config.n_steps
+        return self.step >= self.config.n_steps or self._progress(self.step) >= 1.0
 
     def _train_some(self) -> None:
         """Freeze what is not trained, and put adapters in if they are wanted."""
@@ -154,11 +158,13 @@ class Distillation:
                 before the step.
         """
         config, model = self.config, self.model
-        progress = self.step / config.n_steps
-        factor = learning_rate_at((self.step + 1) / config.n_steps, warm_up=config.warm_up)
+        progress = min(1.0, self._progress(self.step))
+        after = min(1.0, self._progress(self.step + 1))
+        factor = learning_rate_at(after, warm_up=config.warm_up)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        ids, mask, index = self._tokens.padded(self._stream(self.step))
+        rng = np.random.default_rng([config.seed, self.step, 1])
+        ids, mask, index = self._batch(rng)
         wanted = self.teacher(ids, mask, index)
         with torch.no_grad():
             embedded = model.embed(ids)
@@ -166,7 +172,7 @@ class Distillation:
         logits = model.scorer.logits(embedded) if scored else embedded.new_zeros(mask.shape)
         n_tokens = int(mask.sum())
         self._window.add(logits[mask & ~pinned_tokens(model, ids)], n_tokens)
-        wanted_depth = self._wanted_depth(progress)
+        wanted_depth = self._wanted_depth(progress, rng)
         limits = self._limits(wanted_depth)
         gate, temperature = self._gate(progress)
         with self._autocast():
@@ -188,6 +194,7 @@ class Distillation:
             mask,
             config.loss,
             self._memory,
+            routed.depths == model.config.n_layers,
         )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -212,14 +219,26 @@ class Distillation:
             n_tokens=n_tokens,
         )
 
-    def _wanted_depth(self, progress: float) -> float:
-        return depth_at(
+    def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        config, tokens = self.config, self._tokens
+        ids, mask, index = tokens.padded(self._stream(self.step), config.crop_share, rng)
+        if config.replaced_share:
+            pinned = self.model.scorer.pinned_token_ids
+            kept = ~mask | pinned_tokens(self.model, ids)
+            ids = tokens.replaced(ids, kept, config.replaced_share, pinned, rng)
+        return ids, mask, index
+
+    def _wanted_depth(self, progress: float, rng: np.random.Generator) -> float:
+        lowest = depth_at(
             progress,
             n_layers=self.model.config.n_layers,
             target_depth=self.config.target_depth,
             curriculum=self.config.curriculum,
             share=self.config.curriculum_share,
         )
+        if rng.random() >= self.config.mixed_share:
+            return lowest
+        return float(rng.uniform(lowest, self.model.config.n_layers))
 
     def _limits(self, wanted_depth: float) -> Tensor:
         config, n_layers = self.config, self.model.config.n_layers

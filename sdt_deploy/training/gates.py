@@ -7,9 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from sdt_deploy.model.blocks import TransformerLayer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
+FAR_BELOW = -1e4
+"""Added to the attention logits of tokens that are not to be seen; within bfloat16 and float16."""
 Gate = Literal["hard", "straight-through", "soft"]
 
 
@@ -26,6 +30,32 @@ class RoutedOutput:
 def pinned_tokens(model: SparseDepthTransformer, input_ids: Tensor) -> Tensor:
     """Return ``[batch, seq]`` bool, the tokens that always pass through all layers."""
     return torch.isin(input_ids.int(), model.scorer.pinned_token_ids)
+
+
+def layer_forward(layer: TransformerLayer, hidden: Tensor, visible: Tensor) -> Tensor:
+    """Return what ``layer(hidden, visible)`` does, by fused attention.
+
+    Rows of sequences without a visible token mean nothing here either, but are finite.
+
+    Args:
+        layer: of the student or the teacher.
+        hidden: ``[batch, seq, d_model]``.
+        visible: ``[batch, seq]`` bool.
+    """
+    attention = layer.attention
+    states = layer.attention_norm(hidden) if layer.pre_norm else hidden
+    query, key, value = (
+        projection(states).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
+        for projection in (attention.query, attention.key, attention.value)
+    )
+    bias = torch.where(visible, 0.0, FAR_BELOW).to(query.dtype)[:, None, None, :]
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    attended = attention.output(mixed.transpose(1, 2).flatten(-2))
+    if layer.pre_norm:
+        hidden = hidden + attended
+        return hidden + layer.feed_forward(layer.feed_forward_norm(hidden))
+    hidden = layer.attention_norm(hidden + attended)
+    return layer.feed_forward_norm(hidden + layer.feed_forward(hidden))
 
 
 def routed_forward(
@@ -62,7 +92,7 @@ def routed_forward(
     for layer, limit in zip(model.blocks, limits, strict=True):
         active = ((logits > limit) | pinned) & mask
         visible = active if model.config.context == "active" else mask
-        new = layer(hidden, visible).to(hidden.dtype)
+        new = layer_forward(layer, hidden, visible).to(hidden.dtype)
         depths = depths + active
         if gate == "hard":
             hidden = torch.where(active[..., None], new, hidden)

@@ -24,12 +24,16 @@ class LossWeights:
     """``embedding``: KL divergence of the softmaxed similarities of a text to others."""
     hidden: float = 1.0
     """Distance of the last states per token, relative to the teacher's."""
+    shallow: float = 1.0
+    """``hidden``: weight of the tokens that do not pass through all layers. Their states are seen
+    by the output alone, and can hardly be those of the teacher."""
     temperature: float = 0.05
     """Of the similarities' softmax; the lower, the more the nearest neighbours count."""
 
     def __post_init__(self) -> None:
         values = (self.output, self.neighbours, self.hidden)
-        if not all(0 <= value < float("inf") for value in values) or not sum(values) > 0:
+        allowed = all(0 <= value < float("inf") for value in (*values, self.shallow))
+        if not allowed or not sum(values) > 0:
             raise ConfigError(f"loss weights must be 0 or more, and not all 0: {values}")
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"the loss temperature must be positive, not {self.temperature}")
@@ -104,6 +108,7 @@ def distillation_loss(
     mask: Tensor,
     weights: LossWeights,
     memory: TeacherMemory,
+    deep: Tensor | None = None,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Return the loss and its terms, before they are weighted.
 
@@ -115,6 +120,7 @@ def distillation_loss(
         mask: ``[batch, seq]`` bool.
         weights: of the terms.
         memory: the teacher's embeddings of earlier batches; those of this one are added.
+        deep: ``[batch, seq]`` bool, the tokens that passed through all layers; None: all did.
     """
     terms: dict[str, Tensor] = {}
     kind = head.config.kind
@@ -140,7 +146,10 @@ def distillation_loss(
                 log_target=True,
             )
     if weights.hidden or kind == "hidden":
-        terms["hidden"] = token_loss(head.normed(student), teacher_head.normed(teacher), mask)
+        weight = mask.float()
+        if deep is not None:
+            weight = torch.where(deep, weight, weights.shallow * weight)
+        terms["hidden"] = token_loss(head.normed(student), teacher_head.normed(teacher), weight)
     total = torch.zeros((), device=student.device)
     for name, term in terms.items():
         total = total + (1.0 if kind == "hidden" else getattr(weights, name)) * term

@@ -18,6 +18,7 @@ from sdt_deploy.errors import TrainingError
 from sdt_deploy.files import write_file
 from sdt_deploy.model.transformer import DenseTransformer
 from sdt_deploy.training.batches import DeviceTokens
+from sdt_deploy.training.gates import layer_forward
 
 TEACHER_BATCH = 64
 
@@ -86,7 +87,10 @@ class Teacher:
 
     def _compute(self, ids: Tensor, mask: Tensor) -> Tensor:
         with self._autocast():
-            return self.model(ids, mask).hidden_states.float()
+            hidden = self.model.embed(ids)
+            for layer in self.model.blocks:
+                hidden = layer_forward(layer, hidden, mask)
+        return hidden.float()
 
     def _key(self) -> str:
         digest = hashlib.sha256(repr(self.model.config).encode())

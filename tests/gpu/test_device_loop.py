@@ -25,7 +25,7 @@ TOLERANCES = {"float32": 2e-4, "float16": 2e-2}
 Made = tuple[SparseDepthTransformer, Path]
 
 
-@pytest.fixture(scope="module", params=["active-lm", "all-embedding", "active-grouped"])
+@pytest.fixture(scope="module", params=["active-lm", "all-embedding"])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
