@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sdt_deploy.choices import TargetChoice
+from sdt_deploy.choices import EngineLayoutChoice, TargetChoice
 from sdt_deploy.console import clean_up_on_sigterm, console, print_engines, progress_bar
 
 
@@ -36,6 +36,12 @@ def build_engine(
     lengths: Annotated[
         Path | None, typer.Option(help="Recorded sequence lengths, one a line, to plan for.")
     ] = None,
+    attention: Annotated[
+        EngineLayoutChoice,
+        typer.Option(
+            help="packed: without padding, in bundles with fused attention (TensorRT 11)."
+        ),
+    ] = EngineLayoutChoice.padded,
     workspace_mb: Annotated[
         int | None, typer.Option(min=1, help="Bound on the scratch memory of each engine.")
     ] = None,
@@ -74,6 +80,7 @@ def build_engine(
     config = BuildConfig(
         flavour=target.value,
         compute_capabilities=tuple(compute_capability or ()),
+        attention=attention.value,
         workspace_mb=workspace_mb,
         graphs=tuple(graph or ()),
         lengths=lengths,

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits, input_shapes
-from sdt_deploy.bundle import WEIGHTS, Bundle, Manifest
+from sdt_deploy.bundle import WEIGHTS, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import BuildConfig, shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.engines import EngineSet
@@ -22,6 +22,8 @@ from sdt_deploy.files import sha256
 from sdt_deploy.gpu import driver, read_capability
 from sdt_deploy.tokenization import read_lines
 
+WHOLE_MODELS = frozenset({"dense", "masked"})
+"""Graphs other than stages that have attention."""
 NO_ENGINES = frozenset({"single"})
 """Graphs whose shapes depend on their data inside, which TensorRT does not take."""
 
@@ -75,6 +77,40 @@ def read_lengths(path: Path | None) -> list[int] | None:
         if not (line.isascii() and line.isdecimal() and len(line) < 10):
             raise ConfigError(f"{path}: a length is a number of tokens, not {shown(line)}")
     return [int(line) for line in lines]
+
+
+def set_attention(config: BuildConfig, manifest: Manifest, chosen: trt.Flavour, found: str) -> str:
+    """Return which attention to ask for, one of :data:`sdt_deploy.engines.ATTENTIONS`.
+
+    Raises:
+        ConfigError: if the bundle or version ``found`` of the library does not have it.
+    """
+    features, exported = trt.features(chosen, found), manifest.export.attention
+    if config.attention == "packed" and exported != "fused":
+        raise ConfigError(
+            "packed attention is made from fused attention, and the bundle has it "
+            f"{exported}; export it with --attention fused"
+        )
+    if config.attention == "packed" and not features.packed_attention:
+        raise ConfigError(
+            f"{chosen.name} {found} has no packed attention, tensorrt 11.1 and newer have; leave "
+            "--attention packed out"
+        )
+    if exported == "fused" and not features.fused_attention:
+        raise ConfigError(
+            f"{chosen.name} {found} has no fused attention, tensorrt 10.14 and newer have; export "
+            "the bundle with --attention decomposed"
+        )
+    return "packed" if config.attention == "packed" else exported
+
+
+def graph_attention(spec: GraphSpec, asked: str) -> str | None:
+    """Return what an engine of a set is asked for; packing is for stages."""
+    if spec.layers is not None:
+        return asked
+    if spec.name not in WHOLE_MODELS:
+        return None
+    return "fused" if asked == "packed" else asked
 
 
 def pinned_times(config: BuildConfig) -> str | None:
@@ -140,7 +176,7 @@ def plan_jobs(
             "weights": manifest.files.get(WEIGHTS, {}).get("sha256"),
             "profiles": profiles,
             "precision": manifest.export.numbers,
-            "attention": engines.attention,
+            "attention": graph_attention(spec, engines.attention),
             "flavour": engines.flavour,
             "version": engines.version,
             "compute_capabilities": engines.compute_capabilities,
@@ -154,6 +190,7 @@ def plan_jobs(
                 graph=name,
                 onnx=bundle.path / spec.file,
                 profiles=profiles,
+                attention=graph_attention(spec, engines.attention),
                 key=hashlib.sha256(canonical).hexdigest(),
             )
         )
@@ -201,6 +238,8 @@ def command_line(
         value = getattr(config, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    if config.attention != "padded":
+        words += ["--attention", config.attention]
     if config.pin_timing_cache:
         words.append("--pin-timing-cache")
     return shlex.join([*words, "--graph", graph])

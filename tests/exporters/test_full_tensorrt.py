@@ -61,7 +61,13 @@ def test_a_pinned_timing_cache_is_only_read(
         monkeypatch.setattr(polygraphy.backend.trt, name, value)
     library = SimpleNamespace()
     monkeypatch.setattr(polygraphy.mod.trt_importer, "lazy_import_trt", lambda: library)
-    graph = {"name": "head", "onnx": "x", "output": str(tmp_path / "head"), "profiles": SHAPES}
+    graph = {
+        "name": "head",
+        "onnx": "x",
+        "output": str(tmp_path / "head"),
+        "profiles": SHAPES,
+        "attention": None,
+    }
     events = io.StringIO()
     engine_worker.build({**job, "gpu_here": False}, graph, engine_worker.Reporter(events))
     assert '"event": "built"' in events.getvalue()

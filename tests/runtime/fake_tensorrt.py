@@ -45,6 +45,9 @@ class Strategy(enum.Enum):
     USER_MANAGED = 2
 
 
+DTYPES = {"tensor(int32)": "int32", "tensor(int64)": "int64", "tensor(float)": "float32"}
+
+
 def _is_integer(value: object) -> bool:
     if isinstance(value, bool | float):
         return False
@@ -174,6 +177,7 @@ class ICudaEngine:
         self.profiles = content["profiles"]
         self.session = open_session(Path(content["onnx"]))
         self.scratch = self.device_memory_size = 1000
+        self.num_layers = 7
 
     @property
     def num_optimization_profiles(self) -> int:
@@ -240,7 +244,7 @@ class IExecutionContext:
             return self._refuse(f"{graph}: out of luck")
         feeds = {}
         for item in session.get_inputs():
-            dtype = np.dtype("int32" if "int32" in item.type else "float32")
+            dtype = np.dtype(DTYPES[item.type])
             feeds[item.name] = _view(self.addresses[item.name], self.shapes[item.name], dtype)
         names = [item.name for item in session.get_outputs()]
         for name, found in zip(names, session.run(names, feeds), strict=True):

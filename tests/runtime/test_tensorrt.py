@@ -40,10 +40,12 @@ LIMITS = BatchLimits(max_seqlen=20, max_batch=3, max_padded_tokens=40)
 VERSIONS = {"8.6": "8.6.1", "10.0": "10.0.1", "10.13": "10.13.3.9", "11.4": "11.4.0.106"}
 
 
-def with_engines(source: Path, target: Path, number: str, capability: str = "9.0") -> Bundle:
+def with_engines(
+    source: Path, target: Path, number: str, capability: str = "9.0", limits: BatchLimits = LIMITS
+) -> Bundle:
     """Copy a bundle and add engines that the fake of ``number`` reads."""
     bundle = Bundle.open(shutil.copytree(source, target))
-    (wide,) = plan_profiles(LIMITS)
+    (wide,) = plan_profiles(limits)
     narrow = dataclasses.replace(
         wide,
         max_seqlen=AxisRange(min=1, opt=4, max=9),
@@ -54,7 +56,7 @@ def with_engines(source: Path, target: Path, number: str, capability: str = "9.0
         version=VERSIONS[number],
         compute_capabilities=(capability,),
         profiles=(narrow, wide),
-        attention="decomposed",
+        attention=bundle.manifest.export.attention,
         workspace_mb=None,
         engines={},
     )
@@ -76,6 +78,7 @@ def with_engines(source: Path, target: Path, number: str, capability: str = "9.0
             size_bytes=len(content),
             key=job.key,
             build_s=0.0,
+            attention=job.attention,
         )
         (bundle.path / spec.file).write_bytes(content)
         specs[job.graph] = spec
@@ -167,6 +170,16 @@ def test_what_the_library_calls_takes_what_it_passes(number: str) -> None:
 
 
 @pytest.mark.parametrize("number", VERSIONS)
+def test_an_engine_is_described(exported: Exported, tmp_path: Path, number: str) -> None:
+    bundle = with_engines(exported("active-lm").bundle, tmp_path / "bundle", number)
+    library = FakeLibrary(number)
+    content = (bundle.path / ENGINES / "head.engine").read_bytes()
+    engine = library.Runtime(trt.logger(library)).deserialize_cuda_engine(content)
+    largest = 1000 if number == "8.6" else 1001
+    assert trt.engine_facts(engine) == {"scratch_bytes": largest, "n_layers": 7}
+
+
+@pytest.mark.parametrize("number", VERSIONS)
 @pytest.mark.parametrize("name", ["all-embedding", "active-lm", "active-grouped", "all-grouped"])
 def test_parity_with_the_oracle(open_fake: Open, name: str, number: str) -> None:
     session, library, found = open_fake(name, number)
@@ -178,6 +191,28 @@ def test_parity_with_the_oracle(open_fake: Open, name: str, number: str) -> None
     assert {graph for graph, _, _ in library.calls} >= {"entry", "stage-00", "head", "masked"}
     profiles = {profile for _, profile, _ in library.calls}
     assert len(profiles) > 1
+
+
+@pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
+def test_fused_bundles_run_in_the_loop_for_devices(
+    fused: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Batches are padded to buckets, which have to fit the profiles."""
+    library, found = FakeLibrary("11.4"), fused(name)
+    limits = BatchLimits(max_seqlen=24, max_batch=9, max_padded_tokens=9 * 24)
+    bundle = with_engines(found.bundle, tmp_path / "bundle", "11.4", limits=limits)
+    monkeypatch.setattr(trt, "load", lambda flavour: library)
+    monkeypatch.setattr(trt, "installed_version", lambda flavour: VERSIONS["11.4"])
+    monkeypatch.setattr(backend_module, "driver", lambda: HOPPER)
+    with Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu")) as session:
+        assert session.on_device
+        for lengths in ([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [21] * 9, [3] * 23):
+            batch = random_batch(found.model.config, lengths, seed=7)
+            for path in ("sparse", "masked", "dense")[: 3 if len(lengths) < 9 else 2]:
+                assert_parity(session, found.model, batch, path=path)
+        with pytest.raises(InputError, match="longer than the engines were built for"):
+            session.run_batch(random_batch(found.model.config, [25], seed=1))
+    assert len({profile for _, profile, _ in library.calls}) == 2
 
 
 def test_large_batches_run_in_parts_that_have_a_profile(open_fake: Open) -> None:
