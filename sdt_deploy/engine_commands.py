@@ -45,6 +45,10 @@ def build_engine(
     workspace_mb: Annotated[
         int | None, typer.Option(min=1, help="Bound on the scratch memory of each engine.")
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Then run each engine on this GPU and compare its outputs."),
+    ] = False,
     graph: Annotated[
         list[str] | None, typer.Option(help="Only this graph; may be given again.")
     ] = None,
@@ -105,6 +109,21 @@ def build_engine(
     counts = {source: list(report.sources.values()).count(source) for source in ORIGINS}
     said = [f"{count} {ORIGINS[source]}" for source, count in counts.items() if count]
     console.print(f"[bold]{escape(str(bundle))}[/bold]: {', '.join(said)}", highlight=False)
+    if compare:
+        _compare(bundle, target.value, tuple(report.sources))
+
+
+def _compare(path: Path, flavour: str, graphs: tuple[str, ...]) -> None:
+    """Compare engines that were built with the model, and print by how much they deviate."""
+    from sdt_deploy import trt
+    from sdt_deploy.bundle import Bundle
+    from sdt_deploy.exporters.engine_accuracy import compare_engines
+    from sdt_deploy.runtime.backends.tensorrt import find_engines
+
+    bundle = Bundle.open(path)
+    engines = find_engines(bundle, trt.flavour(flavour))
+    for graph, error in compare_engines(bundle, engines, graphs).items():
+        console.print(f"{graph}: at most {error:.2g} from the model", highlight=False)
 
 
 ORIGINS = {

@@ -13,6 +13,7 @@ from sdt_deploy.buckets import BatchLimits
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig
 from sdt_deploy.errors import ConfigError
+from sdt_deploy.exporters.engine_accuracy import compare_engines
 from sdt_deploy.exporters.tensorrt import build_engines
 from sdt_deploy.gpu import driver
 from sdt_deploy.runtime.session import Session
@@ -39,6 +40,9 @@ def test_parity_with_the_oracle(
     sample = exported(name)
     bundle = Bundle.open(shutil.copytree(sample.bundle, tmp_path / "bundle"))
     build_engines(bundle, BuildConfig(flavour=flavour), LIMITS)  # type: ignore[arg-type]
+    reopened = Bundle.open(bundle.path)
+    errors = compare_engines(reopened, reopened.manifest.engines[0])
+    assert list(errors) == [graph for graph in bundle.manifest.graphs if graph != "single"]
     with Session.open(bundle.path, backend=flavour) as session:
         for seed, lengths in enumerate(([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [29] * 9)):
             batch = random_batch(sample.model.config, list(lengths), seed=seed)
