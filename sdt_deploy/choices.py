@@ -51,6 +51,13 @@ class AttentionChoice(StrEnum):
     fused = "fused"
 
 
+class EngineLayoutChoice(StrEnum):
+    """How engines lay queries out for attention."""
+
+    padded = "padded"
+    packed = "packed"
+
+
 class HeadChoice(StrEnum):
     """What is computed from the last hidden states."""
 

@@ -23,6 +23,7 @@ Quantization = Literal["none", "int8"]
 Target = Literal["onnxruntime"]
 Attention = Literal["decomposed", "fused"]
 EngineFlavour = Literal["tensorrt", "tensorrt-rtx"]
+EngineLayout = Literal["padded", "packed"]
 
 OPSETS: Mapping[str, int] = {"onnxruntime": 18}
 """ONNX opset of the exported graphs, per target."""
@@ -332,6 +333,9 @@ class BuildConfig:
     flavour: EngineFlavour
     compute_capabilities: tuple[str, ...] = ()
     """GPUs to build for, such as ``8.9``; none: the first GPU of this machine."""
+    attention: EngineLayout = "padded"
+    """``packed``: queries without padding, by TensorRT's own ragged attention (11.1 and newer), in
+    the stages of bundles with fused attention."""
     workspace_mb: int | None = None
     """Bound on the scratch memory of each engine, in 2²⁰ bytes; None: the library's own."""
     graphs: tuple[str, ...] = ()
@@ -345,6 +349,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         check_choice("flavour", self.flavour, EngineFlavour)
+        check_choice("attention", self.attention, EngineLayout)
         if self.workspace_mb is not None:
             _check_positive("workspace_mb", self.workspace_mb)
         _check(

@@ -106,11 +106,12 @@ def print_engines(engines: Any) -> None:
             cells = [f"{each.min}–{each.opt}–{each.max}" for each in sizes]
             profiles.add_row(str(number), *cells)
         console.print(profiles)
-        table = Table("engine", "MB", "built in", "scratch", "layers", "hash")
+        table = Table("engine", "attention", "MB", "built in", "scratch", "layers", "hash")
         for spec in one.engines.values():
             scratch = "" if spec.scratch_bytes is None else f"{spec.scratch_bytes / 2**20:.1f} MB"
             table.add_row(
                 spec.graph,
+                spec.attention or "",
                 f"{spec.size_bytes / 1e6:.1f}",
                 f"{spec.build_s:.2f} s",
                 scratch,

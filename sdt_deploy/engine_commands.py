@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sdt_deploy.choices import TargetChoice
+from sdt_deploy.choices import EngineLayoutChoice, TargetChoice
 from sdt_deploy.console import clean_up_on_sigterm, console, print_engines, progress_bar
 
 
@@ -36,9 +36,19 @@ def build_engine(
     lengths: Annotated[
         Path | None, typer.Option(help="Recorded sequence lengths, one a line, to plan for.")
     ] = None,
+    attention: Annotated[
+        EngineLayoutChoice,
+        typer.Option(
+            help="packed: without padding, in bundles with fused attention (TensorRT 11)."
+        ),
+    ] = EngineLayoutChoice.padded,
     workspace_mb: Annotated[
         int | None, typer.Option(min=1, help="Bound on the scratch memory of each engine.")
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Then run each engine on this GPU and compare its outputs."),
+    ] = False,
     graph: Annotated[
         list[str] | None, typer.Option(help="Only this graph; may be given again.")
     ] = None,
@@ -74,6 +84,7 @@ def build_engine(
     config = BuildConfig(
         flavour=target.value,
         compute_capabilities=tuple(compute_capability or ()),
+        attention=attention.value,
         workspace_mb=workspace_mb,
         graphs=tuple(graph or ()),
         lengths=lengths,
@@ -98,6 +109,21 @@ def build_engine(
     counts = {source: list(report.sources.values()).count(source) for source in ORIGINS}
     said = [f"{count} {ORIGINS[source]}" for source, count in counts.items() if count]
     console.print(f"[bold]{escape(str(bundle))}[/bold]: {', '.join(said)}", highlight=False)
+    if compare:
+        _compare(bundle, target.value, tuple(report.sources))
+
+
+def _compare(path: Path, flavour: str, graphs: tuple[str, ...]) -> None:
+    """Compare engines that were built with the model, and print by how much they deviate."""
+    from sdt_deploy import trt
+    from sdt_deploy.bundle import Bundle
+    from sdt_deploy.exporters.engine_accuracy import compare_engines
+    from sdt_deploy.runtime.backends.tensorrt import find_engines
+
+    bundle = Bundle.open(path)
+    engines = find_engines(bundle, trt.flavour(flavour))
+    for graph, error in compare_engines(bundle, engines, graphs).items():
+        console.print(f"{graph}: at most {error:.2g} from the model", highlight=False)
 
 
 ORIGINS = {

@@ -17,6 +17,9 @@ from sdt_deploy.gpu import read_capability
 
 ENGINES = "engines"
 """Folder of the bundle that holds them."""
+ATTENTIONS = ("decomposed", "fused", "packed")
+"""``decomposed``: products and a softmax over padding. ``fused``: one kernel over padding.
+``packed``: one kernel over queries without padding."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,10 +37,12 @@ class EngineSpec:
     """Hash of everything that the engine depends on; an equal key means that nothing changed."""
     build_s: float
     """Seconds that the build took, on the machine that built it."""
+    attention: str | None
+    """One of :data:`ATTENTIONS`: what this engine got; None: it has no attention."""
     scratch_bytes: int | None = None
     """Scratch memory of its largest profile; None: not known without a GPU."""
     n_layers: int | None = None
-    """Layers after fusion, by the engine inspector; None: not known without a GPU."""
+    """Layers after fusion; None: not known without a GPU."""
 
     def __post_init__(self) -> None:
         for name in ("graph", "file"):
@@ -51,6 +56,8 @@ class EngineSpec:
             or "\\" in parts[1]
         ):
             raise ConfigError(f"an engine lies in {ENGINES}/, not at {shown(self.file)}")
+        if self.attention not in (None, *ATTENTIONS):
+            raise ConfigError(f"an engine's attention is not {shown(self.attention)}")
         for name in ("sha256", "key"):
             value = getattr(self, name)
             if not isinstance(value, str) or not _SHA256.fullmatch(value):
@@ -75,7 +82,7 @@ class EngineSet:
     """GPUs that they run on."""
     profiles: tuple[OptimizationProfile, ...]
     attention: str
-    """``decomposed``: products and a softmax over padded heads."""
+    """One of :data:`ATTENTIONS`: what was asked for."""
     workspace_mb: int | None
     """Bound on the scratch memory that was set for the build; None: the library's own."""
     engines: Mapping[str, EngineSpec]
@@ -83,9 +90,10 @@ class EngineSet:
 
     def __post_init__(self) -> None:
         check_choice("engine flavour", self.flavour, EngineFlavour)
-        for name in ("version", "attention"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ConfigError(f"an engine set's {name} must be a string")
+        if not isinstance(self.version, str) or not self.version:
+            raise ConfigError("an engine set's version must be a string")
+        if self.attention not in ATTENTIONS:
+            raise ConfigError(f"an engine set's attention is not {shown(self.attention)}")
         if not self.compute_capabilities or not self.profiles:
             raise ConfigError("an engine set names its compute capabilities and its profiles")
         for capability in self.compute_capabilities:

@@ -64,6 +64,8 @@ class Features:
     precisions: tuple[Precision, ...]
     timing_cache: bool
     """Whether a timing cache has an effect."""
+    fused_attention: bool
+    """Whether ONNX's ``Attention`` can be built."""
     packed_attention: bool
     """Whether attention takes ragged batches (``AttentionIOForm.PACKED_NHD``)."""
 
@@ -126,14 +128,16 @@ def features(chosen: Flavour, found: str) -> Features:
             strongly_typed=True,
             precisions=("float32", "float16", "bfloat16"),
             timing_cache=False,
-            packed_attention=False,
+            fused_attention=True,
+            packed_attention=False,  # 1.7.1 reads it and has no kernel for any of its GPUs
         )
     modern = _numbers(found) >= (10,)
     return Features(
         strongly_typed=modern,
         precisions=("float32", "float16", "bfloat16") if modern else ("float32", "float16"),
         timing_cache=True,
-        packed_attention=_numbers(found) >= (11,),
+        fused_attention=_numbers(found) >= (10, 14),
+        packed_attention=_numbers(found) >= (11, 1),
     )
 
 
@@ -192,6 +196,15 @@ def scratch_bytes(engine: Any, profile: int) -> int:
         if hasattr(engine, name):
             return int(getattr(engine, name)(profile))
     return int(engine.device_memory_size)  # 8.6: of the largest profile
+
+
+def engine_facts(engine: Any) -> dict[str, int]:
+    """Return ``scratch_bytes`` of the largest profile and ``n_layers`` after fusion."""
+    profiles = range(engine.num_optimization_profiles)
+    return {
+        "scratch_bytes": max(scratch_bytes(engine, number) for number in profiles),
+        "n_layers": int(engine.num_layers),
+    }
 
 
 def set_scratch(context: Any, address: int, n_bytes: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sdt_deploy.config import ExportConfig
 from sdt_deploy.exporters.export import export
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.checkpoints import Checkpoint
@@ -79,6 +80,27 @@ def exported(once: Once) -> Callable[[str], ExportedModel]:
                 model=model, native=made / "native", bundle=made / "bundle"
             )
         return opened[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def fused(once: Once) -> Callable[[str], ExportedModel]:
+    """Export one of ``CONFIGS`` with fused attention."""
+    found: dict[str, ExportedModel] = {}
+
+    def get(name: str) -> ExportedModel:
+        if name not in found:
+            config, _ = CONFIGS[name]
+            model = random_model(config, seed=len(name))
+
+            def fill(directory: Path) -> None:
+                checkpoint = Checkpoint(model=model, provenance={})
+                export(checkpoint, directory / "bundle", ExportConfig(attention="fused"))
+
+            made = once(f"fused-{name}", fill)
+            found[name] = ExportedModel(model=model, native=made, bundle=made / "bundle")
+        return found[name]
 
     return get
 

@@ -12,15 +12,18 @@ from typing import Any
 
 from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits, input_shapes
-from sdt_deploy.bundle import WEIGHTS, Bundle, Manifest
+from sdt_deploy.bundle import WEIGHTS, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import BuildConfig, shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.engines import EngineSet
 from sdt_deploy.errors import BundleFormatError, ConfigError
 from sdt_deploy.exporters.engine_process import EngineJob
+from sdt_deploy.files import sha256
 from sdt_deploy.gpu import driver, read_capability
 from sdt_deploy.tokenization import read_lines
 
+WHOLE_MODELS = frozenset({"dense", "masked"})
+"""Graphs other than stages that have attention."""
 NO_ENGINES = frozenset({"single"})
 """Graphs whose shapes depend on their data inside, which TensorRT does not take."""
 
@@ -76,13 +79,71 @@ def read_lengths(path: Path | None) -> list[int] | None:
     return [int(line) for line in lines]
 
 
-def plan_jobs(bundle: Bundle, engines: EngineSet, graphs: Sequence[str] = ()) -> list[EngineJob]:
+def set_attention(config: BuildConfig, manifest: Manifest, chosen: trt.Flavour, found: str) -> str:
+    """Return which attention to ask for, one of :data:`sdt_deploy.engines.ATTENTIONS`.
+
+    Raises:
+        ConfigError: if the bundle or version ``found`` of the library does not have it.
+    """
+    features, exported = trt.features(chosen, found), manifest.export.attention
+    if config.attention == "packed" and exported != "fused":
+        raise ConfigError(
+            "packed attention is made from fused attention, and the bundle has it "
+            f"{exported}; export it with --attention fused"
+        )
+    if config.attention == "packed" and not features.packed_attention:
+        raise ConfigError(
+            f"{chosen.name} {found} has no packed attention, tensorrt 11.1 and newer have; leave "
+            "--attention packed out"
+        )
+    if exported == "fused" and not features.fused_attention:
+        raise ConfigError(
+            f"{chosen.name} {found} has no fused attention, tensorrt 10.14 and newer have; export "
+            "the bundle with --attention decomposed"
+        )
+    return "packed" if config.attention == "packed" else exported
+
+
+def graph_attention(spec: GraphSpec, asked: str) -> str | None:
+    """Return what an engine of a set is asked for; packing is for stages."""
+    if spec.layers is not None:
+        return asked
+    if spec.name not in WHOLE_MODELS:
+        return None
+    return "fused" if asked == "packed" else asked
+
+
+def pinned_times(config: BuildConfig) -> str | None:
+    """Return the SHA-256 of a pinned timing cache, which decides the kernels; None: not pinned.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    if not config.pin_timing_cache or config.timing_cache is None:
+        return None
+    try:
+        return sha256(config.timing_cache)
+    except OSError as error:
+        raise ConfigError(
+            f"the timing cache {config.timing_cache} cannot be read: {error}. Make it first, with "
+            "a build without --pin-timing-cache"
+        ) from error
+
+
+def plan_jobs(
+    bundle: Bundle,
+    engines: EngineSet,
+    graphs: Sequence[str] = (),
+    *,
+    pinned: str | None = None,
+) -> list[EngineJob]:
     """Plan the builds of a set.
 
     Args:
         bundle: the bundle.
         engines: what is to be built, with its profiles.
         graphs: names of graphs; none: all.
+        pinned: see :func:`pinned_times`.
 
     Raises:
         ConfigError: if the bundle has no graph of a name.
@@ -115,11 +176,12 @@ def plan_jobs(bundle: Bundle, engines: EngineSet, graphs: Sequence[str] = ()) ->
             "weights": manifest.files.get(WEIGHTS, {}).get("sha256"),
             "profiles": profiles,
             "precision": manifest.export.numbers,
-            "attention": engines.attention,
+            "attention": graph_attention(spec, engines.attention),
             "flavour": engines.flavour,
             "version": engines.version,
             "compute_capabilities": engines.compute_capabilities,
             "workspace_mb": engines.workspace_mb,
+            "timing_cache": pinned,
             **_machine(engines),
         }
         canonical = json.dumps(parts, sort_keys=True).encode()
@@ -128,6 +190,7 @@ def plan_jobs(bundle: Bundle, engines: EngineSet, graphs: Sequence[str] = ()) ->
                 graph=name,
                 onnx=bundle.path / spec.file,
                 profiles=profiles,
+                attention=graph_attention(spec, engines.attention),
                 key=hashlib.sha256(canonical).hexdigest(),
             )
         )
@@ -175,6 +238,8 @@ def command_line(
         value = getattr(config, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    if config.attention != "padded":
+        words += ["--attention", config.attention]
     if config.pin_timing_cache:
         words.append("--pin-timing-cache")
     return shlex.join([*words, "--graph", graph])

@@ -28,6 +28,8 @@ class EngineJob:
     onnx: Path
     profiles: tuple[Mapping[str, Shapes], ...]
     """For each optimization profile, the shapes of every input."""
+    attention: str | None
+    """What to ask for, one of :data:`sdt_deploy.engines.ATTENTIONS`; None: the graph has none."""
     key: str
     """See :attr:`sdt_deploy.engines.EngineSpec.key`."""
 
@@ -39,6 +41,8 @@ class Built:
     graph: str
     output: Path
     build_s: float = 0.0
+    attention: str | None = None
+    """What the engine got."""
     scratch_bytes: int | None = None
     n_layers: int | None = None
     problem: str | None = None
@@ -72,6 +76,7 @@ def run_worker(
                 "onnx": str(job.onnx.resolve()),
                 "output": str(outputs[job.graph].resolve()),
                 "profiles": job.profiles,
+                "attention": job.attention,
             }
             for job in jobs
         ],
@@ -110,10 +115,11 @@ def run_worker(
                     results.append(Built(graph=graph, output=outputs[graph], problem=problem))
         except BrokenPipeError:
             pass  # it ended at once; why stands below
+        except BaseException:
+            process.kill()
+            raise
         finally:
             process.stdout.close()
-            if not ended:
-                process.kill()
             process.wait()
         if not ended:
             errors.seek(0)

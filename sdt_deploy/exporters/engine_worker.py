@@ -8,17 +8,20 @@ output. When nobody reads any more, the build is cancelled.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 """polygraphy's environment variable that selects TensorRT-RTX."""
+NO_KERNEL = "was not supported by a dedicated kernel"
+"""What the library says of attention that it can only decompose."""
 _EVENT_INTERVAL_S = 0.05
 _MAX_LINES = 40
 
@@ -55,6 +58,10 @@ class _Lines(logging.Handler):
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
 
+    def mentions(self, text: str) -> bool:
+        """Tell whether a line contains ``text``."""
+        return any(text in line for line in self.lines)
+
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage().strip())
 
@@ -86,54 +93,29 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
     Args:
         job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``strongly_typed``,
             ``precision``, ``timing_cache`` and ``pin_timing_cache``.
-        graph: ``name``, ``onnx``, ``output`` and ``profiles``, for each a mapping from input to
-            ``[min, opt, max]``.
+        graph: ``name``, ``onnx``, ``output``, ``attention`` and ``profiles``, for each a mapping
+            from input to ``[min, opt, max]``. Where no kernel does all of ``fused`` attention it
+            becomes ``decomposed``.
         reporter: gets the events.
     """
-    from polygraphy.backend.trt import (
-        CreateConfig,
-        EngineBytesFromNetwork,
-        NetworkFromOnnxPath,
-        Profile,
-    )
     from polygraphy.exception import PolygraphyException
-    from polygraphy.mod.trt_importer import lazy_import_trt
 
-    trt = lazy_import_trt()
-    name = graph["name"]
+    name, asked = graph["name"], graph["attention"]
     reporter.send(name, "start")
-    progress = monitor(trt, name, reporter) if hasattr(trt, "IProgressMonitor") else None
-    profiles = [Profile() for _ in graph["profiles"]]
-    for profile, shapes in zip(profiles, graph["profiles"], strict=True):
-        for tensor, (low, best, high) in shapes.items():
-            profile.add(tensor, min=low, opt=best, max=high)
-    options: dict[str, Any] = {"profiles": profiles, "progress_monitor": progress}
-    if job["workspace_bytes"] is not None:
-        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job["workspace_bytes"]}
-    save_cache = None
-    if job["timing_cache"] is not None:
-        options["load_timing_cache"] = job["timing_cache"]
-        options["error_on_timing_cache_miss"] = job["pin_timing_cache"]
-        save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
-    if job["rtx"]:
-        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-
-        config = CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
-    else:
-        options["max_aux_streams"] = 0  # the stages' own stream; the caller has others
-        narrow = job["precision"] == "float16" and not job["strongly_typed"]
-        config = CreateConfig(fp16=narrow, **options)
-
     handler = _Lines()
     logger = logging.getLogger("Polygraphy")
     logger.addHandler(handler)
     output = Path(graph["output"])
     start = time.perf_counter()
+    got = asked
     try:
-        network = NetworkFromOnnxPath(graph["onnx"], strongly_typed=job["strongly_typed"])
-        engine = EngineBytesFromNetwork(network, config=config, save_timing_cache=save_cache)()
-        with output.open("wb") as stream:
-            stream.write(memoryview(engine))
+        try:
+            output.write_bytes(build_bytes(job, graph, got, reporter))
+        except PolygraphyException:
+            if asked != "fused" or reporter.closed or not handler.mentions(NO_KERNEL):
+                raise
+            got = "decomposed"
+            output.write_bytes(build_bytes(job, graph, got, reporter))
     except PolygraphyException:  # it has logged why
         reporter.send(name, "failed", lines=handler.lines[-_MAX_LINES:])
     except (OSError, RuntimeError) as error:
@@ -141,9 +123,80 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
     else:
         seconds = round(time.perf_counter() - start, 4)
         described = describe(output) if job["gpu_here"] else {}
-        reporter.send(name, "built", build_s=seconds, **described)
+        reporter.send(name, "built", build_s=seconds, attention=got, **described)
     finally:
         logger.removeHandler(handler)
+
+
+def build_bytes(
+    job: Mapping[str, Any], graph: Mapping[str, Any], attention: str | None, reporter: Reporter
+) -> memoryview:
+    """Build one engine; arguments as in :func:`build`.
+
+    Raises:
+        PolygraphyException: if the library could not; it has logged why.
+    """
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+    from polygraphy.mod.trt_importer import lazy_import_trt
+
+    trt = lazy_import_trt()
+    progress = monitor(trt, graph["name"], reporter) if hasattr(trt, "IProgressMonitor") else None
+    config = build_config(trt, job, graph["profiles"], progress)
+    path = Path(graph["onnx"])
+    if graph["attention"] in ("fused", "packed"):
+        path = adapted(path, Path(graph["output"]).parent, attention)
+    network = NetworkFromOnnxPath(str(path), strongly_typed=job["strongly_typed"])
+    save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
+    return memoryview(
+        EngineBytesFromNetwork(network, config=config, save_timing_cache=save_cache)()
+    )
+
+
+def adapted(path: Path, directory: Path, attention: str | None) -> Path:
+    """Write a graph with fused attention into ``directory`` as TensorRT takes it."""
+    import onnx
+
+    from sdt_deploy.bundle import WEIGHTS
+    from sdt_deploy.exporters.engine_graphs import masked_attention, packed_attention
+
+    proto = onnx.load(path, load_external_data=False)
+    if attention == "packed":
+        proto = packed_attention(proto)
+    else:
+        proto = masked_attention(proto, decomposable=attention == "decomposed")
+    weights, beside = path.with_name(WEIGHTS), directory / WEIGHTS
+    if weights.exists() and not beside.exists():
+        os.link(weights, beside)  # the graph names them as its neighbour
+    target = directory / path.name
+    onnx.save(proto, target)
+    return target
+
+
+def build_config(
+    trt: Any, job: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], progress: Any
+) -> Any:
+    """Return polygraphy's configuration of one build; arguments as in :func:`build`."""
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    profiles = [Profile() for _ in shapes]
+    for profile, inputs in zip(profiles, shapes, strict=True):
+        for tensor, (low, best, high) in inputs.items():
+            profile.add(tensor, min=low, opt=best, max=high)
+    options: dict[str, Any] = {"profiles": profiles, "progress_monitor": progress}
+    if job["workspace_bytes"] is not None:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job["workspace_bytes"]}
+    if job["timing_cache"] is not None:
+        options["load_timing_cache"] = job["timing_cache"]
+        if job["pin_timing_cache"]:  # beside a path polygraphy would write a lock
+            options["load_timing_cache"] = io.BytesIO(Path(job["timing_cache"]).read_bytes())
+            options["error_on_timing_cache_miss"] = True
+    if job["rtx"]:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        return CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
+    options["max_aux_streams"] = 0  # the stages' own stream; the caller has others
+    narrow = job["precision"] == "float16" and not job["strongly_typed"]
+    return CreateConfig(fp16=narrow, **options)
 
 
 def describe(path: Path) -> dict[str, int]:
@@ -151,15 +204,12 @@ def describe(path: Path) -> dict[str, int]:
     from polygraphy.backend.trt import EngineFromBytes
     from polygraphy.exception import PolygraphyException
 
+    from sdt_deploy.trt import engine_facts
+
     try:
-        engine = EngineFromBytes(path.read_bytes())()
+        return engine_facts(EngineFromBytes(path.read_bytes())())
     except PolygraphyException:  # built for another GPU
         return {}
-    scratch = getattr(engine, "device_memory_size_v2", None)
-    return {
-        "scratch_bytes": int(engine.device_memory_size if scratch is None else scratch),
-        "n_layers": int(engine.num_layers),
-    }
 
 
 def main() -> None:

@@ -62,6 +62,8 @@ def _initializers(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 def _model_name(name: str, first_layer: int) -> tuple[str | None, bool]:
     """Return the model's name of an initializer, None for constants; is it transposed?"""
     parts = name.split(".")
+    if parts[0] == "layer":  # the only one of a stage with fused attention
+        parts[:1] = ["layers", "0"]
     if parts[0] == "layers":
         parts[1] = str(int(parts[1]) + first_layer)
         product = parts[2] in _ATTENTION or parts[2] == "feed_forward"

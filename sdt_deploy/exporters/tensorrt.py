@@ -24,21 +24,21 @@ from sdt_deploy.errors import (
 from sdt_deploy.exporters.engine_cache import EngineCache
 from sdt_deploy.exporters.engine_plan import (
     command_line,
+    pinned_times,
     plan_jobs,
     read_lengths,
+    set_attention,
     target_gpus,
     worker_options,
 )
 from sdt_deploy.exporters.engine_process import Built, EngineJob, run_worker
+from sdt_deploy.extras import require
 from sdt_deploy.files import sha256, sync_tree
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-
-ATTENTION = "decomposed"
-"""Attention of the graphs as they are exported; see :attr:`EngineSet.attention`."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -110,11 +110,13 @@ def build_engines(
         version=version,
         compute_capabilities=targets,
         profiles=plan_profiles(limits, read_lengths(config.lengths)),
-        attention=ATTENTION,
+        attention=set_attention(config, manifest, chosen, version),
         workspace_mb=config.workspace_mb,
         engines={},
     )
-    jobs = plan_jobs(bundle, new, config.graphs)
+    if new.attention != "decomposed":
+        require("onnx", extra=chosen.name, purpose="Building engines with fused attention")
+    jobs = plan_jobs(bundle, new, config.graphs, pinned=pinned_times(config))
     with exclusive(bundle.path), _workplace(bundle.path) as directory:
         old = next((each for each in manifest.engines if each.name == new.name), None)
         specs: dict[str, EngineSpec] = {}
@@ -149,7 +151,8 @@ def build_engines(
             specs = {**old.engines, **specs}
         new = dataclasses.replace(new, engines=specs)
         # Some engines are better than none, but not better than all of the old ones.
-        if new != old and specs and not (failures and old is not None and not same_settings):
+        changed = new != old or set(sources.values()) - {"bundle"}
+        if changed and specs and not (failures and old is not None and not same_settings):
             progress("put the engines into the bundle", 0, 0)
             install(bundle, new, directory)
     if failures:
@@ -226,6 +229,7 @@ def _spec(job: EngineJob, built: Built, engines: EngineSet) -> EngineSpec:
         size_bytes=built.output.stat().st_size,
         key=job.key,
         build_s=built.build_s,
+        attention=built.attention,
         scratch_bytes=built.scratch_bytes,
         n_layers=built.n_layers,
     )

@@ -65,8 +65,12 @@ def verify_graph(
     layers: tuple[int, int] | None,
     model: SparseDepthTransformer,
     config: ExportConfig,
+    *,
+    on: Mapping[str, Engine] | None = None,
 ) -> float:
     """Run one exported graph on random inputs and compare it with the float32 oracle.
+
+    ``on``: what runs it, by name; None: :func:`engines`.
 
     A row passes if the root mean square of its deviations is within the tolerance of the precision,
     relative to the root mean square of all values. Scores have the tolerance of float32. What int8
@@ -94,7 +98,7 @@ def verify_graph(
             inputs[state] = inputs[state].astype(numpy_dtype(precision))
         cases.append((cut, inputs, {key: tensor.numpy() for key, tensor in expected.items()}))
     worst = 0.0
-    for engine, run in engines(path, precision).items():
+    for engine, run in (on or engines(path, precision)).items():
         found = [run(list(wanted), inputs) for _, inputs, wanted in cases]
         for i, key in enumerate(cases[0][2]):
             size = _root_mean_square(np.concatenate([case[2][key].ravel() for case in cases]))

@@ -416,4 +416,6 @@ def device_loop(bundle: Bundle, backend: Backend) -> DeviceLoop | None:
             "on the CPU; export it with --attention decomposed, or open it with "
             'backend="onnxruntime-cuda"'
         )
-    return DeviceLoop(bundle.manifest, backend, capture=backend.device.type == "cuda")
+    return DeviceLoop(
+        bundle.manifest, backend, capture=backend.device.type == "cuda" and backend.captures
+    )

@@ -47,6 +47,11 @@ def rung(size: int, *, multiple: int, steps: int) -> int:
     return -(-size // step) * step
 
 
+def bucket_seqlen(longest: int, *, max_positions: int) -> int:
+    """Return the places of each sequence in the bucket of a batch; see :func:`batch_bucket`."""
+    return min(rung(longest, multiple=SEQLEN_MULTIPLE, steps=4), max(max_positions, longest))
+
+
 def batch_bucket(lengths: Sequence[int], *, max_positions: int) -> Bucket:
     """Return the bucket of a padded batch; ``n_tokens`` counts its padding too.
 
@@ -55,9 +60,15 @@ def batch_bucket(lengths: Sequence[int], *, max_positions: int) -> Bucket:
         max_positions: no sequence may be longer, so neither is the bucket's.
     """
     batch = rung(len(lengths), multiple=1, steps=4)
-    longest = rung(max(lengths), multiple=SEQLEN_MULTIPLE, steps=4)
-    longest = min(longest, max(max_positions, max(lengths)))
+    longest = bucket_seqlen(max(lengths), max_positions=max_positions)
     return Bucket(n_tokens=batch * longest, batch=batch, max_seqlen=longest)
+
+
+def largest_batch(n_sequences: int) -> int:
+    """Return the largest number of sequences, up to ``n_sequences``, that is a bucket's batch."""
+    while n_sequences and rung(n_sequences, multiple=1, steps=4) > n_sequences:
+        n_sequences -= 1
+    return n_sequences
 
 
 def stage_bucket(n_active: int, max_seqlen: int, whole: Bucket) -> Bucket:

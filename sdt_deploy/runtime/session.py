@@ -65,7 +65,12 @@ class Session:
         part_limits: PartLimits | None = None,
         max_depth_drift: float | None = MAX_DEPTH_DRIFT,
     ) -> None:
-        self._part_limits = replace(part_limits or PartLimits(), profiles=backend.profiles)
+        self._device_loop = device_loop(bundle, backend)
+        self._part_limits = replace(
+            part_limits or PartLimits(),
+            profiles=backend.profiles,
+            bucketed=self._device_loop is not None,
+        )
         self._monitor = DepthMonitor(bundle.manifest, max_depth_drift)
         self.bundle = bundle
         self.backend = backend
@@ -75,7 +80,6 @@ class Session:
         self._tokenizer: TextTokenizer | None = None
         self._costs: dispatch.CostModel | None = None
         self._closed = False
-        self._device_loop = device_loop(bundle, backend)
         stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
         self._graphs: Graphs | None = backend.graph("entry"), stages, backend.graph("head")
 

@@ -18,6 +18,7 @@ from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
 from sdt_deploy.errors import ConfigError, InputError
 from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.ladders import bucket_seqlen, largest_batch
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import Int32
 
@@ -35,6 +36,8 @@ class PartLimits:
     """Memory above the weights, in 2²⁰ bytes, as :mod:`sdt_deploy.costs` estimates it."""
     profiles: tuple[OptimizationProfile, ...] = ()
     """Batches that the engines take; empty: of any size."""
+    bucketed: bool = False
+    """Whether batches are padded to buckets, which have to fit the profiles as well."""
 
     def __post_init__(self) -> None:
         for name in ("max_padded_tokens", "max_memory_mb"):
@@ -50,7 +53,11 @@ class PartLimits:
         """
         n_sequences = max(1, self.max_padded_tokens // longest)
         if self.profiles:
+            if self.bucketed:
+                longest = bucket_seqlen(longest, max_positions=config.max_positions)
             n_sequences = min(n_sequences, max_sequences(self.profiles, longest))
+            if self.bucketed:
+                n_sequences = largest_batch(n_sequences)
             if n_sequences < 1:
                 raise InputError(
                     f"a sequence of {longest} tokens is longer than the engines were built for, "

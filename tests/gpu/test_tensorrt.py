@@ -12,11 +12,12 @@ from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig
-from sdt_deploy.diagnosis import diagnose
-from sdt_deploy.errors import BackendError, ConfigError
+from sdt_deploy.errors import ConfigError
+from sdt_deploy.exporters.engine_accuracy import compare_engines
 from sdt_deploy.exporters.tensorrt import build_engines
 from sdt_deploy.gpu import driver
 from sdt_deploy.runtime.session import Session
+from tests.gpu import rtx_refusal
 from tests.samples import CONFIGS, ExportedModel, assert_parity, random_batch
 
 pytestmark = [
@@ -39,6 +40,9 @@ def test_parity_with_the_oracle(
     sample = exported(name)
     bundle = Bundle.open(shutil.copytree(sample.bundle, tmp_path / "bundle"))
     build_engines(bundle, BuildConfig(flavour=flavour), LIMITS)  # type: ignore[arg-type]
+    reopened = Bundle.open(bundle.path)
+    errors = compare_engines(reopened, reopened.manifest.engines[0])
+    assert list(errors) == [graph for graph in bundle.manifest.graphs if graph != "single"]
     with Session.open(bundle.path, backend=flavour) as session:
         for seed, lengths in enumerate(([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [29] * 9)):
             batch = random_batch(sample.model.config, list(lengths), seed=seed)
@@ -46,22 +50,39 @@ def test_parity_with_the_oracle(
                 assert_parity(session, sample.model, batch, path=path)
 
 
-def test_rtx_refuses_a_gpu_that_it_does_not_run_on(exported: Exported, tmp_path: Path) -> None:
+def test_rtx_refuses_a_gpu_that_it_does_not_run_on(exported: Exported) -> None:
+    """It ends in errors that name the GPU, and not in a crash, the library's own refusal too."""
+    pytest.importorskip("tensorrt_rtx")
+    gpu, supported = driver().gpus[0], trt.flavour("tensorrt-rtx").compute_capabilities
+    assert supported is not None
+    if gpu.compute_capability in supported:
+        pytest.skip(f"TensorRT-RTX runs on {gpu.name}")
+    steps = rtx_refusal.steps(exported("active-lm").bundle)
+    assert steps["made"]["engines"] == ["entry", "head", "stage-00"]
+    assert steps["open"]["error"] == "BackendError"
+    for part in (
+        "are for compute capability 8.9",
+        f"this GPU, {gpu.name}, has {gpu.compute_capability}",
+        "does not run on it at all; use tensorrt",
+    ):
+        assert part in steps["open"]["message"]
+    assert steps["doctor"]["builds"]
+    assert not steps["doctor"]["runs"]
+    assert (
+        f"{gpu.name} has compute capability {gpu.compute_capability}" in steps["doctor"]["remark"]
+    )
+    assert steps["load"]["error"] == "BackendError"
+    assert "stage-00" in steps["load"]["message"]
+    assert len(steps["load"]["message"].splitlines()) > 1, "the library's reason is missing"
+    assert steps["build"]["error"] == "BuildError"
+    assert "9.0" in steps["build"]["message"]
+
+
+def test_rtx_does_not_build_for_this_gpu(exported: Exported, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     here = driver().gpus[0].compute_capability
-    supported = trt.flavour("tensorrt-rtx").compute_capabilities
-    assert supported is not None
-    if here in supported:
-        pytest.skip(f"TensorRT-RTX runs on {driver().gpus[0].name}")
+    if here in (trt.flavour("tensorrt-rtx").compute_capabilities or ()):
+        pytest.skip(f"TensorRT-RTX builds for {driver().gpus[0].name}")
     bundle = Bundle.open(shutil.copytree(exported("active-lm").bundle, tmp_path / "bundle"))
     with pytest.raises(ConfigError, match=f"not {here}; take --target tensorrt there"):
         build_engines(bundle, BuildConfig(flavour="tensorrt-rtx"), LIMITS)
-    build_engines(
-        bundle, BuildConfig(flavour="tensorrt-rtx", compute_capabilities=("8.9",)), LIMITS
-    )
-    with pytest.raises(BackendError, match="does not run on it at all"):
-        Session.open(bundle.path, backend="tensorrt-rtx")
-    (row,) = [row for row in diagnose() if row.backend == "tensorrt-rtx"]
-    assert row.builds
-    assert not row.runs
-    assert here in row.remark

@@ -1,8 +1,8 @@
 """TensorRT libraries that compute with ONNX Runtime, to test the backend where there is no GPU.
 
 They take addresses, keep one profile for each context, and log why they refuse, as the real ones
-do. :data:`METHODS` says which version has which method with which parameters;
-``test_fakes_have_real_signatures`` compares that with the real library that is installed.
+do. What they offer is seen through :class:`Checked` only: the members that the version really has,
+called with what it really takes, by the signatures in ``tests/data/tensorrt-signatures.json``.
 """
 
 from __future__ import annotations
@@ -10,39 +10,18 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from sdt_deploy.ort import open_session
+from tests.runtime.tensorrt_signatures import TABLE
 
-METHODS: Mapping[str, Mapping[str, tuple[frozenset[str], tuple[str, ...]]]] = {
-    "Runtime": {
-        "deserialize_cuda_engine": (frozenset({"8.6", "10", "11"}), ("serialized_engine",)),
-    },
-    "ICudaEngine": {
-        "get_tensor_profile_shape": (frozenset({"8.6", "10", "11"}), ("name", "profile_index")),
-        "create_execution_context": (frozenset({"10", "11"}), ("strategy",)),
-        # 8.6: NvInferRuntime.h, ICudaEngine::createExecutionContextWithoutDeviceMemory
-        "create_execution_context_without_device_memory": (frozenset({"8.6"}), ()),
-        "get_device_memory_size_for_profile": (frozenset({"10"}), ("profile_index",)),
-        "get_device_memory_size_for_profile_v2": (frozenset({"10", "11"}), ("profile_index",)),
-    },
-    "IExecutionContext": {
-        "set_input_shape": (frozenset({"8.6", "10", "11"}), ("name", "shape")),
-        "set_tensor_address": (frozenset({"8.6", "10", "11"}), ("name", "memory")),
-        "set_optimization_profile_async": (
-            frozenset({"8.6", "10", "11"}),
-            ("profile_index", "stream_handle"),
-        ),
-        "set_device_memory": (frozenset({"10", "11"}), ("memory", "size")),
-        "execute_async_v3": (frozenset({"8.6", "10", "11"}), ("stream_handle",)),
-    },
-}
-"""For each class and method, the versions that have it and its parameters after ``self``."""
+SIGNATURES: dict[str, Any] = json.loads(TABLE.read_text())
+"""By version, see :mod:`tests.runtime.tensorrt_signatures`."""
 
 
 class Severity(enum.IntEnum):
@@ -54,25 +33,106 @@ class Severity(enum.IntEnum):
 class ILogger:
     Severity = Severity
 
+    def __init__(self) -> None:
+        self.initialised = True
+
     def log(self, severity: Severity, msg: str) -> None:
         raise NotImplementedError
 
 
-class _Versioned:
-    """Has those of its methods that its version has."""
+class Strategy(enum.Enum):
+    STATIC = 0
+    USER_MANAGED = 2
 
-    def __init__(self, library: FakeLibrary) -> None:
-        self.library = library
 
-    def __getattribute__(self, name: str) -> Any:
-        known = METHODS.get(type(self).__name__, {})
-        if name in known and self.library.version not in known[name][0]:
-            raise AttributeError(name)
-        return super().__getattribute__(name)
+DTYPES = {"tensor(int32)": "int32", "tensor(int64)": "int64", "tensor(float)": "float32"}
+
+
+def _is_integer(value: object) -> bool:
+    if isinstance(value, bool | float):
+        return False
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) <= 8 and all(map(_is_integer, value))
+
+
+ACCEPTS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": _is_integer,
+    "SupportsInt": _is_integer,
+    "tuple": lambda value: isinstance(value, tuple) and _is_shape(value),
+    "list": lambda value: isinstance(value, list) and _is_shape(value),
+    "Dims": _is_shape,
+    "buffer": lambda value: isinstance(value, bytes | bytearray | memoryview),
+    "Buffer": lambda value: isinstance(value, bytes | bytearray | memoryview),
+    # pybind11 raises where a subclass forgot to call its base's __init__.
+    "ILogger": lambda value: isinstance(value, ILogger) and value.initialised,
+    "ExecutionContextAllocationStrategy": lambda value: isinstance(value, Strategy),
+    "IRuntimeConfig": lambda value: False,
+    "IStreamReader": lambda value: False,
+    "IStreamReaderV2": lambda value: False,
+}
+"""What is accepted for a parameter of a type; this package makes no object of the last ones."""
+
+
+def accepted(
+    overloads: Sequence[Sequence[Any]], args: Sequence[Any], named: dict[str, Any]
+) -> bool:
+    """Tell whether an overload takes these arguments, as pybind11 would."""
+    for parameters in overloads:
+        names = [name for name, _, _ in parameters]
+        given = {**dict(zip(names, args, strict=False)), **named}
+        if (
+            len(args) <= len(names)
+            and len(given) == len(args) + len(named)
+            and set(given) <= set(names)
+            and all(name in given or optional for name, _, optional in parameters)
+            and all(ACCEPTS[kind](given[name]) for name, kind, _ in parameters if name in given)
+        ):
+            return True
+    return False
+
+
+class Checked:
+    """An object of the fakes, with the members and the signatures of the real one."""
+
+    def __init__(self, fake: Any, version: str) -> None:
+        owner = type(fake).__name__
+        object.__setattr__(self, "_fake", fake)
+        object.__setattr__(self, "_owner", owner)
+        object.__setattr__(self, "_version", version)
+        object.__setattr__(self, "_members", SIGNATURES[version]["members"][owner])
+
+    def _member(self, name: str) -> Any:
+        if name not in self._members:
+            raise AttributeError(f"{self._owner} of TensorRT {self._version} has no {name}")
+        return self._members[name]
+
+    def __getattr__(self, name: str) -> Any:
+        member, found = self._member(name), getattr(self._fake, name)
+        if not isinstance(member, list):
+            return found
+
+        def call(*args: Any, **named: Any) -> Any:
+            if not accepted(member, args, named):
+                raise TypeError(f"{name}: {args} {named} are not {member}")
+            return found(*args, **named)
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert self._member(name) == "write", name
+        setattr(self._fake, name, value)
 
 
 class FakeLibrary:
-    """Stands for the module ``tensorrt`` of version ``8.6``, ``10`` or ``11``.
+    """Stands for the module ``tensorrt`` of a version in :data:`SIGNATURES`.
 
     Every engine's ``scratch`` is the memory it asks for; ``calls`` lists what was enqueued, as
     ``(graph, profile, stream)``; a graph named in ``failing`` cannot be enqueued.
@@ -85,36 +145,39 @@ class FakeLibrary:
         self.calls: list[tuple[str, int, int]] = []
         self.contexts: list[IExecutionContext] = []
         self.failing: set[str] = set()
-        if version != "8.6":
-            self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
+        if "ExecutionContextAllocationStrategy" in SIGNATURES[version]["members"]:
+            self.ExecutionContextAllocationStrategy = Strategy
 
-    def Runtime(self, logger: ILogger) -> Runtime:  # noqa: N802
-        return Runtime(self, logger)
+    def checked(self, fake: Any) -> Any:
+        return Checked(fake, self.version)
+
+    def Runtime(self, logger: ILogger) -> Any:  # noqa: N802
+        assert accepted(SIGNATURES[self.version]["members"]["Runtime"]["__init__"], [logger], {})
+        return self.checked(Runtime(self, logger))
 
 
-class Runtime(_Versioned):
+class Runtime:
     def __init__(self, library: FakeLibrary, logger: ILogger) -> None:
-        super().__init__(library)
+        self.library = library
         self.logger = logger
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
         content = json.loads(serialized_engine)
         if content["version"] != self.library.version:
             self.logger.log(Severity.ERROR, "the engine is of another version")
             return None
-        return ICudaEngine(self.library, self.logger, content)
+        return self.library.checked(ICudaEngine(self.library, self.logger, content))
 
 
-class ICudaEngine(_Versioned):
+class ICudaEngine:
     def __init__(self, library: FakeLibrary, logger: ILogger, content: Any) -> None:
-        super().__init__(library)
+        self.library = library
         self.logger = logger
         self.graph = content["graph"]
         self.profiles = content["profiles"]
         self.session = open_session(Path(content["onnx"]))
-        self.scratch = 1000
-        if library.version == "8.6":
-            self.device_memory_size = self.scratch
+        self.scratch = self.device_memory_size = 1000
+        self.num_layers = 7
 
     @property
     def num_optimization_profiles(self) -> int:
@@ -128,22 +191,19 @@ class ICudaEngine(_Versioned):
 
     get_device_memory_size_for_profile_v2 = get_device_memory_size_for_profile
 
-    def create_execution_context(self, strategy: object) -> IExecutionContext:
-        assert strategy == "USER_MANAGED"
-        return self._context()
+    def create_execution_context(self, strategy: Strategy = Strategy.STATIC) -> Any:
+        assert strategy is Strategy.USER_MANAGED, "it would take scratch memory of its own"
+        return self.create_execution_context_without_device_memory()
 
-    def create_execution_context_without_device_memory(self) -> IExecutionContext:
-        return self._context()
-
-    def _context(self) -> IExecutionContext:
+    def create_execution_context_without_device_memory(self) -> Any:
         context = IExecutionContext(self)
         self.library.contexts.append(context)
-        return context
+        return self.library.checked(context)
 
 
-class IExecutionContext(_Versioned):
+class IExecutionContext:
     def __init__(self, engine: ICudaEngine) -> None:
-        super().__init__(engine.library)
+        self.library = engine.library
         self.engine = engine
         self.profile: int | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -184,7 +244,7 @@ class IExecutionContext(_Versioned):
             return self._refuse(f"{graph}: out of luck")
         feeds = {}
         for item in session.get_inputs():
-            dtype = np.dtype("int32" if "int32" in item.type else "float32")
+            dtype = np.dtype(DTYPES[item.type])
             feeds[item.name] = _view(self.addresses[item.name], self.shapes[item.name], dtype)
         names = [item.name for item in session.get_outputs()]
         for name, found in zip(names, session.run(names, feeds), strict=True):

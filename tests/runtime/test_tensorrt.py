@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
+import io
 import json
-import re
 import shutil
 import threading
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,23 +23,29 @@ from sdt_deploy.bundle import Bundle, write_manifest
 from sdt_deploy.engines import ENGINES, EngineSet, EngineSpec
 from sdt_deploy.errors import BackendError, BundleIntegrityError, InputError
 from sdt_deploy.exporters.engine_plan import plan_jobs
-from sdt_deploy.gpu import Driver, Gpu
+from sdt_deploy.exporters.engine_worker import Reporter, monitor
+from sdt_deploy.gpu import Driver, Gpu, driver
 from sdt_deploy.runtime.backends import tensorrt as backend_module
 from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
 from sdt_deploy.runtime.session import Session
-from tests.runtime.fake_tensorrt import METHODS, FakeLibrary
+from tests.gpu import rtx_refusal
+from tests.runtime import fake_tensorrt
+from tests.runtime.fake_tensorrt import SIGNATURES, Checked, FakeLibrary
+from tests.runtime.tensorrt_signatures import members
 from tests.samples import ExportedModel, assert_parity, random_batch
 
 Exported = Callable[[str], ExportedModel]
 HOPPER = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
 LIMITS = BatchLimits(max_seqlen=20, max_batch=3, max_padded_tokens=40)
-VERSIONS = {"8.6": "8.6.1", "10": "10.9.0.34", "11": "11.4.0.106"}
+VERSIONS = {"8.6": "8.6.1", "10.0": "10.0.1", "10.13": "10.13.3.9", "11.4": "11.4.0.106"}
 
 
-def with_engines(source: Path, target: Path, version: str, capability: str = "9.0") -> Bundle:
-    """Copy a bundle and add engines that the fake of ``version`` reads."""
+def with_engines(
+    source: Path, target: Path, number: str, capability: str = "9.0", limits: BatchLimits = LIMITS
+) -> Bundle:
+    """Copy a bundle and add engines that the fake of ``number`` reads."""
     bundle = Bundle.open(shutil.copytree(source, target))
-    (wide,) = plan_profiles(LIMITS)
+    (wide,) = plan_profiles(limits)
     narrow = dataclasses.replace(
         wide,
         max_seqlen=AxisRange(min=1, opt=4, max=9),
@@ -44,10 +53,10 @@ def with_engines(source: Path, target: Path, version: str, capability: str = "9.
     )
     engines = EngineSet(
         flavour="tensorrt",
-        version=VERSIONS[version],
+        version=VERSIONS[number],
         compute_capabilities=(capability,),
         profiles=(narrow, wide),
-        attention="decomposed",
+        attention=bundle.manifest.export.attention,
         workspace_mb=None,
         engines={},
     )
@@ -56,7 +65,7 @@ def with_engines(source: Path, target: Path, version: str, capability: str = "9.
     for job in plan_jobs(bundle, dataclasses.replace(engines, flavour="tensorrt-rtx")):
         content = json.dumps(
             {
-                "version": version,
+                "version": number,
                 "graph": job.graph,
                 "onnx": str(job.onnx),
                 "profiles": job.profiles,
@@ -69,6 +78,7 @@ def with_engines(source: Path, target: Path, version: str, capability: str = "9.
             size_bytes=len(content),
             key=job.key,
             build_s=0.0,
+            attention=job.attention,
         )
         (bundle.path / spec.file).write_bytes(content)
         specs[job.graph] = spec
@@ -82,12 +92,12 @@ def open_fake(
     monkeypatch: pytest.MonkeyPatch, exported: Exported, tmp_path: Path
 ) -> Callable[..., tuple[Session, FakeLibrary, ExportedModel]]:
     def opener(
-        name: str = "all-embedding", version: str = "11"
+        name: str = "all-embedding", number: str = "11.4"
     ) -> tuple[Session, FakeLibrary, ExportedModel]:
-        library, found = FakeLibrary(version), exported(name)
-        bundle = with_engines(found.bundle, tmp_path / f"{name}-{version}", version)
+        library, found = FakeLibrary(number), exported(name)
+        bundle = with_engines(found.bundle, tmp_path / f"{name}-{number}", number)
         monkeypatch.setattr(trt, "load", lambda flavour: library)
-        monkeypatch.setattr(trt, "installed_version", lambda flavour: VERSIONS[version])
+        monkeypatch.setattr(trt, "installed_version", lambda flavour: VERSIONS[number])
         monkeypatch.setattr(backend_module, "driver", lambda: HOPPER)
         session = Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu"))
         return session, library, found
@@ -98,40 +108,81 @@ def open_fake(
 Open = Callable[..., tuple[Session, FakeLibrary, ExportedModel]]
 
 
-def parameters(documented: str, method: str) -> list[list[str]]:
-    """The parameter names of every overload in a docstring of pybind11."""
-    found = re.findall(rf"{method}\((self: [^\n]*)\) -> ", documented)
-    without_nesting = [re.sub(r"\[[^\]]*\]|<[^>]*>", "", each) for each in found]
-    return [re.findall(r"(\w+):", each)[1:] for each in without_nesting]
+def test_the_table_says_what_the_installed_library_says() -> None:
+    """The columns of other versions were read by the same code; their packages need no GPU."""
+    real = pytest.importorskip("tensorrt_rtx")
+    assert SIGNATURES["rtx"]["source"] == f"tensorrt-rtx {version('tensorrt-rtx')} from PyPI"
+    assert members(real) == SIGNATURES["rtx"]["members"]
+    assert set(SIGNATURES) == {*VERSIONS, "rtx"}
+
+
+def test_the_table_is_that_of_full_tensorrt() -> None:
+    real = pytest.importorskip("tensorrt")
+    number = ".".join(version("tensorrt").split(".")[:2])
+    if number not in SIGNATURES:
+        pytest.skip(f"there is no table of {number}")
+    assert members(real) == SIGNATURES[number]["members"]
+
+
+def test_rtx_takes_what_tensorrt_11_takes() -> None:
+    assert SIGNATURES["rtx"]["members"] == SIGNATURES["11.4"]["members"]
 
 
 @pytest.mark.parametrize(
-    ("owner", "method"),
+    ("number", "owner", "name", "args"),
     [
-        (owner, method)
-        for owner, methods in METHODS.items()
-        for method, (versions, _) in methods.items()
-        if "11" in versions
+        ("8.6", "IExecutionContext", "set_device_memory", (1, 1)),
+        ("10.0", "IExecutionContext", "set_device_memory", (1, 1)),
+        ("8.6", "ICudaEngine", "create_execution_context", ("USER_MANAGED",)),
+        ("11.4", "ICudaEngine", "create_execution_context_without_device_memory", ()),
+        ("11.4", "ICudaEngine", "get_device_memory_size_for_profile", (0,)),
+        ("11.4", "IExecutionContext", "execute_async_v3", (None,)),
+        ("11.4", "IExecutionContext", "execute_async_v3", ()),
+        ("11.4", "IExecutionContext", "execute_async_v3", (0, 0)),
+        ("11.4", "IExecutionContext", "set_input_shape", ("x", (1, 2.0))),
+        ("11.4", "IExecutionContext", "set_tensor_address", ("x", 1.5)),
+        ("11.4", "Runtime", "deserialize_cuda_engine", ("path",)),
     ],
 )
-def test_fakes_have_real_signatures(owner: str, method: str) -> None:
-    """TensorRT-RTX 1.7 has the interface of TensorRT 11."""
-    real = pytest.importorskip("tensorrt_rtx")
-    wanted = list(METHODS[owner][method][1])
-    assert wanted in parameters(getattr(getattr(real, owner), method).__doc__, method)
+def test_fakes_refuse_what_the_library_refuses(
+    number: str, owner: str, name: str, args: tuple[object, ...]
+) -> None:
+    fake = getattr(fake_tensorrt, owner)
+    checked = Checked(fake.__new__(fake), number)
+    with pytest.raises((AttributeError, TypeError)):
+        getattr(checked, name)(*args)
 
 
-def test_what_is_gone_from_the_real_library_is_not_in_the_fake() -> None:
-    real = pytest.importorskip("tensorrt_rtx")
-    for owner, methods in METHODS.items():
-        for method, (versions, _) in methods.items():
-            assert hasattr(getattr(real, owner), method) == ("11" in versions), method
+@pytest.mark.parametrize("number", SIGNATURES)
+def test_what_the_library_calls_takes_what_it_passes(number: str) -> None:
+    """TensorRT calls our logger and our monitor by position."""
+    table = SIGNATURES[number]["members"]
+    bare = SimpleNamespace(IProgressMonitor=type("IProgressMonitor", (), {}))
+    ours = {
+        "ILogger": trt.logger(FakeLibrary(number)),
+        "IProgressMonitor": monitor(bare, "graph", Reporter(io.StringIO())),
+    }
+    for owner, each in ours.items():
+        for name, signatures in table.get(owner, {}).items():
+            if name not in ("__init__", "Severity"):
+                wanted = [parameter for parameter, _, _ in signatures[0]]
+                assert list(inspect.signature(getattr(each, name)).parameters) == wanted
 
 
-@pytest.mark.parametrize("version", ["8.6", "10", "11"])
+@pytest.mark.parametrize("number", VERSIONS)
+def test_an_engine_is_described(exported: Exported, tmp_path: Path, number: str) -> None:
+    bundle = with_engines(exported("active-lm").bundle, tmp_path / "bundle", number)
+    library = FakeLibrary(number)
+    content = (bundle.path / ENGINES / "head.engine").read_bytes()
+    engine = library.Runtime(trt.logger(library)).deserialize_cuda_engine(content)
+    largest = 1000 if number == "8.6" else 1001
+    assert trt.engine_facts(engine) == {"scratch_bytes": largest, "n_layers": 7}
+
+
+@pytest.mark.parametrize("number", VERSIONS)
 @pytest.mark.parametrize("name", ["all-embedding", "active-lm", "active-grouped", "all-grouped"])
-def test_parity_with_the_oracle(open_fake: Open, name: str, version: str) -> None:
-    session, library, found = open_fake(name, version)
+def test_parity_with_the_oracle(open_fake: Open, name: str, number: str) -> None:
+    session, library, found = open_fake(name, number)
     with session:
         for lengths in ([1], [20, 3], [7, 12, 1, 20, 20, 2, 5]):
             batch = random_batch(found.model.config, lengths, seed=7)
@@ -140,6 +191,28 @@ def test_parity_with_the_oracle(open_fake: Open, name: str, version: str) -> Non
     assert {graph for graph, _, _ in library.calls} >= {"entry", "stage-00", "head", "masked"}
     profiles = {profile for _, profile, _ in library.calls}
     assert len(profiles) > 1
+
+
+@pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
+def test_fused_bundles_run_in_the_loop_for_devices(
+    fused: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Batches are padded to buckets, which have to fit the profiles."""
+    library, found = FakeLibrary("11.4"), fused(name)
+    limits = BatchLimits(max_seqlen=24, max_batch=9, max_padded_tokens=9 * 24)
+    bundle = with_engines(found.bundle, tmp_path / "bundle", "11.4", limits=limits)
+    monkeypatch.setattr(trt, "load", lambda flavour: library)
+    monkeypatch.setattr(trt, "installed_version", lambda flavour: VERSIONS["11.4"])
+    monkeypatch.setattr(backend_module, "driver", lambda: HOPPER)
+    with Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu")) as session:
+        assert session.on_device
+        for lengths in ([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [21] * 9, [3] * 23):
+            batch = random_batch(found.model.config, lengths, seed=7)
+            for path in ("sparse", "masked", "dense")[: 3 if len(lengths) < 9 else 2]:
+                assert_parity(session, found.model, batch, path=path)
+        with pytest.raises(InputError, match="longer than the engines were built for"):
+            session.run_batch(random_batch(found.model.config, [25], seed=1))
+    assert len({profile for _, profile, _ in library.calls}) == 2
 
 
 def test_large_batches_run_in_parts_that_have_a_profile(open_fake: Open) -> None:
@@ -256,6 +329,22 @@ def test_a_missing_engine_names_the_command(open_fake: Open) -> None:
 
 def test_an_engine_that_the_library_refuses(open_fake: Open) -> None:
     session, library, _ = open_fake()
-    library.version = "10"
+    library.version = "10.13"
     with pytest.raises(BackendError, match=r"could not be loaded\n.*of another version"):
         session.run([[1, 2]], path="dense")
+
+
+def test_what_the_real_library_refuses_is_an_error(exported: Exported) -> None:
+    """TensorRT-RTX, handed an engine where there is no driver; on a GPU see tests/gpu."""
+    pytest.importorskip("tensorrt_rtx")
+    if driver().gpus:
+        pytest.skip("there is a GPU here")
+    steps = rtx_refusal.steps(exported("active-lm").bundle)
+    assert steps["open"]["error"] == "BackendError"
+    assert f"need a GPU: {driver().problem}" in steps["open"]["message"]
+    assert not steps["doctor"]["runs"]
+    assert steps["load"]["error"] == "BackendError"
+    assert "stage-00" in steps["load"]["message"]
+    assert "CUDA driver version" in steps["load"]["message"]
+    assert steps["build"]["error"] == "BuildError"
+    assert "9.0 (SM90) not supported" in steps["build"]["message"]

@@ -35,6 +35,9 @@ class DeviceMemory:
         BackendError: if torch finds no such GPU.
     """
 
+    captures = True
+    """Whether calls of its graphs may be captured in CUDA graphs."""
+
     def __init__(self, device: str = "cuda") -> None:
         torch = require("torch", extra="gpu", purpose="Running on a GPU")
         self._torch: Any = torch

@@ -103,6 +103,8 @@ class TensorRtBackend(DeviceMemory):
         MissingExtraError: if the library or torch is not installed.
     """
 
+    captures = False  # several graphs replayed from one context: not proven to be right
+
     def __init__(self, bundle: Bundle, flavour: str, *, device: str = "cuda") -> None:
         chosen = trt.flavour(flavour)
         self.name: str = chosen.name

@@ -1,0 +1,224 @@
+"""Graphs with fused attention as TensorRT takes them; inputs and outputs stay the same.
+
+TensorRT's parser accepts the key lengths of ONNX's ``Attention`` and ignores them (TensorRT-RTX
+1.7.1), so that an engine would also attend to padding. :func:`masked_attention` turns the lengths
+into a mask. :func:`packed_attention` turns padded attention into TensorRT's own ragged one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sdt_deploy.errors import ExportError
+
+_MASK, _LENGTHS = 3, 6
+"""Places of mask and key lengths among the inputs of ``Attention``."""
+
+
+def has_attention(proto: onnx.ModelProto) -> bool:
+    """Tell whether there is an ``Attention`` operator."""
+    return any(node.op_type == "Attention" for node in proto.graph.node)
+
+
+def can_be_packed(proto: onnx.ModelProto) -> bool:
+    """Tell whether the graph is a stage with fused attention."""
+    inputs = {value.name for value in proto.graph.input}
+    return has_attention(proto) and {"gather_index", "scatter_index"} <= inputs
+
+
+def masked_attention(proto: onnx.ModelProto, *, decomposable: bool) -> onnx.ModelProto:
+    """Return a copy in which a mask says which keys are seen, ``[batch, 1, 1, n_keys]`` bool.
+
+    Args:
+        proto: the graph.
+        decomposable: let TensorRT use several kernels where it has none for all of attention;
+            else the build fails there.
+    """
+    add = _Rewriter(proto)
+    for node in proto.graph.node:
+        node = add.copy(node)
+        if node.op_type == "Attention":
+            if decomposable:
+                node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
+            if len(node.input) > _LENGTHS and node.input[_LENGTHS]:
+                n_keys = add.size(node.input[1], 1)
+                places = add("Range", add.integers(0), n_keys, add.integers(1))
+                lengths = add("Unsqueeze", node.input[_LENGTHS], add.integers([1, 2, 3]))
+                node.input[_MASK] = add("Less", places, lengths)
+                del node.input[_MASK + 1 :]
+        add.nodes.append(node)
+    return add.finished()
+
+
+def packed_attention(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a stage whose queries are packed by sequence, without any padding.
+
+    TensorRT wants the rows of a sequence next to each other and cumulative lengths. Both are
+    computed from ``gather_index [batch, max_seqlen]`` and ``scatter_index [n_tokens]``: a place
+    holds a row if that row says so too; places without one hold row 0. Keys are packed alike where
+    they are the same rows (``context="active"``); else they stay padded, with lengths. Rows behind
+    the last one are garbage, as they are on input.
+
+    ``TRT_Attention`` takes the query ``[n_tokens, n_heads, head_dim]``, key, value, mask,
+    cumulative query lengths and key lengths, and does not scale. That was learned from NvInfer.h
+    11.1 and from the parser of TensorRT-RTX 1.7.1, which has no kernel for it.
+
+    Raises:
+        ExportError: if the graph is no stage with fused attention.
+    """
+    if not can_be_packed(proto):
+        raise ExportError("only stages with fused attention can be packed")
+    add = _Rewriter(proto)
+    (attention,) = (node for node in proto.graph.node if node.op_type == "Attention")
+    made_by = {node.output[0]: node for node in proto.graph.node}
+    # What was laid out with padding, and the packed rows that it was made from.
+    spread = {
+        name: made_by[name].input[0]
+        for name in attention.input[:3]
+        if name in made_by and made_by[name].input[1:] == ["gather_index"]
+    }
+    flattened = next(n.output[0] for n in proto.graph.node if attention.output[0] in n.input)
+    slot = ""
+    for node in proto.graph.node:
+        if node.output[0] in (*spread, flattened):
+            continue
+        if node is attention:
+            slot = _ragged(add, attention, spread, output=flattened)
+            continue
+        node = add.copy(node)
+        if node.input[0] == flattened:  # the Gather that brings rows back
+            node.input[1] = slot
+        add.nodes.append(node)
+    return add.finished()
+
+
+def _ragged(
+    add: _Rewriter, attention: onnx.NodeProto, spread: Mapping[str, str], *, output: str
+) -> str:
+    """Add ragged attention; return the place of each row in its ``output [n_tokens, d_model]``."""
+    query, key, value = attention.input[:3]
+    n_heads = helper.get_node_attr_value(attention, "q_num_heads")
+    width, element_type = add.states()
+    head_dim = width // n_heads
+    order, slot, cumulative = _packing(add, "key_lengths" if key in spread else None)
+
+    def rows(name: str) -> str:
+        ordered = add("Gather", spread[name], order, axis=0)
+        return add("Reshape", ordered, add.integers([0, n_heads, head_dim]))
+
+    def padded(name: str) -> str:
+        by_head = add("Reshape", name, add.integers([0, 0, n_heads, head_dim]))
+        return add("Transpose", by_head, perm=[0, 2, 1, 3])
+
+    scaled = add("Mul", rows(query), add.constant(1 / math.sqrt(head_dim), element_type))
+    if key in spread:
+        form, lengths, keys = "packed_nhd", cumulative, (rows(key), rows(value))
+    else:
+        form, keys = "padded_bhnd", (padded(key), padded(value))
+        lengths = add("Cast", "key_lengths", to=TensorProto.INT32)
+    forms = {"query_form": "packed_nhd", "kv_form": form}
+    mixed = add("TRT_Attention", scaled, *keys, "", cumulative, lengths, **forms)
+    add("Reshape", mixed, add.integers([0, width]), output=output)
+    return slot
+
+
+def _packing(add: _Rewriter, counts: str | None) -> tuple[str, str, str]:
+    """Compute how rows are packed by sequence.
+
+    Args:
+        add: takes the nodes.
+        counts: ``[batch]`` int64, rows of each sequence; None: count them.
+
+    Returns:
+        ``order [n_tokens]``, the row at each packed place; ``slot [n_tokens]``, the packed place of
+        each row, both int64; ``cumulative [batch + 1]`` int32.
+    """
+    zero, one = add.integers(0), add.integers(1)
+    batch, longest = add.size("gather_index", 0), add.size("gather_index", 1)
+    n_tokens = add.size("scatter_index", 0)
+    place_of = add("Cast", "scatter_index", to=TensorProto.INT64)
+    row_at = add("Reshape", add("Cast", "gather_index", to=TensorProto.INT64), add.integers([-1]))
+    if counts is None:
+        places = add("Range", zero, add("Mul", batch, longest), one)
+        held = add("Equal", add("Gather", place_of, row_at, axis=0), places)
+        grid = add("Reshape", add("Cast", held, to=TensorProto.INT64), add.shape("gather_index"))
+        counts = add("ReduceSum", grid, add.integers([1]), keepdims=0)
+    ends = add("CumSum", counts, zero)
+    bounds = add("Concat", add.integers([0]), ends, axis=0)
+    packed = add("Range", zero, n_tokens, one)
+    behind = add("GreaterOrEqual", add("Unsqueeze", packed, add.integers([1])), ends)
+    passed = add(
+        "ReduceSum", add("Cast", behind, to=TensorProto.INT64), add.integers([1]), keepdims=0
+    )
+    sequence = add("Min", passed, add("Sub", batch, one))
+    within = add("Sub", packed, add("Gather", bounds, sequence, axis=0))
+    within = add("Min", within, add("Sub", longest, one))
+    order = add("Gather", row_at, add("Add", add("Mul", sequence, longest), within), axis=0)
+    own = add("Div", place_of, longest)
+    start = add("Gather", bounds, own, axis=0)
+    slot = add("Add", start, add("Sub", place_of, add("Mul", own, longest)))
+    return order, slot, add("Cast", bounds, to=TensorProto.INT32)
+
+
+class _Rewriter:
+    """Collects the nodes of a changed graph; called with an operator it adds one."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self._proto = proto
+        self._constants: dict[bytes, onnx.TensorProto] = {}
+        self.nodes: list[onnx.NodeProto] = []
+
+    def __call__(self, op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """Add a node; return the name of its output."""
+        name = output or f"engine_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [name], **attributes))
+        return name
+
+    def copy(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """Return a copy that may be changed; it is not added."""
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        return copied
+
+    def constant(self, value: npt.ArrayLike, element_type: int) -> str:
+        """Return a constant; equal ones exist once."""
+        array = np.array(value, dtype=helper.tensor_dtype_to_np_dtype(element_type))
+        tensor = numpy_helper.from_array(array)
+        key = tensor.SerializeToString()
+        if key not in self._constants:
+            tensor.name = f"engine_constant_{len(self._constants)}"
+            self._constants[key] = tensor
+        return self._constants[key].name
+
+    def integers(self, value: int | Sequence[int]) -> str:
+        """Return an int64 constant."""
+        return self.constant(value, TensorProto.INT64)
+
+    def states(self) -> tuple[int, int]:
+        """Return width and element type of the hidden states."""
+        (states,) = (value for value in self._proto.graph.input if value.name == "hidden_states")
+        return states.type.tensor_type.shape.dim[1].dim_value, states.type.tensor_type.elem_type
+
+    def shape(self, name: str) -> str:
+        """Return the shape of a tensor."""
+        return self("Shape", name)
+
+    def size(self, name: str, axis: int) -> str:
+        """Return the size of an axis, a scalar."""
+        return self("Squeeze", self("Shape", name, start=axis, end=axis + 1))
+
+    def finished(self) -> onnx.ModelProto:
+        """Return the graph with the collected nodes."""
+        made = onnx.ModelProto()
+        made.CopyFrom(self._proto)
+        del made.graph.node[:]
+        made.graph.node.extend(self.nodes)
+        made.graph.initializer.extend(self._constants.values())
+        return made

@@ -1,0 +1,205 @@
+"""Fused and packed attention in engines: the graphs that TensorRT gets, and what it builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from sdt_deploy import trt
+from sdt_deploy.buckets import BatchLimits
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.config import ExportConfig
+from sdt_deploy.errors import BuildError, ConfigError, ExportError
+from sdt_deploy.exporters import engine_plan
+from sdt_deploy.exporters.engine_graphs import masked_attention, packed_attention
+from sdt_deploy.exporters.export import export
+from sdt_deploy.exporters.tensorrt import build_engines
+from sdt_deploy.exporters.verify import _stage_case
+from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.testing import memory_bundle
+from tests.exporters.building import ADA, built_graphs, reopened
+from tests.samples import CONFIGS, ExportedModel, random_model
+
+Fused = Callable[[str], ExportedModel]
+LIMITS = BatchLimits(max_seqlen=24, max_batch=8, max_padded_tokens=192)
+
+
+class TRT_Attention(OpRun):  # noqa: N801
+    """Ragged attention as NvInfer.h of TensorRT 11.1 describes it; it does not scale."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any,
+        cumulative: Any,
+        lengths: Any,
+        **form: str,
+    ) -> tuple[Any]:
+        assert mask is None
+        assert form["query_form"] == "packed_nhd"
+        assert cumulative.dtype == lengths.dtype == np.int32
+        assert cumulative[0] == 0
+        out = np.full_like(query, np.nan)  # garbage behind the last row
+        for i, (start, stop) in enumerate(pairwise(cumulative)):
+            if form["kv_form"] == "packed_nhd":
+                keys, values = key[start:stop], value[start:stop]
+                assert (cumulative == lengths).all()
+            else:  # [batch, heads, n, head_dim]
+                keys = key[i, :, : lengths[i]].swapaxes(0, 1)
+                values = value[i, :, : lengths[i]].swapaxes(0, 1)
+            logits = np.einsum("qhd,khd->hqk", query[start:stop], keys)
+            weights = np.exp(logits - logits.max(axis=-1, keepdims=True, initial=-1e9))
+            weights /= weights.sum(axis=-1, keepdims=True)
+            out[start:stop] = np.einsum("hqk,khd->qhd", weights, values)
+        return (out,)
+
+
+@pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
+@pytest.mark.parametrize("form", ["masked", "packed"])
+@pytest.mark.parametrize("lengths", [[9], [1, 12, 5], [4, 20, 7, 7, 2]])
+def test_adapted_stages_agree_with_the_oracle(
+    fused: Fused, name: str, form: str, lengths: list[int]
+) -> None:
+    """Sequences without active tokens, and rows and places of a bucket that nothing fills."""
+    sample = fused(name)
+    path = sample.bundle / "stage-01.onnx"
+    proto = onnx.load(path)
+    proto = (
+        packed_attention(proto) if form == "packed" else masked_attention(proto, decomposable=False)
+    )
+    assert not any(len(node.input) > 4 for node in proto.graph.node if node.op_type == "Attention")
+    rng = np.random.default_rng(sum(lengths))
+    inputs, expected = _stage_case(sample.model, (1, 2), "fused", np.array(lengths), rng)
+    evaluator = ReferenceEvaluator(proto, new_ops=[TRT_Attention])
+    wanted = expected["updated_states"].detach().numpy()
+    for padded in (inputs, _in_a_larger_bucket(inputs)):
+        (found,) = evaluator.run(None, padded)
+        np.testing.assert_allclose(found[: len(wanted)], wanted, rtol=0, atol=2e-4)
+
+
+def _in_a_larger_bucket(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """More rows, places and sequences than there are tokens; indices hold 0 there."""
+    gather, scatter = inputs["gather_index"], inputs["scatter_index"]
+    longest = gather.shape[1]
+    rows = scatter // longest * (longest + 3) + scatter % longest
+    made = {
+        **inputs,
+        "gather_index": np.pad(gather, ((0, 2), (0, 3))),
+        "scatter_index": np.pad(rows, (0, 11)),
+        "hidden_states": np.pad(inputs["hidden_states"], ((0, 11), (0, 0)), constant_values=7.0),
+        "key_lengths": np.pad(inputs["key_lengths"], (0, 2)),
+    }
+    if "context_states" in inputs:
+        made["context_states"] = np.pad(inputs["context_states"], ((0, 2), (0, 1), (0, 0)))
+    return made
+
+
+def test_where_no_kernel_does_all_of_attention_it_is_decomposed(
+    fused: Fused, tmp_path: Path
+) -> None:
+    """In float32, that is; each engine says what it got."""
+    bundle = Bundle.open(shutil.copytree(fused("active-lm").bundle, tmp_path / "bundle"))
+    build_engines(bundle, ADA, LIMITS)
+    engines = reopened(bundle)
+    assert engines.attention == "fused"
+    assert {name: spec.attention for name, spec in engines.engines.items()} == {
+        "entry": None,
+        "head": None,
+        **dict.fromkeys(("stage-00", "stage-01", "stage-02", "dense", "masked"), "decomposed"),
+    }
+
+
+def test_fused_attention_in_float16(tmp_path: Path) -> None:
+    config = CONFIGS["all-embedding"][0].replace(n_layers=1, thresholds=(), d_model=128)
+    checkpoint = Checkpoint(model=random_model(config, seed=3), provenance={})
+    export(checkpoint, tmp_path / "bundle", ExportConfig(precision="float16", attention="fused"))
+    bundle = Bundle.open(tmp_path / "bundle")
+    build_engines(bundle, ADA, LIMITS)
+    assert list(reopened(bundle).engines) == built_graphs(bundle)
+    got = {name: spec.attention for name, spec in reopened(bundle).engines.items()}
+    assert [got[name] for name in ("stage-00", "dense", "masked")] == ["fused"] * 3
+    assert not list((bundle.path / "engines").glob("*.onnx"))
+
+
+def test_packed_attention_is_read_and_has_no_kernel(
+    fused: Fused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX 1.7.1 parses the stage; behind the check's back it says what is missing."""
+    bundle = Bundle.open(shutil.copytree(fused("all-embedding").bundle, tmp_path / "bundle"))
+    config = dataclasses.replace(ADA, attention="packed", graphs=("head", "stage-00", "dense"))
+    with pytest.raises(ConfigError, match=r"has no packed attention, tensorrt 11\.1"):
+        build_engines(bundle, config, LIMITS)
+    known = trt.features(trt.flavour("tensorrt-rtx"), "1.7.1")
+    able = dataclasses.replace(known, packed_attention=True)
+    monkeypatch.setattr(trt, "features", lambda chosen, found: able)
+    with pytest.raises(BuildError, match="no fused packed attention kernel") as error:
+        build_engines(bundle, config, LIMITS)
+    assert "--attention packed --graph stage-00" in str(error.value)
+    engines = reopened(bundle)
+    assert engines.attention == "packed"
+    assert {name: spec.attention for name, spec in engines.engines.items()} == {
+        "head": None,
+        "dense": "decomposed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flavour", "version", "exported", "asked", "message"),
+    [
+        ("tensorrt", "11.1.0", "decomposed", "packed", "export it with --attention fused"),
+        ("tensorrt", "11.0.0", "fused", "packed", "has no packed attention"),
+        ("tensorrt", "10.13.3", "fused", "padded", "has no fused attention"),
+        ("tensorrt", "8.6.1", "fused", "padded", "export the bundle with --attention decomposed"),
+        ("tensorrt-rtx", "1.7.1", "fused", "packed", "has no packed attention"),
+    ],
+)
+def test_attention_that_a_version_lacks(
+    flavour: str, version: str, exported: str, asked: str, message: str
+) -> None:
+    model = random_model(CONFIGS["active-lm"][0], 1)
+    bundle = memory_bundle(model, ExportConfig(attention=exported))  # type: ignore[arg-type]
+    config = dataclasses.replace(ADA, attention=asked)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        engine_plan.set_attention(config, bundle.manifest, trt.flavour(flavour), version)
+
+
+def test_attention_that_a_version_has() -> None:
+    model = random_model(CONFIGS["active-lm"][0], 1)
+    chosen = trt.flavour("tensorrt")
+    for exported, asked, got in (
+        ("decomposed", "padded", "decomposed"),
+        ("fused", "padded", "fused"),
+        ("fused", "packed", "packed"),
+    ):
+        bundle = memory_bundle(model, ExportConfig(attention=exported))  # type: ignore[arg-type]
+        config = dataclasses.replace(ADA, attention=asked)  # type: ignore[arg-type]
+        found = engine_plan.set_attention(config, bundle.manifest, chosen, "11.4.0")
+        assert found == got
+        graphs = bundle.manifest.graphs
+        assert engine_plan.graph_attention(graphs["stage-00"], found) == got
+        assert engine_plan.graph_attention(graphs["entry"], found) is None
+        whole = "fused" if got == "packed" else got
+        assert engine_plan.graph_attention(graphs["dense"], found) == whole
+
+
+def test_only_stages_can_be_packed(fused: Fused, exported: Fused) -> None:
+    for path in (
+        fused("active-lm").bundle / "dense.onnx",
+        exported("active-lm").bundle / "stage-00.onnx",
+    ):
+        with pytest.raises(ExportError, match="only stages with fused attention"):
+            packed_attention(onnx.load(path, load_external_data=False))
