@@ -9,10 +9,13 @@ of quality. Thresholds are quantiles of the scores, so that every depth holds as
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import torch
 
 from sdt_deploy.bench.benchmark import CaseResult, environment
 from sdt_deploy.bench.run import BenchOptions, run_bench
+from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig, ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.console import console
 from sdt_deploy.costs import dense_flops
@@ -118,54 +122,83 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.5)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--accuracy", action="store_true", help="compare with the PyTorch model")
+    parser.add_argument("--bundles", type=Path, help="keep exported bundles here, and reuse them")
+    parser.add_argument("--export-only", action="store_true", help="with --bundles; needs no GPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.export_only:
+        with bundles_in(options.bundles) as directory:
+            for size, context, precision in wanted(options):
+                exported(directory, size, context, precision, options)
+        return
     limits = ceilings()
     found: dict[str, Any] = {
         "environment": {**environment(), "gpu": gpu_state(), **limits},
         "models": [],
     }
     console.print(found["environment"])
-    for size in options.models.split(","):
-        for context in options.contexts.split(","):
-            checkpoint = make(size, context, options.levels)
-            for precision in options.precisions.split(","):
-                start = time.perf_counter()
-                with tempfile.TemporaryDirectory() as directory:
-                    bundle = Path(directory) / "bundle"
-                    config = ExportConfig(precision=precision, attention=options.attention)
-                    export(checkpoint, bundle, config)
-                    if options.backend.startswith("tensorrt"):
-                        build(bundle, options.backend)
-                    exported_s = time.perf_counter() - start
-                    outcome = run_bench(
-                        bundle,
-                        BenchOptions(
-                            cases=options.cases,
-                            budget_s=options.budget,
-                            with_memory=not options.no_memory,
-                            with_accuracy=options.accuracy,
-                            backend=options.backend,
-                        ),
-                        progress=lambda what, done, total: print(what, flush=True),
-                    )
-                console.print(f"{size} {context} {precision}, made in {exported_s:.0f} s")
-                console.print(outcome.table)
-                rows = [
-                    {**asdict(case), "floor_ms": floor_ms(case, checkpoint.model.config, limits)}
-                    for case in outcome.cases
-                ]
-                head = {"model": size, "context": context, "precision": precision}
-                rest = {"levels": options.levels, "attention": options.attention}
-                state = gpu_state()
-                found["models"].append({**head, **rest, "gpu_after": state, "cases": rows})
-                if options.json:
-                    options.json.write_text(json.dumps(found, indent=1))
+    with bundles_in(options.bundles) as directory:
+        for size, context, precision in wanted(options):
+            bundle = exported(directory, size, context, precision, options)
+            outcome = run_bench(
+                bundle,
+                BenchOptions(
+                    cases=options.cases,
+                    budget_s=options.budget,
+                    with_memory=not options.no_memory,
+                    with_accuracy=options.accuracy,
+                    backend=options.backend,
+                ),
+                progress=lambda what, done, total: print(what, flush=True),
+            )
+            console.print(f"{size} {context} {precision}")
+            console.print(outcome.table)
+            config = Bundle.open(bundle, check_files=False).manifest.model
+            rows = [
+                {**asdict(case), "floor_ms": floor_ms(case, config, limits)}
+                for case in outcome.cases
+            ]
+            head = {"model": size, "context": context, "precision": precision}
+            rest = {"levels": options.levels, "attention": options.attention}
+            found["models"].append({**head, **rest, "gpu_after": gpu_state(), "cases": rows})
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
+
+
+def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Yield model size, context and precision of every bundle to measure."""
+    lists = (options.models, options.contexts, options.precisions)
+    yield from itertools.product(*(each.split(",") for each in lists))
+
+
+@contextlib.contextmanager
+def bundles_in(directory: Path | None) -> Iterator[Path]:
+    """Give a directory for bundles, a temporary one unless it is named."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+def exported(
+    directory: Path, size: str, context: str, precision: str, options: argparse.Namespace
+) -> Path:
+    """Return the bundle of a model, exporting it if it is not there."""
+    bundle = directory / f"{size}-{context}-{precision}-{options.attention}-{options.levels}"
+    if not bundle.exists():
+        start = time.perf_counter()
+        config = ExportConfig(precision=precision, attention=options.attention)
+        export(make(size, context, options.levels), bundle, config)
+        if options.backend.startswith("tensorrt"):
+            build(bundle, options.backend)
+        console.print(f"{bundle.name} made in {time.perf_counter() - start:.0f} s")
+    return bundle
 
 
 def build(bundle: Path, flavour: str) -> None:
     """Build the engines of a bundle for the GPU that is here."""
-    from sdt_deploy.bundle import Bundle
     from sdt_deploy.exporters.tensorrt import build_engines
 
     build_engines(Bundle.open(bundle), BuildConfig(flavour=flavour))
