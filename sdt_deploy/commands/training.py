@@ -1,4 +1,4 @@
-"""Commands about training and quality; :mod:`sdt_deploy.cli` registers them."""
+"""Commands about training and quality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands about engines; :mod:`sdt_deploy.cli` registers them."""
+"""Commands about engines."""
 
 from __future__ import annotations
 
