@@ -114,6 +114,12 @@ class Frame:
         names = ("input_ids", "token_type_ids")
         return {name: self.sent.there[name] for name in names if name in self.sent.there}
 
+    def clear(self) -> None:
+        """Write a batch without sequences."""
+        for array in self.sent.here.values():
+            array.fill(0)
+        self.sent.send()
+
     def send(self, batch: TokenBatch, thresholds: Sequence[float]) -> None:
         """Write a batch: one copy, which nothing waits for.
 

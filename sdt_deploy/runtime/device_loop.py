@@ -28,12 +28,14 @@ from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame
-from sdt_deploy.runtime.ladders import Bucket, batch_bucket, stage_bucket
+from sdt_deploy.runtime.ladders import Bucket, batch_bucket, likely_buckets, stage_bucket
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.stopping import StopCheck
 
-MAX_GRAPHS = 512
+MAX_GRAPHS = 1024
 """Captured graphs that a session keeps; the least recently used ones go first."""
+MAX_FRAMES = 64
+"""Buckets whose small buffers a session keeps, with their graphs; likewise."""
 Work = Callable[[], None]
 
 
@@ -87,6 +89,11 @@ class GraphCache:
         if len(self._graphs) > self._max_graphs:
             self._graphs.popitem(last=False)
 
+    def discard(self, stale: Callable[[Hashable], bool]) -> None:
+        """Free the graphs whose key is stale."""
+        for key in [key for key in self._graphs if stale(key)]:
+            del self._graphs[key]
+
     def clear(self) -> None:
         """Free all graphs, and with them their scratch memory."""
         self._graphs.clear()
@@ -109,7 +116,7 @@ class DeviceLoop:
         self._torch = backend.torch
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
-        self._frames: dict[Bucket, Frame] = {}
+        self._frames: OrderedDict[Bucket, Frame] = OrderedDict()
         self._capacity = 0
         self._states: Any = None
         """``[n_places, d_model]``, the last state of every token, in its place."""
@@ -183,6 +190,27 @@ class DeviceLoop:
             path=path,
             stage_rows=stage_rows,
         )
+
+    def warmup(self, lengths: Sequence[int], active_shares: Sequence[float]) -> None:
+        """Capture what batches in the bucket of ``lengths`` are likely to launch.
+
+        Args:
+            lengths: tokens of each sequence.
+            active_shares: expected share of active tokens in each layer.
+        """
+        bucket = batch_bucket(lengths, max_positions=self._config.max_positions)
+        with self._lock, self._backend.running():
+            frame = self._frame(bucket)
+            frame.clear()  # indices and lengths that any size may be captured with
+            self._graphs.launch(("entry", bucket), partial(self._enter, frame))
+            for number, layer in enumerate(self._layers):
+                for size in likely_buckets(bucket, active_shares[layer]):
+                    key = ("stage", number, bucket, size)
+                    self._graphs.launch(key, partial(self._stage, frame, number, size))
+            self._graphs.launch(("head", bucket), partial(self._head, frame))
+            if self._backend.has("masked"):
+                self._graphs.launch(("masked", bucket), partial(self._whole, frame, "masked"))
+            self._backend.wait()
 
     def close(self) -> None:
         """Free graphs and buffers."""
@@ -271,6 +299,11 @@ class DeviceLoop:
             self._capacity = bucket.n_tokens
         if bucket not in self._frames:
             self._frames[bucket] = Frame(self._backend, self._config, bucket)
+            if len(self._frames) > MAX_FRAMES:
+                oldest, _ = self._frames.popitem(last=False)
+                # Keys are a name, maybe the number of a stage, and the bucket of the batch.
+                self._graphs.discard(lambda key: isinstance(key, tuple) and oldest in key[:3])
+        self._frames.move_to_end(bucket)
         return self._frames[bucket]
 
 

@@ -12,7 +12,6 @@ import torch
 
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import FUSED_OPSET, ExportConfig, Precision
-from sdt_deploy.errors import ConfigError
 from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.restore import restore
 from sdt_deploy.model.checkpoints import Checkpoint
@@ -80,9 +79,3 @@ def test_norms_and_scores_are_float32_inside(precision: Precision, tmp_path: Pat
             if tensor.name in ("scores", "output"):
                 assert types[tensor.name] == FLOAT
     assert seen >= 3 * 2 * 2  # stages, dense, masked: two layers with two norms
-
-
-@pytest.mark.parametrize("changes", [{"layers_per_stage": 2}, {"quantization": "int8"}])
-def test_what_fused_attention_does_not_have(changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="fused attention needs one layer per stage"):
-        ExportConfig(attention="fused", **changes)
