@@ -69,7 +69,6 @@ def test_likely_buckets_miss_none_between(
     widest = data.draw(st.floats(share, min(1.0, share + 0.2)))
     n_active = max(1, round(near * whole.n_tokens))
     assert stage_bucket(n_active, max(1, round(widest * whole.max_seqlen)), whole) in found
-    assert len(found) <= 64
 
 
 def test_a_stage_without_tokens_needs_no_bucket() -> None:
