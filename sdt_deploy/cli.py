@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import getdoc
 from typing import Annotated
 
 import typer
 
 from sdt_deploy.commands import bundles, engines, models, training
-from sdt_deploy.console import console, fail
+from sdt_deploy.console import console, fail, report_bug
 from sdt_deploy.errors import SdtDeployError
 
 app = typer.Typer(
@@ -15,6 +17,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Deploy depth-sparse transformers: per-layer engines with compaction between them.",
 )
+
+
+def help_of(command: Callable[..., None]) -> str:
+    """Return the docstring of a command, its examples set line by line."""
+    text = getdoc(command) or ""
+    return text.replace("Examples::\n\n", "\b\nExamples:\n")
+
 
 for command in (
     models.convert,
@@ -28,7 +37,7 @@ for command in (
     training.distill,
     training.evaluate,
 ):
-    app.command()(command)
+    app.command(help=help_of(command))(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -49,7 +58,11 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; user errors end with one message and exit code 2."""
+    """Run the command line.
+
+    Exit codes: 0 when all is well, 2 for what the user can mend, with one message and no traceback,
+    1 for a bug, 130 and 143 after SIGINT and SIGTERM, 141 when nobody reads the output any more.
+    """
     try:
         app()
     except SdtDeployError as error:
@@ -58,3 +71,5 @@ def main() -> None:
         fail(f"not enough memory: {error}. Take a smaller batch, case or model")
     except OSError as error:
         fail(str(error))
+    except Exception:
+        report_bug()

@@ -10,8 +10,15 @@ import typer
 from rich.markup import escape
 
 from sdt_deploy.choices import BackendChoice, PathChoice
-from sdt_deploy.commands.options import BackendOption, BundleArgument, Threads
-from sdt_deploy.console import console, print_depths, print_engines, print_graphs, progress_bar
+from sdt_deploy.commands.options import BackendOption, BundleArgument, Json, Quiet, Threads
+from sdt_deploy.console import (
+    console,
+    print_depths,
+    print_engines,
+    print_graphs,
+    print_json,
+    progress_bar,
+)
 from sdt_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,17 +27,21 @@ if TYPE_CHECKING:
 
 def inspect(
     bundle: BundleArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what is in a bundle.
 
-    Example: sdt-deploy inspect bundle
+    Examples::
+
+        sdt-deploy inspect bundle
+        sdt-deploy inspect bundle --json
     """
     from sdt_deploy.bundle import Bundle
 
     manifest = Bundle.open(bundle, check_files=False).manifest
     if as_json:
-        console.file.write(manifest.to_json().decode())
+        print_json(json.loads(manifest.to_json()))
         return
     config = manifest.model
     facts = {
@@ -56,10 +67,15 @@ def verify(
     bundle: BundleArgument,
     backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check every file of a bundle and its outputs against the reference in it.
 
-    Example: sdt-deploy verify bundle
+    Examples::
+
+        sdt-deploy verify bundle
+        sdt-deploy verify bundle --backend onnxruntime-cuda
     """
     from sdt_deploy.bundle import Bundle
     from sdt_deploy.runtime.session import Session
@@ -68,6 +84,9 @@ def verify(
     opened = Bundle.open(bundle)
     with Session.open(opened, backend=backend.value, n_threads=n_threads) as session:
         checks = verify_bundle(opened, session)
+    if as_json:
+        print_json({"n_files": len(opened.manifest.files), "checks": checks})
+        return
     console.print(f"{len(opened.manifest.files)} files are as they were exported")
     for check in checks:
         console.print(
@@ -91,10 +110,16 @@ def run(
     ] = False,
     backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run texts or token ids and print or save the outputs.
 
-    Example: sdt-deploy run bundle --text "To be, or not to be" --show-depth
+    Examples::
+
+        sdt-deploy run bundle --text "To be, or not to be" --show-depth
+        sdt-deploy run bundle --texts texts.txt --truncate --out embeddings.npz
+        sdt-deploy run bundle --ids ids.npy --path dense --json
     """
     from sdt_deploy.runtime.session import Session
 
@@ -107,10 +132,14 @@ def run(
             path=path.value,
             overflow="truncate" if truncate else "error",
         )
-        if show_depth:
+        if show_depth and not as_json:
             print_depths(session, result)
     if out is not None:
         _save(out, result)
+    if as_json:
+        print_json(_document(result, out, session.manifest.model.head.per_sequence))
+        return
+    if out is not None:
         console.print(f"[bold]{escape(str(out))}[/bold]: output {result.output.shape} float32")
     else:
         for row in result.output[:20]:
@@ -133,16 +162,22 @@ def bench(
     texts: Annotated[
         Path | None, typer.Option(help="Measure real lengths too, one text per line.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
+    json_file: Annotated[Path | None, typer.Option(help="Write all figures as JSON.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
     backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure sparse against dense: same backend, same threads, interleaved, medians.
 
-    Example: sdt-deploy bench bundle --cases 2x20,8x128 --json bench.json
+    Examples::
+
+        sdt-deploy bench bundle --cases 2x20,8x128 --json-file bench.json
+        sdt-deploy bench bundle --texts texts.txt --plot bench.png --no-memory
+        sdt-deploy bench bundle --n-threads 1 --json
     """
     from sdt_deploy.bench.run import BenchOptions, run_bench
 
@@ -158,6 +193,9 @@ def bench(
     )
     with progress_bar("bench") as advance:
         outcome = run_bench(bundle, options, progress=advance)
+    if as_json:
+        print_json(outcome.document)
+        return
     console.print(outcome.table)
     for line in outcome.remarks:
         console.print(line, highlight=False)
@@ -180,6 +218,28 @@ def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -
         return read_npy(ids)
     except (OSError, ValueError) as error:
         raise InputError(f"{ids} cannot be read as .npy: {error}") from error
+
+
+def _document(result: RunResult, out: Path | None, per_sequence: bool) -> dict[str, Any]:
+    """Return a run as plain JSON types; the outputs only where no file holds them."""
+    outputs = result.output if per_sequence else result.split(result.output)
+    parts = zip(result.split(result.input_ids), result.split(result.depths), outputs, strict=True)
+    sequences = [
+        {
+            "input_ids": ids.tolist(),
+            "depths": depths.tolist(),
+            **({"output": output.tolist()} if out is None else {}),
+        }
+        for ids, depths, output in parts
+    ]
+    return {
+        "path": result.path,
+        "output_shape": list(result.output.shape),
+        "output_file": None if out is None else str(out),
+        "mean_depth": result.layer_usage.mean_depth,
+        "timings": result.timings,
+        "sequences": sequences,
+    }
 
 
 def _save(path: Path, result: RunResult) -> None:

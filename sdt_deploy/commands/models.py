@@ -17,12 +17,13 @@ from sdt_deploy.choices import (
     PrecisionChoice,
     QuantizationChoice,
 )
-from sdt_deploy.commands.options import Overwrite
+from sdt_deploy.commands.options import Json, Overwrite, Quiet
 from sdt_deploy.console import (
     clean_up_on_sigterm,
     console,
     print_graphs,
     print_histogram,
+    print_json,
     progress_bar,
 )
 from sdt_deploy.errors import InputError
@@ -63,10 +64,16 @@ def convert(
         Path | None, typer.Option(help="Adapter file to merge; brings its own probe.")
     ] = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn a checkpoint into a native model directory and fit a probe.
 
-    Example: sdt-deploy convert ./all-MiniLM-L6-v2 model --texts texts.txt
+    Examples::
+
+        sdt-deploy convert ./all-MiniLM-L6-v2 model --texts texts.txt
+        sdt-deploy convert ./all-MiniLM-L6-v2 model --adapter adapter.safetensors
+        sdt-deploy convert ./bert model --texts texts.txt --head embedding --target-depth 7
     """
     from sdt_deploy.extras import require
 
@@ -104,6 +111,16 @@ def convert(
             progress=lambda n_tokens: advance(f"fit the probe ({n_tokens} tokens)", 0, 0),
         )
     config = checkpoint.model.config
+    if as_json:
+        print_json(
+            {
+                "model": str(out),
+                "config": config,
+                "provenance": checkpoint.provenance,
+                "fit": report,
+            }
+        )
+        return
     console.print(
         f"[bold]{escape(str(out))}[/bold]: {config.n_layers} layers, d_model {config.d_model}, "
         f"head {config.head.kind}, context {config.context}, probe {config.probe}, "
@@ -141,10 +158,16 @@ def export(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Export a model as a bundle of ONNX graphs and check each of them.
 
-    Example: sdt-deploy export model bundle
+    Examples::
+
+        sdt-deploy export model bundle
+        sdt-deploy export model bundle-int8 --quantize int8 --overwrite
+        sdt-deploy export model bundle-gpu --precision float16 --attention fused
     """
     from sdt_deploy.extras import require
 
@@ -171,6 +194,17 @@ def export(
             overwrite=overwrite,
             progress=advance,
         )
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "n_files": len(manifest.files),
+                "precision": precision,
+                "checked_with": CHECKED_WITH[precision],
+                "graphs": list(manifest.graphs.values()),
+            }
+        )
+        return
     print_graphs(manifest.graphs.values())
     console.print(
         f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files, {precision.value}, "
