@@ -23,21 +23,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sdt_deploy.buckets import longest_sequence
 from sdt_deploy.bundle import Bundle, Manifest
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting
+from sdt_deploy.runtime.device_plan import ALIGNMENT, DevicePlan, DeviceRouting
 from sdt_deploy.runtime.ladders import Bucket, batch_bucket, stage_bucket
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.stopping import StopCheck
 
 MAX_GRAPHS = 512
 """Captured graphs that a session keeps; the least recently used ones go first."""
-ALIGNMENT = 256
-"""Bytes; TensorRT wants addresses to be multiples of it."""
 Work = Callable[[], None]
 
 
@@ -230,6 +229,7 @@ class DeviceLoop:
         self._layers = [first for first, _ in manifest.stage_layers]
         self._backend = backend
         self._torch = backend.torch
+        self._max_seqlen = longest_sequence(backend.profiles, manifest.model.max_positions)
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
         self._frames: dict[Bucket, Frame] = {}
@@ -269,7 +269,7 @@ class DeviceLoop:
         """
         start = perf_counter()
         config = self._config
-        bucket = batch_bucket(batch.lengths.tolist(), max_positions=config.max_positions)
+        bucket = batch_bucket(batch.lengths.tolist(), max_seqlen=self._max_seqlen)
         n, longest = len(batch.lengths), int(batch.lengths.max())
         with self._lock, self._backend.running():
             frame = self._frame(bucket)

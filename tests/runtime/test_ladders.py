@@ -34,7 +34,7 @@ def test_the_ladder_is_short() -> None:
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=300), st.data())
 def test_buckets_hold_their_batch(lengths: list[int], data: st.DataObject) -> None:
-    whole = batch_bucket(lengths, max_positions=512)
+    whole = batch_bucket(lengths, max_seqlen=512)
     assert whole.batch >= len(lengths)
     assert max(lengths) <= whole.max_seqlen <= 512
     assert whole.n_tokens == whole.batch * whole.max_seqlen
@@ -50,7 +50,7 @@ def test_sizes_in_use_are_rungs() -> None:
     """Batches of common sizes are not padded, so a comparison at them is one of equals."""
     for batch in (1, 2, 4, 8, 16, 32, 64, 128):
         for seq in (64, 128, 256, 512):
-            found = batch_bucket([seq] * batch, max_positions=512)
+            found = batch_bucket([seq] * batch, max_seqlen=512)
             assert (found.batch, found.max_seqlen) == (batch, seq)
 
 
