@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.buckets import OptimizationProfile, max_sequences
+from sdt_deploy.buckets import OptimizationProfile, longest_sequence, max_sequences
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
 from sdt_deploy.errors import ConfigError, InputError
@@ -54,7 +54,8 @@ class PartLimits:
         n_sequences = max(1, self.max_padded_tokens // longest)
         if self.profiles:
             if self.bucketed:
-                longest = bucket_seqlen(longest, max_positions=config.max_positions)
+                limit = longest_sequence(self.profiles, config.max_positions)
+                longest = bucket_seqlen(longest, max_seqlen=limit)
             n_sequences = min(n_sequences, max_sequences(self.profiles, longest))
             if self.bucketed:
                 n_sequences = largest_batch(n_sequences)

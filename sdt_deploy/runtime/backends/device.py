@@ -16,12 +16,9 @@ import numpy as np
 from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.backend import Array, HostArray
-from sdt_deploy.runtime.device_plan import DeviceRouting, TorchRouting
+from sdt_deploy.runtime.device_plan import ALIGNMENT, DeviceRouting, TorchRouting
 from sdt_deploy.runtime.device_routing import plan_on_device
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules
-
-_ALIGNMENT = 256
-"""Bytes; TensorRT wants addresses to be multiples of it."""
 
 
 class DeviceMemory:
@@ -87,7 +84,7 @@ class DeviceMemory:
         starts, total = [], 0
         for array in arrays:
             starts.append(total)
-            total += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+            total += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         pinned = self.device.type == "cuda"
         block = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
         flat = block.numpy()
