@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from sdt_deploy.choices import (
+    BaselineChoice,
     CurriculumChoice,
     DeviceChoice,
     LevelsChoice,
@@ -66,6 +67,20 @@ def distill(
     adapter: Annotated[
         Path | None, typer.Option(help="Write an adapter file too; needs --lora-rank.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Go on from this adapter file, its probe included.")
+    ] = None,
+    baseline: Annotated[
+        BaselineChoice | None,
+        typer.Option(
+            help="Train something to compare with: the first TARGET_DEPTH layers for every token, "
+            "or a random probe."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, any other setting, loss.neighbours=1.0 for one."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of order and adapters.")] = 0,
     device: Annotated[DeviceChoice, typer.Option(help="Where to train.")] = DeviceChoice.cpu,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
@@ -102,7 +117,7 @@ def distill(
         curriculum=curriculum.value,
         lora_rank=lora_rank,
         seed=seed,
-    )
+    ).with_settings(settings or [])
     options = JobOptions(
         device=device.value,
         resume=resume,
@@ -113,12 +128,21 @@ def distill(
     )
     lines = [line for path in texts for line in read_lines(path)]
     with progress_bar("distil") as advance:
-        _, last = distil(teacher, out, lines, config, options, progress=advance)
+        _, last = distil(
+            teacher,
+            out,
+            lines,
+            config,
+            options,
+            start=start,
+            baseline=baseline.value if baseline else None,
+            progress=advance,
+        )
     said = (
         "" if last is None else f", loss {last.loss:.4f}, depth of the last batch {last.depth:.2f}"
     )
     console.print(
-        f"[bold]{escape(str(out))}[/bold]: {steps} steps{said}; log in "
+        f"[bold]{escape(str(out))}[/bold]: {config.n_steps} steps{said}; log in "
         f"{escape(str(training_directory(out)))}",
         highlight=False,
     )
