@@ -127,7 +127,7 @@ def plan_on_device(
         else:
             queries = layout(n_rows, width, queries=True, keys=everything is None)
         remaining = refresh = None
-        key_bias = queries.key_bias if everything is None else everything.key_bias
+        key_bias: Any = queries.key_bias if everything is None else everything.key_bias
         if stop - begin > 1:
             remaining = sorted_depths[:n_rows] - begin
             if everything is None:

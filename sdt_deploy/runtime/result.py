@@ -24,7 +24,7 @@ class LayerUsage:
     def from_depths(cls, depths: Int32, n_layers: int) -> LayerUsage:
         """Count ``depths [n_tokens]``."""
         counts = np.bincount(depths, minlength=n_layers + 1)
-        return cls(depth_histogram=tuple(int(count) for count in counts))
+        return cls(depth_histogram=tuple(counts.tolist()))
 
     @property
     def n_tokens(self) -> int:

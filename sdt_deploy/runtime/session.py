@@ -356,10 +356,9 @@ class Session:
             plan = backend.plan(scores, thresholds, batch.cu_seqlens, self._rules)
             sort_ms = 0.0
             if plan.order is not None:
-                (order,) = backend.upload([plan.order])
-                sort_ms = timed(partial(backend.take, states, order, other))
+                sort_ms = timed(partial(backend.take, states, plan.order, other))
                 states, other = other, states
-            bound = bind_stages(backend, plan, states, other, stages)
+            bound = bind_stages(plan, states, other, stages)
             rows = len(batch.lengths) if config.head.per_sequence else n_tokens
             output = np.empty((rows, config.output_width), dtype=np.float32)
             in_order = config.head.per_sequence or plan.order is None
@@ -368,8 +367,7 @@ class Session:
             route_ms = (perf_counter() - entered) * 1e3 - sort_ms
             stage_ms, move_ms = bound.run(check)
             if not in_order:
-                (row_of,) = backend.upload([plan.row_of])
-                move_ms += timed(partial(backend.take, bound.states, row_of, bound.other))
+                move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
             head_ms = timed(call_head)
             depths, scores = backend.fetch(plan.depths, scores)
         return RunResult(
