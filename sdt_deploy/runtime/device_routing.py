@@ -151,4 +151,11 @@ def plan_on_device(
         head["first_index"] = row_of[starts].int()
     elif rules.pooling == "mean":
         head = {"gather_index": torch.where(grid < n_tokens, grid, 0), "lengths": lens}
-    return RoutePlan(depths=depths, order=order, row_of=row_of, steps=tuple(steps), head=head)
+    return RoutePlan(
+        depths=depths,
+        active_tokens=n_active,
+        order=order,
+        row_of=row_of,
+        steps=tuple(steps),
+        head=head,
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -25,6 +27,12 @@ class LayerUsage:
         """Count ``depths [n_tokens]``."""
         counts = np.bincount(depths, minlength=n_layers + 1)
         return cls(depth_histogram=tuple(counts.tolist()))
+
+    @classmethod
+    def from_active(cls, n_tokens: int, active_tokens: Sequence[int]) -> LayerUsage:
+        """Take the active tokens of every layer, of ``n_tokens``."""
+        reached = (n_tokens, *active_tokens, 0)
+        return cls(depth_histogram=tuple(a - b for a, b in pairwise(reached)))
 
     @property
     def n_tokens(self) -> int:

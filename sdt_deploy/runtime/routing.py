@@ -106,6 +106,8 @@ class RoutePlan:
 
     depths: Int32
     """``[n_tokens]``, by token."""
+    active_tokens: Sequence[int]
+    """Active tokens of every layer."""
     order: Int32 | None
     """``[n_tokens]``, the token of each row; None: rows are tokens."""
     row_of: Int32
@@ -250,8 +252,10 @@ def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan
     """
     stage_layers, context, n_heads = rules.stage_layers, rules.context, rules.n_heads
     n_tokens = len(depths)
-    active = depths > np.array([first for first, _ in stage_layers])[:, None]
-    n_active = [n for n in active.sum(axis=1).tolist() if n]
+    n_layers = stage_layers[-1][1]
+    histogram = np.bincount(depths, minlength=n_layers + 1).tolist()
+    active_tokens = [*accumulate(reversed(histogram[1:]))][::-1]
+    n_active = [n for first, _ in stage_layers if (n := active_tokens[first])]
     order = (-depths).astype(np.int16).argsort(kind="stable").astype(np.int32)
     rows = np.arange(n_tokens, dtype=np.int32)
     row_of = np.empty_like(order)
@@ -262,7 +266,7 @@ def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan
     queries: list[HeadLayout] = []
     around: list[HeadLayout] = []
     if new:
-        members = active if len(new) == len(active) else active[new]
+        members = depths > np.array([stage_layers[i][0] for i in new])[:, None]
         if context == "all":
             alive = np.logical_or.reduceat(members, cu_seqlens[:-1], axis=1)
             if alive[-1].all():  # then all stages see the same rows
@@ -319,6 +323,7 @@ def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan
     is_sorted = bool((order == rows).all())
     return RoutePlan(
         depths=depths,
+        active_tokens=active_tokens,
         order=None if is_sorted else order,
         row_of=row_of,
         steps=tuple(steps),

@@ -284,14 +284,13 @@ class Session:
                 'export it with --single-file, for ONNX Runtime, or take path="auto"'
             )
         groups = split_batch(batch.lengths, config, self._part_limits)
+        parts = [select(batch, group) for group in groups] if groups else [batch]
         if path == "auto":
             shares = active_shares(self.manifest, limits)
-            lengths = [batch.lengths[group].tolist() for group in groups]
-            path = self.cost_model().choose(config, lengths, shares)
-        parts = [batch] if len(groups) == 1 else [select(batch, group) for group in groups]
+            path = self.cost_model().choose(config, [part.lengths for part in parts], shares)
         results = [self._run_one(part, limits, path, check) for part in parts]
         result = results[0]
-        if len(groups) > 1:
+        if groups:
             result = merge(results, groups, batch, per_sequence=config.head.per_sequence)
         if thresholds is None:
             self._monitor.count(result.layer_usage.depth_histogram)
@@ -376,7 +375,7 @@ class Session:
             scores=scores,
             input_ids=batch.input_ids.copy(),
             cu_seqlens=batch.cu_seqlens.copy(),
-            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
+            layer_usage=LayerUsage.from_active(n_tokens, plan.active_tokens),
             timings=Timings(
                 total_ms=(perf_counter() - start) * 1e3,
                 entry_ms=entry_ms,
