@@ -71,9 +71,9 @@ class DeviceMemory:
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def upload(self, arrays: Sequence[HostArray]) -> list[Array]:
-        """See :meth:`sdt_deploy.runtime.backend.Backend.upload`; one copy for all of them.
+        """Return arrays in the GPU's memory, where some may be already; one copy for the others.
 
-        What is in the GPU's memory already stays there.
+        The caller must not change them while the results are in use.
         """
         on_host = [array for array in arrays if isinstance(array, np.ndarray)]
         moved = iter(self._moved(on_host) if on_host else ())
