@@ -23,7 +23,7 @@ from sdt_deploy.runtime.backend import Backend, Graph
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
-from sdt_deploy.runtime.calibration import measure_costs
+from sdt_deploy.runtime.calibration import measure_costs, random_batch
 from sdt_deploy.runtime.device_loop import device_loop
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.loop import bind_stages, timed
@@ -313,6 +313,28 @@ class Session:
                 return self._run_sparse(batch, thresholds, check)
             graph = self.backend.graph(path)
             return run_padded(self.manifest.model, graph, batch, thresholds, path)
+
+    def warmup(self, lengths: Sequence[Sequence[int]]) -> None:
+        """Do beforehand what the first batch of a size would wait for.
+
+        Engines are opened, buffers allocated, the cost model is calibrated, and on a GPU the CUDA
+        graphs are captured that batches of these sizes are likely to need: at the expected shares
+        of active tokens and somewhat around them.
+
+        Args:
+            lengths: for every batch to expect, the tokens of each of its sequences.
+
+        Raises:
+            InputError: if such a batch could not be run.
+        """
+        config = self.manifest.model
+        shares = active_shares(self.manifest, config.thresholds)
+        for one in lengths:
+            batch = random_batch(config, one)
+            self.run_batch(batch, thresholds=config.thresholds)  # given, so they are not counted
+            if self._device_loop is not None:
+                for group in split_batch(batch.lengths, config, self._part_limits):
+                    self._device_loop.warmup(batch.lengths[group].tolist(), shares)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""

@@ -1,8 +1,7 @@
-"""Commands about training and quality; :mod:`sdt_deploy.cli` registers them."""
+"""Commands about training and quality."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,18 +14,23 @@ from sdt_deploy.choices import (
     LevelsChoice,
     ProbeTrainingChoice,
 )
-from sdt_deploy.console import clean_up_on_sigterm, console, progress_bar
+from sdt_deploy.commands.options import Json, Overwrite, Quiet
+from sdt_deploy.console import clean_up_on_sigterm, console, print_json, progress_bar
 
 
 def evaluate(
     subject: Annotated[Path, typer.Argument(help="Bundle, or any model that convert accepts.")],
     teacher: Annotated[Path, typer.Option(help="Dense model to compare with.")],
     texts: Annotated[Path, typer.Option(help="Held-out text, one paragraph per line.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare with a dense teacher on held-out text; a bundle keeps the result.
 
-    Example: sdt-deploy evaluate bundle --teacher ./all-MiniLM-L6-v2 --texts held-out.txt
+    Examples::
+
+        sdt-deploy evaluate bundle --teacher ./all-MiniLM-L6-v2 --texts held-out.txt
+        sdt-deploy evaluate model --teacher ./all-MiniLM-L6-v2 --texts held-out.txt --json
     """
     from sdt_deploy.extras import require
 
@@ -37,7 +41,7 @@ def evaluate(
 
     quality = measure(subject, teacher, read_lines(texts)).to_dict()
     if as_json:
-        console.file.write(json.dumps(quality, indent=1) + "\n")
+        print_json(quality)
         return
     for name, value in quality.items():
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -73,13 +77,16 @@ def distill(
     cache_mb: Annotated[
         int, typer.Option(min=0, help="Keep the teacher's states if they fit.")
     ] = 1024,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the target if it exists.")
-    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a dense model to skip layers and keep its output.
 
-    Example: sdt-deploy distill ./all-MiniLM-L6-v2 model --texts texts.txt --target-depth 3.6
+    Examples::
+
+        sdt-deploy distill ./all-MiniLM-L6-v2 model --texts texts.txt --target-depth 3.6
+        sdt-deploy distill ./bert model --texts a.txt --target-depth 7 --device cuda --resume
     """
     from sdt_deploy.extras import require
 
@@ -114,6 +121,10 @@ def distill(
     lines = [line for path in texts for line in read_lines(path)]
     with progress_bar("distil") as advance:
         _, last = distil(teacher, out, lines, config, options, progress=advance)
+    if as_json:
+        log = str(training_directory(out))
+        print_json({"model": str(out), "n_steps": steps, "last_step": last, "log": log})
+        return
     said = (
         "" if last is None else f", loss {last.loss:.4f}, depth of the last batch {last.depth:.2f}"
     )
