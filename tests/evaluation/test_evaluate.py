@@ -132,6 +132,7 @@ def test_an_export_at_another_depth_is_the_model_run_at_that_depth(
     _, model, bundle = made
     target = tmp_path / "deep"
     arguments = ["export", str(model), str(target), "--target-depth", "3.25", "--no-single-file"]
+    arguments += ["--layers-per-stage", "4"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     batch = texts(200, seed=6)
