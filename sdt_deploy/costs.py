@@ -16,7 +16,7 @@ from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import ConfigError
 
 
-def layer_flops(config: ModelConfig, *, n_active: int, n_context: int, n_pairs: float) -> float:
+def layer_flops(config: ModelConfig, *, n_active: float, n_context: float, n_pairs: float) -> float:
     """Operations of one layer.
 
     Args:

@@ -11,11 +11,8 @@ import numpy as np
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting
+from sdt_deploy.runtime.device_plan import ALIGNMENT, DevicePlan, DeviceRouting
 from sdt_deploy.runtime.ladders import Bucket
-
-ALIGNMENT = 256
-"""Bytes; TensorRT wants addresses to be multiples of it."""
 
 
 class DeviceBackend(Backend, Protocol):

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from sdt_deploy.buckets import longest_sequence
 from sdt_deploy.bundle import Bundle, Manifest
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Backend
@@ -114,6 +115,7 @@ class DeviceLoop:
         self._layers = [first for first, _ in manifest.stage_layers]
         self._backend = backend
         self._torch = backend.torch
+        self._max_seqlen = longest_sequence(backend.profiles, manifest.model.max_positions)
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
         self._frames: OrderedDict[Bucket, Frame] = OrderedDict()
@@ -153,7 +155,7 @@ class DeviceLoop:
         """
         start = perf_counter()
         config = self._config
-        bucket = batch_bucket(batch.lengths.tolist(), max_positions=config.max_positions)
+        bucket = batch_bucket(batch.lengths.tolist(), max_seqlen=self._max_seqlen)
         n, longest = len(batch.lengths), int(batch.lengths.max())
         with self._lock, self._backend.running():
             frame = self._frame(bucket)
@@ -198,7 +200,7 @@ class DeviceLoop:
             lengths: tokens of each sequence.
             active_shares: expected share of active tokens in each layer.
         """
-        bucket = batch_bucket(lengths, max_positions=self._config.max_positions)
+        bucket = batch_bucket(lengths, max_seqlen=self._max_seqlen)
         with self._lock, self._backend.running():
             frame = self._frame(bucket)
             frame.clear()  # indices and lengths that any size may be captured with

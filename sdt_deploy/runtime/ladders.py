@@ -47,20 +47,21 @@ def rung(size: int, *, multiple: int, steps: int) -> int:
     return -(-size // step) * step
 
 
-def bucket_seqlen(longest: int, *, max_positions: int) -> int:
+def bucket_seqlen(longest: int, *, max_seqlen: int) -> int:
     """Return the places of each sequence in the bucket of a batch; see :func:`batch_bucket`."""
-    return min(rung(longest, multiple=SEQLEN_MULTIPLE, steps=4), max(max_positions, longest))
+    return min(rung(longest, multiple=SEQLEN_MULTIPLE, steps=4), max(max_seqlen, longest))
 
 
-def batch_bucket(lengths: Sequence[int], *, max_positions: int) -> Bucket:
+def batch_bucket(lengths: Sequence[int], *, max_seqlen: int) -> Bucket:
     """Return the bucket of a padded batch; ``n_tokens`` counts its padding too.
 
     Args:
         lengths: tokens of each sequence.
-        max_positions: no sequence may be longer, so neither is the bucket's.
+        max_seqlen: no sequence may be longer, so neither is the bucket's; see
+            :func:`sdt_deploy.buckets.longest_sequence`.
     """
     batch = rung(len(lengths), multiple=1, steps=4)
-    longest = bucket_seqlen(max(lengths), max_positions=max_positions)
+    longest = bucket_seqlen(max(lengths), max_seqlen=max_seqlen)
     return Bucket(n_tokens=batch * longest, batch=batch, max_seqlen=longest)
 
 

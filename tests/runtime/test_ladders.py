@@ -34,7 +34,7 @@ def test_the_ladder_is_short() -> None:
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=300), st.data())
 def test_buckets_hold_their_batch(lengths: list[int], data: st.DataObject) -> None:
-    whole = batch_bucket(lengths, max_positions=512)
+    whole = batch_bucket(lengths, max_seqlen=512)
     assert whole.batch >= len(lengths)
     assert max(lengths) <= whole.max_seqlen <= 512
     assert whole.n_tokens == whole.batch * whole.max_seqlen
@@ -50,7 +50,7 @@ def test_sizes_in_use_are_rungs() -> None:
     """Batches of common sizes are not padded, so a comparison at them is one of equals."""
     for batch in (1, 2, 4, 8, 16, 32, 64, 128):
         for seq in (64, 128, 256, 512):
-            found = batch_bucket([seq] * batch, max_positions=512)
+            found = batch_bucket([seq] * batch, max_seqlen=512)
             assert (found.batch, found.max_seqlen) == (batch, seq)
 
 
@@ -63,7 +63,7 @@ def test_empty_buckets_are_refused() -> None:
 def test_likely_buckets_miss_none_between(
     batch: int, longest: int, share: float, data: st.DataObject
 ) -> None:
-    whole = batch_bucket([longest * 8] * batch, max_positions=512)
+    whole = batch_bucket([longest * 8] * batch, max_seqlen=512)
     found = likely_buckets(whole, share, spread=0.1)
     near = data.draw(st.floats(share - 0.1, min(1.0, share + 0.1)))
     widest = data.draw(st.floats(share, min(1.0, share + 0.2)))
@@ -72,4 +72,4 @@ def test_likely_buckets_miss_none_between(
 
 
 def test_a_stage_without_tokens_needs_no_bucket() -> None:
-    assert not likely_buckets(batch_bucket([8], max_positions=8), 0.0)
+    assert not likely_buckets(batch_bucket([8], max_seqlen=8), 0.0)
