@@ -191,6 +191,21 @@ def assert_parity(
     return result
 
 
+def deviation(
+    model: SparseDepthTransformer, batch: TokenBatch, found: RunResult
+) -> tuple[float, int]:
+    """How far a run is from the oracle at the run's own depths, and how many depths differ.
+
+    The largest error is relative to the root mean square of what is expected.
+    """
+    oracle = model.as_dense() if found.path == "dense" else model
+    args = (batch.input_ids, batch.cu_seqlens, batch.token_type_ids)
+    expected = oracle_output(oracle, *args, depths=found.depths).output
+    scale = np.sqrt(np.mean(expected**2))
+    flips = (found.depths != oracle_output(oracle, *args).depths).sum()
+    return float(np.abs(found.output - expected).max() / scale), int(flips)
+
+
 def quantile_thresholds(
     model: SparseDepthTransformer, batch: TokenBatch, wanted: list[float]
 ) -> tuple[float, ...]:

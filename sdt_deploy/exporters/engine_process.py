@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Built:
     attention: str | None = None
     """What the engine got."""
     scratch_bytes: int | None = None
-    n_layers: int | None = None
+    layers: Sequence[str] | None = None
     problem: str | None = None
     """What the library said if it failed; None if the engine stands at ``output``."""
 

@@ -183,6 +183,7 @@ def build_config(
         for tensor, (low, best, high) in inputs.items():
             profile.add(tensor, min=low, opt=best, max=high)
     options: dict[str, Any] = {"profiles": profiles, "progress_monitor": progress}
+    options["max_aux_streams"] = 0  # the caller's stream; it has others for other work
     if job["workspace_bytes"] is not None:
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job["workspace_bytes"]}
     if job["timing_cache"] is not None:
@@ -194,20 +195,20 @@ def build_config(
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         return CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
-    options["max_aux_streams"] = 0  # the stages' own stream; the caller has others
     narrow = job["precision"] == "float16" and not job["strongly_typed"]
     return CreateConfig(fp16=narrow, **options)
 
 
-def describe(path: Path) -> dict[str, int]:
-    """Ask an engine for its scratch memory and its number of layers, where it loads here."""
+def describe(path: Path) -> dict[str, Any]:
+    """Ask an engine for its scratch memory and its layers, where it loads here."""
     from polygraphy.backend.trt import EngineFromBytes
     from polygraphy.exception import PolygraphyException
+    from polygraphy.mod.trt_importer import lazy_import_trt
 
     from sdt_deploy.trt import engine_facts
 
     try:
-        return engine_facts(EngineFromBytes(path.read_bytes())())
+        return engine_facts(lazy_import_trt(), EngineFromBytes(path.read_bytes())())
     except PolygraphyException:  # built for another GPU
         return {}
 

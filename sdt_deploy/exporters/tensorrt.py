@@ -231,7 +231,7 @@ def _spec(job: EngineJob, built: Built, engines: EngineSet) -> EngineSpec:
         build_s=built.build_s,
         attention=built.attention,
         scratch_bytes=built.scratch_bytes,
-        n_layers=built.n_layers,
+        layers=built.layers,
     )
 
 

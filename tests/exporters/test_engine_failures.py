@@ -339,6 +339,8 @@ def test_int8_graphs_are_not_for_engines() -> None:
         lambda engines: engines[0]["engines"]["head"].update(file="/etc/passwd"),
         lambda engines: engines[0]["engines"]["head"].update(sha256="0"),
         lambda engines: engines[0]["engines"]["head"].update(graph="entry"),
+        lambda engines: engines[0]["engines"]["head"].update(layers="gemm"),
+        lambda engines: engines[0]["engines"]["head"].update(layers=[1]),
         lambda engines: engines[0]["engines"].update(tail=engines[0]["engines"]["head"]),
         lambda engines: engines.append(engines[0]),
     ],

@@ -193,7 +193,8 @@ def test_an_engine_is_described(exported: Exported, tmp_path: Path, number: str)
     content = (bundle.path / ENGINES / "head.engine").read_bytes()
     engine = library.Runtime(trt.logger(library)).deserialize_cuda_engine(content)
     largest = 1000 if number == "8.6" else 1001
-    assert trt.engine_facts(engine) == {"scratch_bytes": largest, "n_layers": 7}
+    names = ["query + key + value", "x" * trt.MAX_LAYER_NAME]
+    assert trt.engine_facts(library, engine) == {"scratch_bytes": largest, "layers": names}
 
 
 @pytest.mark.parametrize("number", VERSIONS)
