@@ -49,6 +49,17 @@ class Built:
     """What the library said if it failed; None if the engine stands at ``output``."""
 
 
+def environment(*, rtx: bool) -> dict[str, str]:
+    """Return the environment of a process in which polygraphy uses one flavour."""
+    return {**os.environ, RTX_SWITCH: "1" if rtx else "0"}
+
+
+def early_end(what: str, code: int, errors: bytes) -> BackendError:
+    """Return the error of a process that ended before its work did, with its last lines."""
+    lines = errors.decode(errors="replace").strip().splitlines()[-15:]
+    return BackendError(f"the process that {what} ended with {code}:\n" + "\n".join(lines))
+
+
 def run_worker(
     jobs: list[EngineJob],
     directory: Path,
@@ -81,7 +92,6 @@ def run_worker(
             for job in jobs
         ],
     }
-    environment = {**os.environ, RTX_SWITCH: "1" if options["rtx"] else "0"}
     results: list[Built] = []
     current = ""
     with tempfile.TemporaryFile() as errors:
@@ -90,7 +100,7 @@ def run_worker(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=environment,
+            env=environment(rtx=options["rtx"]),
             text=True,
         )
         assert process.stdin is not None
@@ -123,9 +133,6 @@ def run_worker(
             process.wait()
         if not ended:
             errors.seek(0)
-            last = errors.read().decode(errors="replace").strip().splitlines()[-15:]
-            raise BackendError(
-                f"the process that builds engines ended with {process.returncode}"
-                f"{f' at {current}' if current else ''}:\n" + "\n".join(last)
-            )
+            where = f" at {current}" if current else ""
+            raise early_end(f"builds engines{where}", process.returncode, errors.read())
     return results

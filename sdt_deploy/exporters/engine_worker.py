@@ -213,17 +213,21 @@ def describe(path: Path) -> dict[str, Any]:
         return {}
 
 
+def own_output() -> TextIO:
+    """Return the standard output; what others print, native code too, then goes to the errors."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return output
+
+
 def main() -> None:
     """Read a job, build its graphs one after the other, report."""
-    # Native code prints to the standard output too, so the events keep it for themselves.
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    reporter = Reporter(own_output())
     job = json.load(sys.stdin)
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.use_python_logging_system = True
     logging.getLogger("Polygraphy").propagate = False
-    reporter = Reporter(events)
     for graph in job["graphs"]:
         if reporter.closed:
             break
