@@ -90,6 +90,7 @@ class BackendChoice(StrEnum):
     onnxruntime_cuda = "onnxruntime-cuda"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
+    torch = "torch"
 
 
 class ProbeTrainingChoice(StrEnum):
@@ -98,6 +99,13 @@ class ProbeTrainingChoice(StrEnum):
     fixed = "fixed"
     straight_through = "straight-through"
     annealed = "annealed"
+
+
+class BaselineChoice(StrEnum):
+    """What to train for comparison."""
+
+    truncated = "truncated"
+    random = "random"
 
 
 class CurriculumChoice(StrEnum):

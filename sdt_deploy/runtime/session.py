@@ -99,8 +99,8 @@ class Session:
 
         Args:
             bundle: its directory, or an opened one.
-            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, or, if the bundle has engines for
-                this GPU, ``tensorrt`` or ``tensorrt-rtx``.
+            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, ``torch``, or, if the bundle has
+                engines for this GPU, ``tensorrt`` or ``tensorrt-rtx``.
             n_threads: threads of the pool that all sessions of the process share; see
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
@@ -284,14 +284,13 @@ class Session:
                 'export it with --single-file, for ONNX Runtime, or take path="auto"'
             )
         groups = split_batch(batch.lengths, config, self._part_limits)
+        parts = [select(batch, group) for group in groups] if groups else [batch]
         if path == "auto":
             shares = active_shares(self.manifest, limits)
-            lengths = [batch.lengths[group].tolist() for group in groups]
-            path = self.cost_model().choose(config, lengths, shares)
-        parts = [batch] if len(groups) == 1 else [select(batch, group) for group in groups]
+            path = self.cost_model().choose(config, [part.lengths for part in parts], shares)
         results = [self._run_one(part, limits, path, check) for part in parts]
         result = results[0]
-        if len(groups) > 1:
+        if groups:
             result = merge(results, groups, batch, per_sequence=config.head.per_sequence)
         if thresholds is None:
             self._monitor.count(result.layer_usage.depth_histogram)
@@ -378,10 +377,9 @@ class Session:
             plan = backend.plan(scores, thresholds, batch.cu_seqlens, self._rules)
             sort_ms = 0.0
             if plan.order is not None:
-                (order,) = backend.upload([plan.order])
-                sort_ms = timed(partial(backend.take, states, order, other))
+                sort_ms = timed(partial(backend.take, states, plan.order, other))
                 states, other = other, states
-            bound = bind_stages(backend, plan, states, other, stages)
+            bound = bind_stages(plan, states, other, stages)
             rows = len(batch.lengths) if config.head.per_sequence else n_tokens
             output = np.empty((rows, config.output_width), dtype=np.float32)
             in_order = config.head.per_sequence or plan.order is None
@@ -390,8 +388,7 @@ class Session:
             route_ms = (perf_counter() - entered) * 1e3 - sort_ms
             stage_ms, move_ms = bound.run(check)
             if not in_order:
-                (row_of,) = backend.upload([plan.row_of])
-                move_ms += timed(partial(backend.take, bound.states, row_of, bound.other))
+                move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
             head_ms = timed(call_head)
             depths, scores = backend.fetch(plan.depths, scores)
         return RunResult(
@@ -400,7 +397,7 @@ class Session:
             scores=scores,
             input_ids=batch.input_ids.copy(),
             cu_seqlens=batch.cu_seqlens.copy(),
-            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
+            layer_usage=LayerUsage.from_active(n_tokens, plan.active_tokens),
             timings=Timings(
                 total_ms=(perf_counter() - start) * 1e3,
                 entry_ms=entry_ms,

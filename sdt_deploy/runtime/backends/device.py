@@ -7,8 +7,8 @@ stream still uses them are reused in stream order only, so nothing has to wait.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -71,9 +71,9 @@ class DeviceMemory:
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def upload(self, arrays: Sequence[HostArray]) -> list[Array]:
-        """See :meth:`sdt_deploy.runtime.backend.Backend.upload`; one copy for all of them.
+        """Return arrays in the GPU's memory, where some may be already; one copy for the others.
 
-        What is in the GPU's memory already stays there.
+        The caller must not change them while the results are in use.
         """
         on_host = [array for array in arrays if isinstance(array, np.ndarray)]
         moved = iter(self._moved(on_host) if on_host else ())
@@ -101,6 +101,18 @@ class DeviceMemory:
     def running(self) -> AbstractContextManager[None]:
         """See :meth:`sdt_deploy.runtime.backend.Backend.running`."""
         return nullcontext()
+
+    @contextmanager
+    def within(self, stream: Any) -> Iterator[None]:
+        """Select a stream that waits for the caller's, which waits for it in turn afterwards."""
+        cuda = self._torch.cuda
+        outer = cuda.current_stream(self.device)
+        stream.wait_stream(outer)
+        try:
+            with cuda.stream(stream):
+                yield
+        finally:
+            outer.wait_stream(stream)
 
     def plan(
         self,
