@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,11 @@ def run_worker(
     options: Mapping[str, Any],
     *,
     on_step: OnStep = lambda graph, phase, done, total: None,
-) -> list[Built]:
-    """Build engines in a process of their own.
+) -> Generator[Built, None, None]:
+    """Build engines in a process of their own; yield what came of each as soon as it is there.
+
+    Whoever does not read to the end closes the iterator (``contextlib.closing``), which ends the
+    process.
 
     Args:
         jobs: what to build.
@@ -92,7 +95,6 @@ def run_worker(
             for job in jobs
         ],
     }
-    results: list[Built] = []
     current = ""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -119,10 +121,10 @@ def run_worker(
                 elif kind == "step":
                     on_step(graph, event["phase"], event["done"], event["total"])
                 elif kind == "built":
-                    results.append(Built(graph=graph, output=outputs[graph], **event))
+                    yield Built(graph=graph, output=outputs[graph], **event)
                 elif kind == "failed":
                     problem = "\n".join(event["lines"]) or "the library gave no reason"
-                    results.append(Built(graph=graph, output=outputs[graph], problem=problem))
+                    yield Built(graph=graph, output=outputs[graph], problem=problem)
         except BrokenPipeError:
             pass  # it ended at once; why stands below
         except BaseException:
@@ -135,4 +137,3 @@ def run_worker(
             errors.seek(0)
             where = f" at {current}" if current else ""
             raise early_end(f"builds engines{where}", process.returncode, errors.read())
-    return results
