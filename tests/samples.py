@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,12 @@ def deviation(
     scale = np.sqrt(np.mean(expected**2))
     flips = (found.depths != oracle_output(oracle, *args).depths).sum()
     return float(np.abs(found.output - expected).max() / scale), int(flips)
+
+
+def in_threads(n_threads: int, work: Callable[[int], None]) -> None:
+    """Call ``work(0)``, ``work(1)``, … at once, and raise what one of them raises."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(work, range(n_threads)))
 
 
 def quantile_thresholds(

@@ -25,6 +25,7 @@ from tests.samples import (
     ExportedModel,
     assert_parity,
     deviation,
+    in_threads,
     random_batch,
     random_model,
 )
@@ -98,6 +99,25 @@ def test_other_forms_agree_with_the_oracle(
                 assert error < tolerance, (lengths, path)
                 flips += n_flips
     assert flips == 0, "scores are float32 in every form"
+
+
+@pytest.mark.parametrize("flavour", trt.FLAVOURS)
+def test_streams_and_threads(exported: Exported, tmp_path: Path, flavour: EngineFlavour) -> None:
+    """Threads with streams of their own have contexts and scratch memory of their own."""
+    torch = pytest.importorskip("torch")
+    skip_where_it_does_not_run(flavour)
+    sample = exported("all-embedding")
+    bundle = Bundle.open(shutil.copytree(sample.bundle, tmp_path / "bundle"))
+    build_engines(bundle, BuildConfig(flavour=flavour), LIMITS)
+    with Session.open(bundle.path, backend=flavour) as session:
+
+        def work(seed: int) -> None:
+            batch = random_batch(sample.model.config, [9, 29, 4, 17], seed=seed)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    assert_parity(session, sample.model, batch)
+
+        in_threads(8, work)
 
 
 def test_rtx_refuses_a_gpu_that_it_does_not_run_on(exported: Exported) -> None:
