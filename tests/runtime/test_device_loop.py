@@ -30,8 +30,8 @@ from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
     assert_parity,
-    in_threads,
     cut_points,
+    in_threads,
     lengths_lists,
     model_configs,
     quantile_thresholds,
