@@ -7,9 +7,10 @@
 
 ``manifest`` gives any bytes to the reader of manifests, ``signed`` any JSON with a digest that
 matches, as who makes a bundle can, and ``graph`` any bytes to what looks for the weights of an ONNX
-graph, which is compared with what protobuf finds. Seeds come from the bundle of the tests. A typed error, or an answer, is right; anything else
-ends the run with the input that did it. The tests with hypothesis change manifests by their
-structure (``tests/test_fuzz_manifest.py``); this one finds what only bytes can say.
+graph, which is compared with what protobuf finds. Seeds come from the bundle of the tests. A typed
+error, or an answer, is right; anything else ends the run with the input that did it. The tests with
+hypothesis change manifests by their structure (``tests/test_fuzz_manifest.py``); this one finds
+what only bytes can say.
 """
 
 from __future__ import annotations
