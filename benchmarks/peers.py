@@ -407,7 +407,7 @@ def main() -> None:
             if candidate.name not in missing
         }
         results = {
-            f"{batch}x{seq}": measure(asks, source.batch(batch, seq, bundle), arguments.budget)
+            f"{batch}x{seq}": measure(asks, source.batches(batch, seq, bundle)[0], arguments.budget)
             for batch, seq in cases
         }
     print(table(results, missing))
