@@ -34,6 +34,7 @@ LEVELS = (
     "ort",
     "trt",
     "diagnosis",
+    "pages",
     "model",
     "exporters",
     "runtime",
@@ -60,6 +61,7 @@ HEAVY = (
     "safetensors",
     "tokenizers",
     "matplotlib",
+    "vl_convert",
 )
 
 

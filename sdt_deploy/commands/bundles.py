@@ -163,6 +163,9 @@ def bench(
         Path | None, typer.Option(help="Measure real lengths too, one text per line.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option(help="Write all figures as JSON.")] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Write all of it as one HTML file.")
+    ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
@@ -177,6 +180,7 @@ def bench(
 
         sdt-deploy bench bundle --cases 2x20,8x128 --json-file bench.json
         sdt-deploy bench bundle --texts texts.txt --plot bench.png --no-memory
+        sdt-deploy bench bundle --report report.html
         sdt-deploy bench bundle --n-threads 1 --json
     """
     from sdt_deploy.bench.run import BenchOptions, run_bench
@@ -186,6 +190,7 @@ def bench(
         texts=texts,
         json_file=json_file,
         plot_file=plot_file,
+        report_file=report_file,
         budget_s=budget,
         with_memory=memory,
         backend=backend.value,
@@ -199,7 +204,7 @@ def bench(
     console.print(outcome.table)
     for line in outcome.remarks:
         console.print(line, highlight=False)
-    for written in (json_file, plot_file):
+    for written in (json_file, plot_file, report_file):
         if written is not None:
             console.print(f"[bold]{escape(str(written))}[/bold]")
 

@@ -384,6 +384,7 @@ class Session:
                 entry_ms=entry_ms,
                 route_ms=route_ms,
                 stage_ms=tuple(stage_ms),
+                stages=tuple(step.stage for step in plan.steps),
                 move_ms=sort_ms + move_ms,
                 head_ms=head_ms,
             ),
