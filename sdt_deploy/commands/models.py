@@ -137,6 +137,9 @@ def convert(
 def export(
     model: Annotated[Path, typer.Argument(help="Native model directory.")],
     bundle: Annotated[Path, typer.Argument(help="Bundle directory to make.")],
+    target_depth: Annotated[
+        float | None, typer.Option(help="Mean layers per token; default: as the model was set.")
+    ] = None,
     layers_per_stage: Annotated[int, typer.Option(min=1, help="Layers in one graph.")] = 1,
     quantize: Annotated[
         QuantizationChoice,
@@ -166,6 +169,7 @@ def export(
     Examples::
 
         sdt-deploy export model bundle
+        sdt-deploy export model bundle-deep --target-depth 4.5
         sdt-deploy export model bundle-int8 --quantize int8 --overwrite
         sdt-deploy export model bundle-gpu --precision float16 --attention fused
     """
@@ -178,8 +182,11 @@ def export(
     from sdt_deploy.config import ExportConfig
     from sdt_deploy.exporters.export import export as export_model
     from sdt_deploy.model.checkpoints import load
+    from sdt_deploy.model.conversion import at_depth
 
     checkpoint = load(model)
+    if target_depth is not None:
+        checkpoint = at_depth(checkpoint, target_depth)
     with progress_bar("export") as advance:
         manifest = export_model(
             checkpoint,

@@ -75,7 +75,8 @@ class Scorer(nn.Module):
         does not depend on how many tokens are scored together, so neither does a token's depth.
         """
         if not self.linear:
-            return torch.ones_like(embedded[..., 0], dtype=torch.float32)
+            # All ones; a graph that asked for a shape could not be captured on a GPU.
+            return (input_ids >= 0).float()
         scores = torch.sigmoid(self.logits(embedded))
         if not self.pins:
             return scores

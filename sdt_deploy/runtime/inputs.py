@@ -89,7 +89,12 @@ def chosen_thresholds(
         raise ConfigError("thresholds and target_depth contradict each other; give one of them")
     if not is_number(target_depth):
         raise ConfigError(f"target_depth must be a number, not {shown(target_depth)}")
-    return thresholds_for_depth(manifest, float(target_depth))  # type: ignore[arg-type]
+    return thresholds_for_depth(
+        manifest.model,
+        float(target_depth),  # type: ignore[arg-type]
+        score_quantiles=manifest.score_quantiles,
+        pinned_share=manifest.pinned_share,
+    )
 
 
 def _as_texts(inputs: object) -> list[str] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -24,7 +26,13 @@ class LayerUsage:
     def from_depths(cls, depths: Int32, n_layers: int) -> LayerUsage:
         """Count ``depths [n_tokens]``."""
         counts = np.bincount(depths, minlength=n_layers + 1)
-        return cls(depth_histogram=tuple(int(count) for count in counts))
+        return cls(depth_histogram=tuple(counts.tolist()))
+
+    @classmethod
+    def from_active(cls, n_tokens: int, active_tokens: Sequence[int]) -> LayerUsage:
+        """Take the active tokens of every layer, of ``n_tokens``."""
+        reached = (n_tokens, *active_tokens, 0)
+        return cls(depth_histogram=tuple(a - b for a, b in pairwise(reached)))
 
     @property
     def n_tokens(self) -> int:

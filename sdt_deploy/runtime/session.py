@@ -23,7 +23,7 @@ from sdt_deploy.runtime.backend import Backend, Graph
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
-from sdt_deploy.runtime.calibration import measure_costs
+from sdt_deploy.runtime.calibration import measure_costs, random_batch
 from sdt_deploy.runtime.device_loop import device_loop
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.loop import bind_stages, timed
@@ -284,14 +284,13 @@ class Session:
                 'export it with --single-file, for ONNX Runtime, or take path="auto"'
             )
         groups = split_batch(batch.lengths, config, self._part_limits)
+        parts = [select(batch, group) for group in groups] if groups else [batch]
         if path == "auto":
             shares = active_shares(self.manifest, limits)
-            lengths = [batch.lengths[group].tolist() for group in groups]
-            path = self.cost_model().choose(config, lengths, shares)
-        parts = [batch] if len(groups) == 1 else [select(batch, group) for group in groups]
+            path = self.cost_model().choose(config, [part.lengths for part in parts], shares)
         results = [self._run_one(part, limits, path, check) for part in parts]
         result = results[0]
-        if len(groups) > 1:
+        if groups:
             result = merge(results, groups, batch, per_sequence=config.head.per_sequence)
         if thresholds is None:
             self._monitor.count(result.layer_usage.depth_histogram)
@@ -313,6 +312,28 @@ class Session:
                 return self._run_sparse(batch, thresholds, check)
             graph = self.backend.graph(path)
             return run_padded(self.manifest.model, graph, batch, thresholds, path)
+
+    def warmup(self, lengths: Sequence[Sequence[int]]) -> None:
+        """Do beforehand what the first batch of a size would wait for.
+
+        Engines are opened, buffers allocated, the cost model is calibrated, and on a GPU the CUDA
+        graphs are captured that batches of these sizes are likely to need: at the expected shares
+        of active tokens and somewhat around them.
+
+        Args:
+            lengths: for every batch to expect, the tokens of each of its sequences.
+
+        Raises:
+            InputError: if such a batch could not be run.
+        """
+        config = self.manifest.model
+        shares = active_shares(self.manifest, config.thresholds)
+        for one in lengths:
+            batch = random_batch(config, one)
+            self.run_batch(batch, thresholds=config.thresholds)  # given, so they are not counted
+            if self._device_loop is not None:
+                for group in split_batch(batch.lengths, config, self._part_limits):
+                    self._device_loop.warmup(batch.lengths[group].tolist(), shares)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""
@@ -356,10 +377,9 @@ class Session:
             plan = backend.plan(scores, thresholds, batch.cu_seqlens, self._rules)
             sort_ms = 0.0
             if plan.order is not None:
-                (order,) = backend.upload([plan.order])
-                sort_ms = timed(partial(backend.take, states, order, other))
+                sort_ms = timed(partial(backend.take, states, plan.order, other))
                 states, other = other, states
-            bound = bind_stages(backend, plan, states, other, stages)
+            bound = bind_stages(plan, states, other, stages)
             rows = len(batch.lengths) if config.head.per_sequence else n_tokens
             output = np.empty((rows, config.output_width), dtype=np.float32)
             in_order = config.head.per_sequence or plan.order is None
@@ -368,8 +388,7 @@ class Session:
             route_ms = (perf_counter() - entered) * 1e3 - sort_ms
             stage_ms, move_ms = bound.run(check)
             if not in_order:
-                (row_of,) = backend.upload([plan.row_of])
-                move_ms += timed(partial(backend.take, bound.states, row_of, bound.other))
+                move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
             head_ms = timed(call_head)
             depths, scores = backend.fetch(plan.depths, scores)
         return RunResult(
@@ -378,7 +397,7 @@ class Session:
             scores=scores,
             input_ids=batch.input_ids.copy(),
             cu_seqlens=batch.cu_seqlens.copy(),
-            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
+            layer_usage=LayerUsage.from_active(n_tokens, plan.active_tokens),
             timings=Timings(
                 total_ms=(perf_counter() - start) * 1e3,
                 entry_ms=entry_ms,
