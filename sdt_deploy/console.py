@@ -42,6 +42,11 @@ def print_json(data: Any) -> None:
         text = json.dumps(data, indent=1, default=dataclasses.asdict, allow_nan=False)
     except ValueError:
         fail("the result holds numbers that are not finite, and JSON has none; leave out --json")
+    _write(text)
+
+
+def _write(text: str) -> None:
+    """Write ``text`` and a newline as they stand, for programs to read."""
     try:
         console.file.write(text + "\n")
         console.file.flush()
@@ -114,21 +119,57 @@ def print_graphs(graphs: Any) -> None:
     console.print(table)
 
 
+def print_tokens(texts: Any, n_layers: int) -> None:
+    """Print explained texts: in colour in a terminal, one line a token elsewhere."""
+    from rich.text import Text
+
+    if console.quiet:
+        return
+    if not console.is_terminal:
+        for number, text in enumerate(texts, 1):
+            for token, score, depth in zip(text.tokens, text.scores, text.depths, strict=True):
+                marks = "#" * int(depth) + "." * (n_layers - int(depth))
+                _write(f"{number}\t{token}\t{score:.4f}\t{depth}\t{marks}")
+        return
+    legend = Text("depth ")
+    for depth in range(n_layers + 1):
+        legend.append(f" {depth} ", style=f"{depth_colour(depth, n_layers)} reverse").append(" ")
+    console.print(legend)
+    for text in texts:
+        shown = Text()
+        for token, depth in zip(text.tokens, text.depths, strict=True):
+            shown.append(token, style=depth_colour(depth, n_layers)).append(f"·{depth} ", "dim")
+        console.print(shown)
+        active = text.activity(n_layers).sum(axis=0)
+        console.print(
+            f"mean depth {text.mean_depth:.2f}; active tokens of each layer: "
+            f"{' '.join(map(str, active))}",
+            style="dim",
+            highlight=False,
+        )
+
+
+def depth_colour(depth: int, n_layers: int) -> str:
+    """Return the colour that a depth is shown in."""
+    colours = ("grey50", "blue", "cyan", "green", "yellow", "dark_orange", "red")
+    return colours[round(int(depth) / n_layers * (len(colours) - 1))]
+
+
 def print_depths(session: Any, result: Any) -> None:
     """Print every token of a run in the colour of its depth, which stands behind it."""
     from rich.text import Text
 
     n_layers = session.manifest.model.n_layers
     named = session.bundle.has("tokenizer.json")
-    colours = ("grey50", "blue", "cyan", "green", "yellow", "dark_orange", "red")
     for ids, depths in zip(
         result.split(result.input_ids), result.split(result.depths), strict=True
     ):
         tokens = session.tokenizer.tokens(ids) if named else [str(i) for i in ids]
         line = Text()
         for token, depth in zip(tokens, depths, strict=True):
-            colour = colours[round(int(depth) / n_layers * (len(colours) - 1))]
-            line.append(f"{token}", style=colour).append(f"·{depth} ", style="dim")
+            line.append(f"{token}", style=depth_colour(depth, n_layers)).append(
+                f"·{depth} ", style="dim"
+            )
         console.print(line)
 
 

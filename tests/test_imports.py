@@ -41,6 +41,7 @@ LEVELS = (
     "evaluation",
     "training",
     "bench",
+    "explain",
     "testing",
     "__init__",
     "choices",
