@@ -33,6 +33,7 @@ for command in (
     bundles.run,
     bundles.bench,
     looking.explain,
+    looking.profile,
     engines.build_engine,
     engines.doctor,
     training.distill,

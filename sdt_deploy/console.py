@@ -173,6 +173,50 @@ def print_depths(session: Any, result: Any) -> None:
         console.print(line)
 
 
+def print_profile(profile: Any, top: int) -> None:
+    """Print where the time of a batch goes, with its ``top`` longest operators."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{profile.path}: {profile.batch} sequences, {profile.n_tokens} tokens, mean depth "
+        f"{profile.mean_depth:.2f}; {profile.total_ms:.2f} ms, median of {profile.n_runs} runs"
+    )
+    table.add_column("part")
+    for name in ("ms", "share", "active tokens"):
+        table.add_column(name, justify="right")
+
+    engine, host = sum(profile.engine_ms.values()), sum(profile.host_ms.values())
+
+    def row(name: str, ms: float, active: str = "", style: str = "") -> None:
+        table.add_row(name, f"{ms:.3f}", f"{ms / (engine + host):.1%}", active, style=style)
+
+    for name, ms in profile.engine_ms.items():
+        row(name, ms, str(profile.active_tokens.get(name, "")))
+    row("engine", engine, style="bold")
+    table.add_section()
+    for name, ms in profile.host_ms.items():
+        row(name, ms)
+    row("host", host, style="bold")
+    console.print(table)
+    if not profile.operators:
+        console.print("operators are not timed on this backend; its pieces are NVTX ranges")
+        return
+    total = sum(one.ms for one in profile.operators)
+    table = Table(title=f"operators: {total:.2f} ms of {profile.operator_run_ms:.2f} ms a run")
+    for name in ("graph", "operator"):
+        table.add_column(name)
+    for name in ("calls", "ms", "share"):
+        table.add_column(name, justify="right")
+    for one in profile.operators[:top]:
+        calls = f"{one.n_calls:.0f}"
+        table.add_row(one.graph, one.operator, calls, f"{one.ms:.3f}", f"{one.ms / total:.1%}")
+    rest = sum(one.ms for one in profile.operators[top:])
+    if rest:
+        count = len(profile.operators) - top
+        table.add_row("", f"{count} more", "", f"{rest:.3f}", f"{rest / total:.1%}")
+    console.print(table)
+
+
 def print_engines(engines: Any) -> None:
     """Print the engine sets of a bundle."""
     from rich.table import Table

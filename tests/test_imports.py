@@ -42,6 +42,7 @@ LEVELS = (
     "training",
     "bench",
     "explain",
+    "profiling",
     "testing",
     "__init__",
     "choices",

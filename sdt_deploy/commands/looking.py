@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from sdt_deploy.choices import BackendChoice
+from sdt_deploy.choices import BackendChoice, ProfiledPathChoice
 from sdt_deploy.commands.inputs import read_inputs
 from sdt_deploy.commands.options import BackendOption, BundleArgument, Json, Quiet, Threads
-from sdt_deploy.console import console, print_json, print_tokens
-from sdt_deploy.errors import MissingExtraError
+from sdt_deploy.console import console, print_json, print_profile, print_tokens
+from sdt_deploy.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from sdt_deploy.bundle import Bundle
@@ -92,6 +94,66 @@ def explain(
     if html is not None:
         without = "" if weights else ", without attention: torch and onnx are not installed"
         console.print(f"[bold]{escape(str(html))}[/bold]{without}", highlight=False)
+
+
+def profile(
+    bundle: BundleArgument,
+    case: Annotated[
+        str | None,
+        typer.Option(help="BATCHxSEQ of the bundle's text sample; default: 8x128, or shorter."),
+    ] = None,
+    text: Texts = None,
+    texts: TextFile = None,
+    ids: Ids = None,
+    path: Annotated[ProfiledPathChoice, typer.Option(help="Path to take.")] = (
+        ProfiledPathChoice.sparse
+    ),
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace for ui.perfetto.dev or chrome://tracing.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Operators to list.")] = 12,
+    budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing.")] = 2.0,
+    backend: BackendOption = BackendChoice.onnxruntime_cpu,
+    n_threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show where the time of one batch goes: graphs, operators, and the host around them.
+
+    Examples::
+
+        sdt-deploy profile bundle
+        sdt-deploy profile bundle --case 16x256 --trace trace.json
+        sdt-deploy profile bundle --texts texts.txt --path dense --json
+    """
+    from sdt_deploy.bundle import Bundle
+    from sdt_deploy.profiling.inputs import profiled_batch
+    from sdt_deploy.profiling.profile import profile as measure
+
+    opened = Bundle.open(bundle)
+    given = None
+    if text or texts is not None or ids is not None:
+        if case is not None:
+            raise InputError("give --case or inputs of your own, not both")
+        given = read_inputs(text, texts, ids)
+    found = measure(
+        opened,
+        profiled_batch(opened, case, given),
+        path=path.value,
+        backend=backend.value,
+        n_threads=n_threads,
+        budget_s=budget,
+    )
+    if trace is not None:
+        from sdt_deploy.files import write_file
+
+        write_file(trace, json.dumps(found.trace).encode())
+    if as_json:
+        print_json({**dataclasses.asdict(found), "trace": None if trace is None else str(trace)})
+        return
+    print_profile(found, top)
+    if trace is not None:
+        console.print(f"[bold]{escape(str(trace))}[/bold]: open it in ui.perfetto.dev")
 
 
 def _weights(bundle: Bundle, model: Path | None) -> Weights | None:
