@@ -34,12 +34,15 @@ LEVELS = (
     "ort",
     "trt",
     "diagnosis",
+    "pages",
     "model",
     "exporters",
     "runtime",
     "evaluation",
     "training",
     "bench",
+    "explain",
+    "profiling",
     "testing",
     "__init__",
     "choices",
@@ -60,6 +63,7 @@ HEAVY = (
     "safetensors",
     "tokenizers",
     "matplotlib",
+    "vl_convert",
 )
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,14 +21,16 @@ import numpy as np
 
 from sdt_deploy.bench.cases import TokenSource
 from sdt_deploy.bench.memory import device_peak_bytes, peak_bytes
+from sdt_deploy.bench.parts import median_parts
 from sdt_deploy.bench.timing import interleave, wall_ms
+from sdt_deploy.bundle import Bundle
 from sdt_deploy.costs import dense_flops
 from sdt_deploy.ort import pool_threads, usable_cores
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import needed_flops
 from sdt_deploy.runtime.padded import padded_arrays
-from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult
+from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import select
 
@@ -83,6 +85,10 @@ class CaseResult:
     """Tokens whose depth differs from the oracle's."""
     useful_rows: float | None = None
     """Active rows over the rows that stages processed, where these are padded to buckets."""
+    parts_ms: dict[str, float] | None = None
+    """Where the time of a sparse run goes, see :func:`sdt_deploy.bench.parts.median_parts`."""
+    stage_tokens: dict[str, float] | None = None
+    """Active tokens of every stage, mean over the batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +150,13 @@ def measure_case(
     config = manifest.model
     batches = source.batches(*size, session.bundle)
     full = (-1.0,) * config.n_layers
-    overheads: list[float] = []
+    sparse_times: list[Timings] = []
 
     def sparse(batch: TokenBatch) -> None:
         start = perf_counter()
         timings = session.run_batch(batch, path="sparse").timings
-        around = (perf_counter() - start) * 1e3 - timings.total_ms
-        overheads.append((timings.overhead_ms + around) * 1e3 / max(1, len(timings.stage_ms)))
+        call_ms = (perf_counter() - start) * 1e3
+        sparse_times.append(replace(timings, total_ms=call_ms))
 
     single = {}
     whole: Callable[[TokenBatch, PathName], Callable[[], object]] = partial(padded_call, session)
@@ -229,7 +235,9 @@ def measure_case(
         auto_path="+".join(sorted(auto_paths)),
         ratio=sparse_ms / dense_ms,
         auto_ratio=times["auto"].median_ms / dense_ms,
-        overhead_us=median(overheads),
+        overhead_us=median(
+            each.overhead_ms * 1e3 / max(1, len(each.stage_ms)) for each in sparse_times
+        ),
         efficiency=flops_ratio * dense_ms / sparse_ms,
         spread_ms={name: timed.spread_ms for name, timed in times.items()},
         n_runs=times["sparse"].n_runs,
@@ -238,6 +246,12 @@ def measure_case(
         max_abs_error=error,
         routing_flips=flips,
         useful_rows=useful,
+        parts_ms=median_parts(sparse_times, [stage.name for stage in manifest.stages]),
+        stage_tokens={
+            stage.name: usage.active_tokens[stage.layers[0]] / len(batches)
+            for stage in manifest.stages
+            if stage.layers is not None
+        },
     )
 
 
@@ -358,10 +372,22 @@ def environment() -> dict[str, Any]:
 
 
 def document(
-    env: dict[str, Any], tokens: str, cases: Sequence[CaseResult], texts: TextsResult | None
+    env: dict[str, Any],
+    tokens: str,
+    cases: Sequence[CaseResult],
+    texts: TextsResult | None,
+    bundle: Bundle,
 ) -> dict[str, Any]:
-    """Return what ``bench --json`` writes."""
+    """Return what ``bench --json`` prints, and what the report shows."""
+    manifest = bundle.manifest
     return {
+        "bundle": {
+            "name": bundle.path.resolve().name,
+            "model": manifest.model.to_dict(),
+            "numbers": manifest.export.numbers,
+            "provenance": manifest.provenance,
+            "quality": manifest.quality,
+        },
         "environment": {**env, "tokens": tokens},
         "cases": [asdict(case) for case in cases],
         "texts": None if texts is None else asdict(texts),

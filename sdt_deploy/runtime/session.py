@@ -24,7 +24,7 @@ from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs, random_batch
-from sdt_deploy.runtime.device_loop import device_loop
+from sdt_deploy.runtime.device_loop import DeviceLoop, device_loop
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.loop import bind_stages, timed
 from sdt_deploy.runtime.padded import run_padded
@@ -136,6 +136,11 @@ class Session:
     def on_device(self) -> bool:
         """Whether batches stay on a GPU, in captured graphs, from their ids to their outputs."""
         return self._device_loop is not None
+
+    @property
+    def device_loop(self) -> DeviceLoop | None:
+        """What keeps batches :attr:`on_device`; None where they are not."""
+        return self._device_loop
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -403,6 +408,7 @@ class Session:
                 entry_ms=entry_ms,
                 route_ms=route_ms,
                 stage_ms=tuple(stage_ms),
+                stages=tuple(step.stage for step in plan.steps),
                 move_ms=sort_ms + move_ms,
                 head_ms=head_ms,
             ),
