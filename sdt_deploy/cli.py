@@ -9,26 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from sdt_deploy import engine_commands, training_commands
-from sdt_deploy.choices import (
-    AttentionChoice,
-    BackendChoice,
-    ContextChoice,
-    HeadChoice,
-    ImportanceChoice,
-    LevelsChoice,
-    PathChoice,
-    PrecisionChoice,
-    QuantizationChoice,
-)
+from sdt_deploy import engine_commands, export_commands, training_commands
+from sdt_deploy.choices import BackendChoice, PathChoice
 from sdt_deploy.console import (
-    clean_up_on_sigterm,
     console,
     fail,
     print_depths,
     print_engines,
     print_graphs,
-    print_histogram,
     progress_bar,
 )
 from sdt_deploy.errors import InputError, SdtDeployError
@@ -41,16 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Deploy depth-sparse transformers: per-layer engines with compaction between them.",
 )
+app.command("convert")(export_commands.convert)
+app.command("export")(export_commands.export)
 
-
-CHECKED_WITH = {
-    PrecisionChoice.float32: "ONNX Runtime",
-    PrecisionChoice.float16: "ONNX Runtime and the reference evaluator of onnx; for GPUs: a CPU "
-    "computes float16 in float32, through casts",
-    PrecisionChoice.bfloat16: "the reference evaluator of onnx; for GPUs: no CPU backend runs it",
-}
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: all cores.")]
 BackendOption = Annotated[
     BackendChoice, typer.Option(help="What runs the graphs; see sdt-deploy doctor.")
@@ -73,151 +54,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-@app.command()
-def convert(
-    source: Annotated[
-        Path, typer.Argument(help="Native or Hugging Face directory, or the original's .pt file.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Native model directory to make.")],
-    texts: Annotated[
-        Path | None, typer.Option(help="Text to fit a probe on, or with --adapter to test on.")
-    ] = None,
-    target_depth: Annotated[
-        float | None, typer.Option(help="Mean layers per token; default: 60 % of the layers.")
-    ] = None,
-    levels: Annotated[
-        LevelsChoice | None, typer.Option(help="Depths to use; default: graded.")
-    ] = None,
-    importance: Annotated[
-        ImportanceChoice | None,
-        typer.Option(help="What the probe is fitted to; default: attention."),
-    ] = None,
-    context: Annotated[
-        ContextChoice | None, typer.Option(help="What active tokens see; default: as in SOURCE.")
-    ] = None,
-    head: Annotated[
-        HeadChoice | None, typer.Option(help="Output of a Hugging Face model; default: its own.")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="Adapter file to merge; brings its own probe.")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Turn a checkpoint into a native model directory and fit a probe.
-
-    Example: sdt-deploy convert ./all-MiniLM-L6-v2 model --texts texts.txt
-    """
-    from sdt_deploy.extras import require
-
-    clean_up_on_sigterm()
-    require("torch", extra="export", purpose="Converting a model")
-    require("safetensors", extra="export", purpose="Converting a model")
-    from sdt_deploy.model.conversion import ProbeFit
-    from sdt_deploy.model.conversion import convert as convert_model
-    from sdt_deploy.tokenization import read_lines
-
-    fit = None
-    lines = None if texts is None else read_lines(texts)
-    if lines is not None and adapter is None:
-        fit = ProbeFit(
-            texts=lines,
-            target_depth=target_depth,
-            levels=(levels or LevelsChoice.graded).value,
-            importance=(importance or ImportanceChoice.attention).value,
-        )
-    elif target_depth is not None or levels is not None or importance is not None:
-        raise InputError(
-            "--target-depth, --levels and --importance need --texts to fit a probe on, and no "
-            "--adapter, which brings its own"
-        )
-    with progress_bar("fit the probe") as advance:
-        checkpoint, report = convert_model(
-            source,
-            out,
-            adapter=adapter,
-            sample_texts=lines if adapter is not None else None,
-            fit=fit,
-            context=context.value if context else None,
-            head=head.value if head else None,
-            overwrite=overwrite,
-            progress=lambda n_tokens: advance(f"fit the probe ({n_tokens} tokens)", 0, 0),
-        )
-    config = checkpoint.model.config
-    console.print(
-        f"[bold]{escape(str(out))}[/bold]: {config.n_layers} layers, d_model {config.d_model}, "
-        f"head {config.head.kind}, context {config.context}, probe {config.probe}, "
-        f"licence {checkpoint.provenance.get('license') or 'unknown'}"
-    )
-    if report is not None:
-        console.print(
-            f"depth on {report.n_held_out_tokens} held-out tokens: {report.mean_depth:.2f} of "
-            f"{config.n_layers} layers"
-        )
-        print_histogram(report.depth_histogram)
-
-
-@app.command()
-def export(
-    model: Annotated[Path, typer.Argument(help="Native model directory.")],
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory to make.")],
-    layers_per_stage: Annotated[int, typer.Option(min=1, help="Layers in one graph.")] = 1,
-    quantize: Annotated[
-        QuantizationChoice,
-        typer.Option(help="int8: faster on CPUs, outputs depend a little on the batch."),
-    ] = QuantizationChoice.none,
-    precision: Annotated[
-        PrecisionChoice,
-        typer.Option(help="Type of products and states; float16 and bfloat16 are for GPUs."),
-    ] = PrecisionChoice.float32,
-    attention: Annotated[
-        AttentionChoice,
-        typer.Option(help="fused: the form for GPUs, where onnxruntime-cuda captures it."),
-    ] = AttentionChoice.decomposed,
-    single_file: Annotated[
-        bool | None,
-        typer.Option(
-            "--single-file/--no-single-file",
-            help="The whole loop in one more graph, fastest at small sizes; default: in float32.",
-        ),
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Export a model as a bundle of ONNX graphs and check each of them.
-
-    Example: sdt-deploy export model bundle
-    """
-    from sdt_deploy.extras import require
-
-    clean_up_on_sigterm()
-    for module in ("torch", "onnx", "onnxscript", "safetensors"):
-        require(module, extra="export", purpose="Exporting a model")
-    require("onnxruntime", extra="cpu", purpose="Checking the exported graphs")
-    from sdt_deploy.config import ExportConfig
-    from sdt_deploy.exporters.export import export as export_model
-    from sdt_deploy.model.checkpoints import load
-
-    checkpoint = load(model)
-    with progress_bar("export") as advance:
-        manifest = export_model(
-            checkpoint,
-            bundle,
-            ExportConfig(
-                layers_per_stage=layers_per_stage,
-                precision=precision.value,
-                quantization=quantize.value,
-                attention=attention.value,
-            ),
-            single_file=single_file,
-            overwrite=overwrite,
-            progress=advance,
-        )
-    print_graphs(manifest.graphs.values())
-    console.print(
-        f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files, {precision.value}, "
-        f"checked with {CHECKED_WITH[precision]}"
-    )
 
 
 @app.command()
@@ -342,6 +178,9 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
+    beside: Annotated[
+        Path | None, typer.Option(help="Bundle of the same model, cut otherwise, to time as well.")
+    ] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
     backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
@@ -358,6 +197,7 @@ def bench(
         json_file=json_file,
         plot_file=plot_file,
         budget_s=budget,
+        beside=beside,
         with_memory=memory,
         backend=backend.value,
         n_threads=n_threads,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -282,6 +282,8 @@ class ExportConfig:
 
     layers_per_stage: int = 1
     """Consecutive layers in one stage graph."""
+    stages: tuple[int, ...] = ()
+    """Layers of each stage, in order, where they differ; empty: ``layers_per_stage`` each."""
     precision: Precision = "float32"
     """Type of products and of the states between graphs. Scores, norms, softmax, residual sums and
     outputs are float32 in all; with fused attention, see there."""
@@ -296,10 +298,20 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _check_positive("layers_per_stage", self.layers_per_stage)
-        check_choice("attention", self.attention, Attention)
         _check(
-            self.attention == "decomposed"
-            or (self.layers_per_stage == 1 and self.quantization == "none"),
+            isinstance(self.stages, list | tuple)
+            and all(is_integer(size, 1, MAX_LAYERS) for size in self.stages),
+            f"stages must be a list of positive integers, not {shown(self.stages)}",
+        )
+        object.__setattr__(self, "stages", tuple(self.stages))
+        _check(
+            not self.stages or self.layers_per_stage == 1,
+            "stages and layers_per_stage contradict each other; give one of them",
+        )
+        check_choice("attention", self.attention, Attention)
+        grouped = self.layers_per_stage > 1 or any(size > 1 for size in self.stages)
+        _check(
+            self.attention == "decomposed" or not (grouped or self.quantization != "none"),
             "fused attention needs one layer per stage and no quantization",
         )
         check_choice("precision", self.precision, Precision)
@@ -321,7 +333,18 @@ class ExportConfig:
         return self.precision if self.quantization == "none" else self.quantization
 
     def stage_layers(self, n_layers: int) -> tuple[tuple[int, int], ...]:
-        """Return ``(first layer, one past the last)`` of every stage."""
+        """Return ``(first layer, one past the last)`` of every stage.
+
+        Raises:
+            ConfigError: if ``stages`` are for another number of layers.
+        """
+        if self.stages:
+            _check(
+                sum(self.stages) == n_layers,
+                f"stages {shown(self.stages)} have {sum(self.stages)} layers, the model {n_layers}",
+            )
+            stops = tuple(accumulate(self.stages))
+            return tuple(zip((0, *stops[:-1]), stops, strict=True))
         size = self.layers_per_stage
         return tuple((i, min(i + size, n_layers)) for i in range(0, n_layers, size))
 

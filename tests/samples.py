@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -251,4 +252,7 @@ def model_configs(draw: st.DrawFn) -> tuple[ModelConfig, ExportConfig]:
         pinned_token_ids=tuple(range(draw(st.integers(0, 2)))),
         head=head,
     )
-    return config, ExportConfig(layers_per_stage=draw(st.integers(1, n_layers)))
+    stops = sorted({*draw(st.lists(st.integers(1, n_layers), max_size=4)), n_layers})
+    sizes = tuple(b - a for a, b in pairwise([0, *stops]))
+    even = ExportConfig(layers_per_stage=draw(st.integers(1, n_layers)))
+    return config, draw(st.sampled_from([even, ExportConfig(stages=sizes)]))

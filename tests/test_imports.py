@@ -30,6 +30,7 @@ LEVELS = (
     "engines",
     "bundle",
     "costs",
+    "stages",
     "tokenization",
     "ort",
     "trt",
@@ -45,6 +46,7 @@ LEVELS = (
     "choices",
     "console",
     "engine_commands",
+    "export_commands",
     "training_commands",
     "cli",
 )

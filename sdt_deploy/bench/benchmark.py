@@ -59,6 +59,8 @@ class CaseResult:
     sparse_ms: float
     single_ms: float | None
     """The whole sparse loop in one graph; None where the bundle holds none."""
+    beside_ms: float | None
+    """The sparse path of the other bundle; None where there is none."""
     full_depth_ms: float
     """The sparse path with every token at full depth."""
     auto_ms: float
@@ -127,6 +129,7 @@ def measure_case(
     oracle: Oracle | None,
     with_memory: bool,
     n_threads: int | None,
+    beside: Session | None = None,
 ) -> CaseResult:
     """Measure one size.
 
@@ -138,6 +141,7 @@ def measure_case(
         oracle: None leaves accuracy out.
         with_memory: start a process per path to measure its peak memory.
         n_threads: as the session was opened with.
+        beside: opened on another bundle of the same model, to time its sparse path.
     """
     manifest = session.manifest
     config = manifest.model
@@ -149,7 +153,7 @@ def measure_case(
         timings = session.run_batch(batch, path="sparse").timings
         overheads.append(timings.overhead_ms * 1e3 / max(1, len(timings.stage_ms)))
 
-    single = {}
+    more: dict[str, Callable[[], object]] = {}
     whole: Callable[[TokenBatch, PathName], Callable[[], object]] = partial(padded_call, session)
     clock = wall_ms
     if isinstance(session.backend, DeviceMemory):
@@ -161,14 +165,17 @@ def measure_case(
 
     if "single" in manifest.graphs:
         runs = [partial(session.run_batch, batch, path="single") for batch in batches]
-        single["single"] = in_turn(runs)
+        more["single"] = in_turn(runs)
+    if beside is not None:
+        runs = [partial(beside.run_batch, batch, path="sparse") for batch in batches]
+        more["beside"] = in_turn(runs)
     auto_paths = Counter(session.run_batch(batch).path for batch in batches)
     times = interleave(
         {
             "dense": in_turn([whole(batch, "dense") for batch in batches]),
             "masked": in_turn([whole(batch, "masked") for batch in batches]),
             "sparse": in_turn([partial(sparse, batch) for batch in batches]),
-            **single,
+            **more,
             "full_depth": in_turn(
                 [
                     partial(session.run_batch, batch, path="sparse", thresholds=full)
@@ -220,7 +227,8 @@ def measure_case(
         dense_ms=dense_ms,
         masked_ms=times["masked"].median_ms,
         sparse_ms=sparse_ms,
-        single_ms=times["single"].median_ms if single else None,
+        single_ms=times["single"].median_ms if "single" in more else None,
+        beside_ms=times["beside"].median_ms if beside is not None else None,
         full_depth_ms=times["full_depth"].median_ms,
         auto_ms=times["auto"].median_ms,
         auto_path="+".join(sorted(auto_paths)),

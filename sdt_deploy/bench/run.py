@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class BenchOptions:
     """Measure the lengths of these texts as well, and fill the cases with their tokens."""
     json_file: Path | None = None
     plot_file: Path | None = None
+    beside: Path | None = None
+    """Another bundle of the same model, whose stages are timed as well."""
     budget_s: float = 4.0
     """Seconds of timing per case, at least seven rounds."""
     with_memory: bool = True
@@ -76,6 +79,12 @@ def run_bench(
         SdtDeployError: if the bundle, a case or a target cannot be used.
     """
     bundle = Bundle.open(bundle_path)
+    other = None if options.beside is None else Bundle.open(options.beside)
+    if other is not None and other.manifest.model != bundle.manifest.model:
+        raise ConfigError(
+            f"{other.path} holds another model than {bundle.path}; bundles to be timed beside each "
+            "other differ in their export only"
+        )
     if options.with_memory and options.backend != "onnxruntime-cpu" and not for_devices(bundle):
         raise ConfigError(
             "memory is measured on the CPU, and on a GPU for bundles with fused attention; pass "
@@ -89,9 +98,15 @@ def run_bench(
     oracle = _oracle(bundle) if options.with_accuracy else None
     results: list[CaseResult] = []
     texts_result = None
-    with Session.open(
-        bundle, backend=options.backend, n_threads=options.n_threads, check_files=False
-    ) as session:
+    with contextlib.ExitStack() as opened:
+
+        def open_session(which: Bundle) -> Session:
+            return opened.enter_context(
+                Session.open(which, backend=options.backend, n_threads=options.n_threads)
+            )
+
+        session = open_session(bundle)
+        beside = None if other is None else open_session(other)
         texts = None
         if options.texts is not None:
             lines = read_lines(options.texts)
@@ -113,6 +128,7 @@ def run_bench(
                     oracle=oracle,
                     with_memory=options.with_memory,
                     n_threads=options.n_threads,
+                    beside=beside,
                 )
             )
         if texts is not None:

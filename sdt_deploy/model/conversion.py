@@ -20,9 +20,9 @@ from sdt_deploy.model.original import load_original
 from sdt_deploy.model.probe import (
     Importance,
     Levels,
+    depth_histogram,
     fit_probe,
     joined,
-    padded_batches,
     quantiles,
     set_thresholds,
     token_features,
@@ -219,20 +219,14 @@ def with_probe(
     return fitted_checkpoint, _report(model, held_sample, len(scores))
 
 
-@torch.no_grad()
 def _report(model: SparseDepthTransformer, held_out: TokenSample, n_fit: int) -> FitReport:
-    n_layers = model.config.n_layers
-    limits = torch.tensor(model.config.thresholds)
-    histogram = np.zeros(n_layers + 1, dtype=np.int64)
-    for ids, mask in padded_batches(held_out, FIT_TOKENS):
-        scores = model.scorer(ids, model.embed(ids))[mask]
-        depths = (scores[:, None] > limits).sum(dim=1).numpy()
-        histogram += np.bincount(depths, minlength=n_layers + 1)
+    histogram = depth_histogram(model, held_out)
+    n_tokens = sum(histogram)
     return FitReport(
         n_fit_tokens=n_fit,
-        n_held_out_tokens=int(histogram.sum()),
-        mean_depth=float(histogram @ np.arange(n_layers + 1) / histogram.sum()),
-        depth_histogram=tuple(int(count) for count in histogram),
+        n_held_out_tokens=n_tokens,
+        mean_depth=sum(depth * count for depth, count in enumerate(histogram)) / n_tokens,
+        depth_histogram=histogram,
     )
 
 

@@ -79,6 +79,24 @@ def padded_batches(
 
 
 @torch.no_grad()
+def depth_histogram(
+    model: SparseDepthTransformer, sample: TokenSample, max_tokens: int = 60_000
+) -> tuple[int, ...]:
+    """Return how many tokens of ``sample`` pass through 0, 1, …, n_layers layers.
+
+    Args:
+        model: with its own thresholds.
+        sample: packed sequences.
+        max_tokens: see :func:`padded_batches`.
+    """
+    histogram = np.zeros(model.config.n_layers + 1, dtype=np.int64)
+    for ids, mask in padded_batches(sample, max_tokens):
+        depths = model.depths(model.scorer(ids, model.embed(ids)), mask)[mask]
+        histogram += np.bincount(depths.numpy(), minlength=len(histogram))
+    return tuple(int(count) for count in histogram)
+
+
+@torch.no_grad()
 def token_features(
     model: SparseDepthTransformer,
     sample: TokenSample,

@@ -99,11 +99,7 @@ class SparseDepthTransformer(DenseTransformer):
         embedded = self.embed(input_ids, token_type_ids)
         scores = self.scorer(input_ids, embedded)
         if depths is None:
-            if thresholds is None:
-                thresholds = self.config.thresholds
-            check_thresholds(tuple(thresholds), self.config.n_layers)
-            limits = torch.tensor(thresholds, dtype=torch.float32, device=scores.device)
-            depths = (scores[..., None] > limits).sum(dim=-1)
+            depths = self.depths(scores, attention_mask, thresholds)
         depths = torch.where(attention_mask, depths, 0).int()
 
         hidden = embedded
@@ -117,6 +113,22 @@ class SparseDepthTransformer(DenseTransformer):
             scores=scores,
             depths=depths,
         )
+
+    def depths(
+        self, scores: Tensor, attention_mask: Tensor, thresholds: Sequence[float] | None = None
+    ) -> Tensor:
+        """Return ``[batch, seq]``, the layers that each token passes through; 0 for padding.
+
+        Args:
+            scores: ``[batch, seq]`` float32.
+            attention_mask: ``[batch, seq]`` bool, True for tokens.
+            thresholds: instead of those of the config.
+        """
+        if thresholds is None:
+            thresholds = self.config.thresholds
+        check_thresholds(tuple(thresholds), self.config.n_layers)
+        limits = torch.tensor(thresholds, dtype=torch.float32, device=scores.device)
+        return torch.where(attention_mask, (scores[..., None] > limits).sum(dim=-1), 0)
 
     def as_dense(self) -> DenseTransformer:
         """Return the dense twin; it shares this model's parameters."""
