@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 from sdt_deploy.bench.stage_costs import auto_stages
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.errors import ConfigError, InputError
-from sdt_deploy.exporters.export import export
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.stages import StageCosts, active_rows, parse_stages, plan_stages
@@ -20,9 +17,7 @@ from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.samples import CONFIGS, assert_parity, quantile_thresholds, random_batch, random_model
 
 numbers = st.floats(0, 10)
-costs = st.builds(
-    StageCosts, call_ms=numbers, row_ms=numbers, next_ms=numbers, next_row_ms=numbers
-)
+costs = st.builds(StageCosts, call_ms=numbers, row_ms=numbers, next_ms=numbers, next_row_ms=numbers)
 CALLS_COST = StageCosts(call_ms=1.0, row_ms=0.01, next_ms=0.1, next_row_ms=0.01)
 
 
@@ -119,17 +114,14 @@ def with_sample(name: str) -> Checkpoint:
     return Checkpoint(model=model, provenance={}, sample=sample)
 
 
-@pytest.mark.parametrize("name", ["all-grouped", "active-grouped"])
-def test_planned_from_measured_times(name: str, tmp_path: Path) -> None:
-    checkpoint = with_sample(name)
+def test_planned_from_measured_times() -> None:
+    checkpoint = with_sample("all-grouped")
+    model = checkpoint.model
     sizes = auto_stages(checkpoint, ExportConfig(), batch=(2, 9))
-    n_layers = checkpoint.model.config.n_layers
-    assert sum(sizes) == n_layers
-    export(checkpoint, tmp_path / "bundle", ExportConfig(stages=sizes), single_file=False)
-    batch = random_batch(checkpoint.model.config, [9, 4], 0)
-    with Session.open(tmp_path / "bundle") as session:
-        assert session.manifest.export.stages == sizes
-        assert_parity(session, checkpoint.model, batch)
+    assert sum(sizes) == model.config.n_layers
+    bundle = memory_bundle(model, ExportConfig(stages=sizes))
+    batch = random_batch(model.config, [9, 4], 0)
+    assert_parity(Session(bundle, OracleBackend(bundle, model)), model, batch)
 
 
 def test_what_cannot_be_planned() -> None:

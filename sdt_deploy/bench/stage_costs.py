@@ -13,7 +13,7 @@ import torch
 from sdt_deploy.bench.cases import check_cases
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.errors import ConfigError
-from sdt_deploy.exporters.export import Progress, export
+from sdt_deploy.exporters.export import Progress, export_stages
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.probe import depth_histogram
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -83,8 +83,8 @@ def measure_stage_costs(
 ) -> StageCosts:
     """Measure stages of one and of two layers of the sizes of ``model``, at two numbers of rows.
 
-    A model of three layers with random weights is exported into a temporary directory and run. What
-    the runtime itself takes for a call is how much more it takes for two calls than for one.
+    A model of three layers with random weights is cut into graphs in a temporary directory and run.
+    What the runtime itself takes for a call is how much more it takes for two calls than for one.
 
     Args:
         model: its sizes.
@@ -103,16 +103,15 @@ def measure_stage_costs(
     )
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    checkpoint = Checkpoint(model=SparseDepthTransformer(small).eval(), provenance={})
+    random_model = SparseDepthTransformer(small).eval()
     torch.random.set_rng_state(torch_state)
     ids = np.random.default_rng(0).integers(0, small.vocab_size, batch, dtype=np.int32)
     tokens = TokenBatch.from_padded(ids, config=small)
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "bundle"
         cut = dataclasses.replace(config, stages=(1, 2))
-        export(checkpoint, path, cut, single_file=False, progress=progress)
+        bundle = export_stages(random_model, Path(directory), cut, progress)
         with Session.open(
-            path, n_threads=n_threads, max_padded_tokens=tokens.n_tokens, check_files=False
+            bundle, n_threads=n_threads, max_padded_tokens=tokens.n_tokens
         ) as session:
             scores = session.run_batch(tokens, path="sparse").scores
             assert scores is not None

@@ -11,15 +11,13 @@ import numpy as np
 import onnx
 
 from sdt_deploy.bundle import (
-    ATTENTION_LAYOUTS,
     FORMAT,
-    FORMAT_VERSION,
     MANIFEST,
     REFERENCE,
     SAMPLE,
     TOKENIZER,
     WEIGHTS,
-    GraphSpec,
+    Bundle,
     Manifest,
     list_files,
     write_manifest,
@@ -75,16 +73,8 @@ def export(
             "the single file is float32 only, with decomposed attention, not "
             f"{config.numbers} with {config.attention}; export with --no-single-file"
         )
-    layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
     model = checkpoint.model.eval()
     parts = list(partition(model, config, single_file=single_file))
-    layers = dict(
-        zip(
-            [part.name for part in parts if part.name.startswith("stage-")],
-            config.stage_layers(model.config.n_layers),
-            strict=True,
-        )
-    )
     with new_directory(target, marker=(MANIFEST, FORMAT), overwrite=overwrite) as directory:
         hashes = _write_graphs(parts, model.config, directory, config, progress)
         graphs = {}
@@ -93,15 +83,10 @@ def export(
             path = directory / f"{part.name}.onnx"
             specs = [*part.module.inputs, *part.module.outputs]
             assert_dynamic(path, {spec.name: spec.axes for spec in specs})
-            graphs[part.name] = GraphSpec(
-                name=part.name,
-                file=path.name,
-                inputs=part.module.inputs,
-                outputs=part.module.outputs,
+            graphs[part.name] = part.spec(
+                config,
                 graph_sha256=hashes[part.name],
-                max_abs_error=verify_graph(path, part.name, layers.get(part.name), model, config),
-                attention_layout=layout if part.name in layers else None,
-                layers=layers.get(part.name),
+                max_abs_error=verify_graph(path, part.name, part.layers, model, config),
             )
         progress("write manifest", 2 * len(parts), 2 * len(parts))
         arrays: dict[str, Any] = reference_arrays(model, checkpoint.sample)
@@ -124,6 +109,23 @@ def export(
         )
         write_manifest(directory, manifest)
     return manifest
+
+
+def export_stages(
+    model: SparseDepthTransformer, directory: Path, config: ExportConfig, progress: Progress
+) -> Bundle:
+    """Write entry, stages and head into an existing directory, unchecked, to be timed.
+
+    What comes back describes them, and is no bundle to keep: it has no baselines and no manifest.
+    """
+    parts = [part for part in partition(model, config) if part.name not in ("dense", "masked")]
+    hashes = _write_graphs(parts, model.config, directory, config, progress)
+    graphs = {part.name: part.spec(config, graph_sha256=hashes[part.name]) for part in parts}
+    files = list_files(directory)
+    manifest = Manifest(
+        model=model.config, export=config, graphs=graphs, files=files, created_by={}
+    )
+    return Bundle(path=directory, manifest=manifest)
 
 
 def _write_graphs(

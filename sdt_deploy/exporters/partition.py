@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdt_deploy.bundle import TensorSpec
+from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.layers import (
     FusedLayer,
@@ -431,6 +431,24 @@ class GraphPart:
     module: GraphModule
     topology: str
     """Parts of equal topology differ in their weights only, and are traced once."""
+    layers: tuple[int, int] | None = None
+    """First layer and one past the last (stages only)."""
+
+    def spec(
+        self, config: ExportConfig, *, graph_sha256: str, max_abs_error: float = 0.0
+    ) -> GraphSpec:
+        """Describe the graph, which is to lie in ``{name}.onnx``."""
+        layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
+        return GraphSpec(
+            name=self.name,
+            file=f"{self.name}.onnx",
+            inputs=self.module.inputs,
+            outputs=self.module.outputs,
+            graph_sha256=graph_sha256,
+            max_abs_error=max_abs_error,
+            attention_layout=None if self.layers is None else layout,
+            layers=self.layers,
+        )
 
 
 def partition(
@@ -454,7 +472,8 @@ def partition(
             module = FusedStageGraph(fused[first], model.config, precision)
         else:
             module = stage(packed[first:stop], model.config, precision)
-        yield GraphPart(name=f"stage-{i:02d}", module=module, topology=f"stage of {stop - first}")
+        name, topology = f"stage-{i:02d}", f"stage of {stop - first}"
+        yield GraphPart(name=name, module=module, topology=topology, layers=(first, stop))
     last = (FusedHeadGraph if fused else HeadGraph)(head, model.config, precision)
     yield GraphPart(name="head", module=last, topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
