@@ -12,6 +12,13 @@ class ContextChoice(StrEnum):
     all = "all"
 
 
+class SelectionChoice(StrEnum):
+    """What decides which tokens a layer takes."""
+
+    threshold = "threshold"
+    capacity = "capacity"
+
+
 class LevelsChoice(StrEnum):
     """Which depths thresholds allow."""
 

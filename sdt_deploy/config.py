@@ -16,6 +16,7 @@ Activation = Literal["relu", "gelu"]
 NormPlacement = Literal["pre", "post"]
 Context = Literal["active", "all"]
 ProbeKind = Literal["linear", "none"]
+Selection = Literal["threshold", "capacity"]
 HeadKind = Literal["hidden", "lm", "embedding", "classify"]
 Pooling = Literal["mean", "cls"]
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -184,8 +185,12 @@ class ModelConfig:
     """Which tokens the active ones see: ``active`` (each other) or ``all`` (finished ones too)."""
     probe: ProbeKind = "linear"
     """``linear``: score = sigmoid(probe(embedding)). ``none``: a dense model, every score is 1."""
+    selection: Selection = "threshold"
+    """``threshold``: the scores decide. ``capacity``: each layer takes the top share of the tokens
+    of a sequence; what is compared with the thresholds is a token's standing among them."""
     thresholds: tuple[float, ...] = ()
-    """Layer ``i`` runs for tokens with ``score > thresholds[i]``. Empty: ``i / n_layers``."""
+    """Layer ``i`` runs for tokens with ``score > thresholds[i]``, or with ``capacity`` for those
+    whose standing is above it: a share of ``1 - thresholds[i]``. Empty: ``i / n_layers``."""
     pinned_token_ids: tuple[int, ...] = ()
     """Tokens that always pass through all layers; their score is 1."""
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -210,6 +215,7 @@ class ModelConfig:
         check_choice("norm_placement", self.norm_placement, NormPlacement)
         check_choice("context", self.context, Context)
         check_choice("probe", self.probe, ProbeKind)
+        check_choice("selection", self.selection, Selection)
         _check(
             isinstance(self.eps, float) and 0.0 < self.eps < 1.0,
             f"eps must lie between 0 and 1, not {shown(self.eps)}",
@@ -227,12 +233,21 @@ class ModelConfig:
             self.probe != "none" or not self.pinned_token_ids,
             "pinned_token_ids have no meaning without a probe: every token goes to full depth",
         )
+        _check(
+            self.probe != "none" or self.selection == "threshold",
+            "selection 'capacity' ranks tokens by their scores; probe 'none' gives all the same",
+        )
         for token_id in self.pinned_token_ids:
             _check(
                 is_integer(token_id, 0, self.vocab_size - 1),
                 f"pinned_token_ids must lie in the vocabulary of {self.vocab_size}: "
                 f"{shown(token_id)}",
             )
+
+    @property
+    def capacities(self) -> tuple[float, ...]:
+        """Share of the tokens that each layer takes (selection ``capacity`` only)."""
+        return tuple(1.0 - threshold for threshold in self.thresholds)
 
     @property
     def output_width(self) -> int:

@@ -17,6 +17,7 @@ from sdt_deploy.choices import (
     LevelsChoice,
     PrecisionChoice,
     QuantizationChoice,
+    SelectionChoice,
 )
 from sdt_deploy.console import (
     clean_up_on_sigterm,
@@ -55,6 +56,10 @@ def convert(
         ImportanceChoice | None,
         typer.Option(help="What the probe is fitted to; default: attention."),
     ] = None,
+    selection: Annotated[
+        SelectionChoice | None,
+        typer.Option(help="capacity: each layer takes a fixed share of each text's tokens."),
+    ] = None,
     context: Annotated[
         ContextChoice | None, typer.Option(help="What active tokens see; default: as in SOURCE.")
     ] = None,
@@ -87,11 +92,12 @@ def convert(
             target_depth=target_depth,
             levels=(levels or LevelsChoice.graded).value,
             importance=(importance or ImportanceChoice.attention).value,
+            selection=(selection or SelectionChoice.threshold).value,
         )
-    elif target_depth is not None or levels is not None or importance is not None:
+    elif any(option is not None for option in (target_depth, levels, importance, selection)):
         raise InputError(
-            "--target-depth, --levels and --importance need --texts to fit a probe on, and no "
-            "--adapter, which brings its own"
+            "--target-depth, --levels, --importance and --selection need --texts to fit a probe "
+            "on, and no --adapter, which brings its own"
         )
     with progress_bar("fit the probe") as advance:
         checkpoint, report = convert_model(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
+from sdt_deploy.exporters.combinations import check_combination
 from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,
@@ -30,7 +31,7 @@ from sdt_deploy.exporters.layers import (
     narrowed,
     within,
 )
-from sdt_deploy.model.blocks import Head
+from sdt_deploy.model.blocks import Head, standings
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 
@@ -399,6 +400,7 @@ class MaskedGraph(_PaddedGraph):
         super().__init__(model, layers, head)
         self.scorer = model.scorer
         self.context = model.config.context
+        self.by_capacity = model.config.selection == "capacity"
         self.inputs = (*self.inputs, _float32("thresholds", model.config.n_layers))
         self.outputs = (*self.outputs, _float32("scores", "batch", "seq"))
 
@@ -413,8 +415,9 @@ class MaskedGraph(_PaddedGraph):
         scores = self.scorer(ids, embedded).reshape(input_ids.shape)
         states = embedded.to(self.head.dtype)
         see = self.sight(mask, states.dtype)
+        compared = standings(scores, mask) if self.by_capacity else scores
         for i, layer in enumerate(self.layers):
-            active = mask & (scores > thresholds[i])
+            active = mask & (compared > thresholds[i])
             if self.context == "active":
                 see = self.sight(active, states.dtype, scattered=True)
             updated = self.through(layer, states, see)
@@ -458,7 +461,11 @@ def partition(
 
     With ``single_file`` the whole loop in one graph follows. It has the function and the weights of
     ``masked``; :mod:`sdt_deploy.exporters.single` builds it instead of tracing it.
+
+    Raises:
+        ConfigError: if nothing could run such a bundle.
     """
+    check_combination(model.config, config)
     precision, dtype = config.precision, torch_dtype(config.precision)
     head = PackedHead(model.head, dtype)
     fused = [FusedLayer(layer, dtype) for layer in model.blocks if config.attention == "fused"]

@@ -260,9 +260,13 @@ def _dense_case(
 def _masked_case(
     model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
-    batch = _Padded(model.config, lengths, rng)
-    ids, mask, types = batch.torch()
-    scores = model.scorer(ids, model.embed(ids, types))
+    for _ in range(20):  # ranks, unlike thresholds, cannot be placed in gaps between the scores
+        batch = _Padded(model.config, lengths, rng)
+        ids, mask, types = batch.torch()
+        scores = model.scorer(ids, model.embed(ids, types))
+        gaps = np.diff(np.sort(scores[mask].numpy()))
+        if model.config.selection == "threshold" or not ((gaps > 0) & (gaps < 1e-5)).any():
+            break
     thresholds = _thresholds_in_gaps(scores[mask].numpy(), model.config.n_layers, rng)
     found = model(ids, mask, types, thresholds=thresholds)
     inputs = _padded_inputs(batch)

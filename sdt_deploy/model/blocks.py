@@ -88,6 +88,27 @@ class Scorer(nn.Module):
         return product.sum(dim=-1) + self.bias.float()
 
 
+def standings(scores: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return where each token stands among those of its sequence, ``[batch, seq]`` float32.
+
+    The token of rank ``r`` (from 0, by falling score, ties by position) among ``n`` stands at
+    ``1 - (r + 1/2) / n``, the first at 1. So a share ``c`` of the tokens, rounded and at least one
+    of them, stands above ``1 - c`` (expert-choice routing of Mixture-of-Depths, Raposo et al.,
+    2024, with one score for all layers).
+
+    Args:
+        scores: ``[batch, seq]`` float32.
+        attention_mask: ``[batch, seq]`` bool, True for tokens; padding has no standing.
+    """
+    mine, others = scores.unsqueeze(2), scores.unsqueeze(1)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    before = (places.unsqueeze(0) < places.unsqueeze(1)).unsqueeze(0)
+    ahead = ((others > mine) | ((others == mine) & before)) & attention_mask.unsqueeze(1)
+    rank = ahead.to(torch.int32).sum(dim=2).float()
+    n_tokens = attention_mask.to(torch.int32).sum(dim=1, keepdim=True).float()
+    return torch.where(rank > 0, 1.0 - (rank + 0.5) / n_tokens, 1.0)
+
+
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention (Vaswani et al., 2017)."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdt_deploy.config import Context
+from sdt_deploy.config import Context, Selection
 from sdt_deploy.errors import CheckpointError, ConfigError
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.adapters import merged, read_adapter
@@ -20,6 +20,7 @@ from sdt_deploy.model.original import load_original
 from sdt_deploy.model.probe import (
     Importance,
     Levels,
+    capacity_thresholds,
     depth_histogram,
     fit_probe,
     joined,
@@ -45,6 +46,7 @@ class ProbeFit:
     """Layers per token, pinned tokens included; None: 60 % of the layers."""
     levels: Levels = "graded"
     importance: Importance = "attention"
+    selection: Selection = "threshold"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +172,9 @@ def with_probe(
     tokenizer = TextTokenizer(checkpoint.tokenizer)
     before, after = tokenizer.ends()
     pinned = tuple(sorted({*before, *after}))
-    model = rebuilt(checkpoint.model, pinned_token_ids=pinned, probe="linear")
+    model = rebuilt(
+        checkpoint.model, pinned_token_ids=pinned, probe="linear", selection=fit.selection
+    )
     n_layers = model.config.n_layers
     held_out = fit.texts[::HELD_OUT_EVERY]
     fitted = [text for i, text in enumerate(fit.texts) if i % HELD_OUT_EVERY]
@@ -198,13 +202,17 @@ def with_probe(
         ids = torch.full(features.embedded.shape[:1], -1)
         scores = model.scorer(ids, features.embedded).numpy()
     target_depth = 0.6 * n_layers if fit.target_depth is None else fit.target_depth
-    thresholds = set_thresholds(
-        scores, features.pinned_share, model.config, target_depth, fit.levels
-    )
+    if fit.selection == "capacity":
+        thresholds = capacity_thresholds(n_layers, target_depth, fit.levels)
+    else:
+        thresholds = set_thresholds(
+            scores, features.pinned_share, model.config, target_depth, fit.levels
+        )
     model = rebuilt(model, thresholds=thresholds)
     made = {
         "importance": fit.importance,
         "levels": fit.levels,
+        "selection": fit.selection,
         "target_depth": target_depth,
         "n_tokens": len(scores),
     }

@@ -260,6 +260,16 @@ def depth_shares(
     return shares
 
 
+def capacity_thresholds(n_layers: int, target_depth: float, levels: Levels) -> tuple[float, ...]:
+    """Return thresholds on standings, so 1 minus capacities, for a mean depth; see `depth_shares`.
+
+    Raises:
+        ConfigError: if the depth cannot be reached.
+    """
+    below = np.cumsum(depth_shares(n_layers, target_depth, levels))[:-1]
+    return (0.0, *(float(share) for share in below))
+
+
 def set_thresholds(
     scores: npt.NDArray[np.float32],
     pinned_share: float,

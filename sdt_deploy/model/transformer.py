@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdt_deploy.config import ModelConfig, check_thresholds
-from sdt_deploy.model.blocks import Embeddings, Head, Scorer, TransformerLayer
+from sdt_deploy.model.blocks import Embeddings, Head, Scorer, TransformerLayer, standings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,9 @@ class DenseTransformer(nn.Module):
 class SparseDepthTransformer(DenseTransformer):
     """Scores every token once on its embedding; layer ``i`` changes those above threshold ``i``.
 
+    With ``selection="capacity"`` it is their :func:`~sdt_deploy.model.blocks.standings` that are
+    compared with the thresholds.
+
     A token that is not active in a layer keeps its state. With ``context="active"`` it is also
     invisible to the active ones, with ``context="all"`` they see its last state.
     """
@@ -127,6 +130,8 @@ class SparseDepthTransformer(DenseTransformer):
         if thresholds is None:
             thresholds = self.config.thresholds
         check_thresholds(tuple(thresholds), self.config.n_layers)
+        if self.config.selection == "capacity":
+            scores = standings(scores, attention_mask)
         limits = torch.tensor(thresholds, dtype=torch.float32, device=scores.device)
         return torch.where(attention_mask, (scores[..., None] > limits).sum(dim=-1), 0)
 

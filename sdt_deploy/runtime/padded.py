@@ -11,7 +11,7 @@ from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Array, Graph
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
-from sdt_deploy.runtime.routing import depths_from_scores
+from sdt_deploy.runtime.routing import depths_of
 
 
 def padded_arrays(
@@ -57,7 +57,7 @@ def run_padded(
     depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
     if path != "dense":
         scores = batch.packed(outputs["scores"])
-        depths = depths_from_scores(scores, thresholds)
+        depths = depths_of(scores, thresholds, batch.cu_seqlens, config.selection)
     return RunResult(
         output=output,
         depths=depths,

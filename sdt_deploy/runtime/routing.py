@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.bundle import Manifest
-from sdt_deploy.config import Context, Pooling
+from sdt_deploy.config import Context, Pooling, Selection
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -124,6 +124,7 @@ class RouteRules:
     n_heads: int
     pooling: Pooling | None
     """How the head makes one row of a sequence; None: it does not."""
+    selection: Selection = "threshold"
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -134,6 +135,7 @@ class RouteRules:
             context=model.context,
             n_heads=model.n_heads,
             pooling=model.head.pooling,
+            selection=model.selection,
         )
 
 
@@ -144,6 +146,53 @@ def depths_from_scores(scores: npt.NDArray[np.float32], thresholds: Sequence[flo
     """
     limits = np.asarray(thresholds, dtype=np.float32)
     return np.searchsorted(limits, scores, side="left").astype(np.int32)
+
+
+def standings(scores: Float32, cu_seqlens: Int32) -> Float32:
+    """Return where each token stands among those of its sequence, ``[n_tokens]`` float32.
+
+    The token of rank ``r`` (from 0, by falling score, ties by position) among ``n`` stands at
+    ``1 - (r + 1/2) / n``, the first at 1; see the oracle, ``sdt_deploy.model.blocks.standings``.
+
+    Args:
+        scores: ``[n_tokens]``.
+        cu_seqlens: ``[batch + 1]``.
+    """
+    lengths = np.diff(cu_seqlens)
+    n_tokens = np.repeat(lengths, lengths).astype(np.float32)
+    order = np.lexsort((-scores, np.repeat(np.arange(len(lengths)), lengths)))
+    rank = np.empty_like(n_tokens)
+    rank[order] = np.arange(len(scores)) - np.repeat(cu_seqlens[:-1], lengths)
+    standing = np.float32(1) - (rank + np.float32(0.5)) / n_tokens
+    standing[rank == 0] = 1.0
+    return standing
+
+
+def depths_of(
+    scores: Float32, thresholds: Sequence[float], cu_seqlens: Int32, selection: Selection
+) -> Int32:
+    """Return ``[n_tokens]`` int32, the layers that each token passes through.
+
+    Args:
+        scores: ``[n_tokens]`` float32.
+        thresholds: one per layer, nondecreasing.
+        cu_seqlens: ``[batch + 1]``.
+        selection: what is compared with the thresholds.
+    """
+    compared = standings(scores, cu_seqlens) if selection == "capacity" else scores
+    return depths_from_scores(compared, thresholds)
+
+
+def capacity_counts(lengths: Sequence[int], thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Return ``[n_layers, batch]``, the tokens that each layer takes by selection ``capacity``.
+
+    They depend on the lengths alone: no score is needed.
+    """
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    anyone = np.zeros(cu_seqlens[-1], dtype=np.float32)
+    depths = depths_of(anyone, thresholds, cu_seqlens, "capacity")
+    layers = np.arange(len(thresholds))[:, None]
+    return np.add.reduceat(depths > layers, cu_seqlens[:-1], axis=1, dtype=np.int64)
 
 
 def padded_layout(counts: Int32, rows: Int32 | None = None) -> PaddedLayout:

@@ -21,10 +21,12 @@ from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.runtime import dispatch
 from sdt_deploy.runtime.backend import Backend, Graph
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
+from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs
 from sdt_deploy.runtime.device_loop import device_loop
+from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.loop import bind_stages, timed
 from sdt_deploy.runtime.padded import run_padded
@@ -65,6 +67,8 @@ class Session:
         part_limits: PartLimits | None = None,
         max_depth_drift: float | None = MAX_DEPTH_DRIFT,
     ) -> None:
+        if isinstance(backend, DeviceMemory):
+            check_routing(bundle.manifest.model, backend.name)
         self._device_loop = device_loop(bundle, backend)
         self._part_limits = replace(
             part_limits or PartLimits(),
