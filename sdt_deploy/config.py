@@ -17,6 +17,8 @@ NormPlacement = Literal["pre", "post"]
 Context = Literal["active", "all"]
 ProbeKind = Literal["linear", "none"]
 Selection = Literal["threshold", "capacity"]
+Routing = Literal["once", "per_layer"]
+Leaving = Literal["exit", "skip"]
 HeadKind = Literal["hidden", "lm", "embedding", "classify"]
 Pooling = Literal["mean", "cls"]
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -94,8 +96,10 @@ def _check_flag(name: str, value: object) -> None:
     _check(isinstance(value, bool), f"{name} must be true or false, not {shown(value)}")
 
 
-def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
-    """Check that ``thresholds`` are ``n_layers`` finite, nondecreasing numbers.
+def check_thresholds(
+    thresholds: tuple[float, ...], n_layers: int, *, routing: Routing = "once"
+) -> None:
+    """Check that ``thresholds`` are ``n_layers`` finite numbers, nondecreasing for one score.
 
     Raises:
         ConfigError: if they are not.
@@ -108,7 +112,7 @@ def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
         _check(is_number(value), f"thresholds[{i}] must be a finite number, not {shown(value)}")
     for i, (low, high) in enumerate(pairwise(thresholds)):
         _check(
-            low <= high,
+            low <= high or routing == "per_layer",
             f"thresholds must not fall, or the sets of active tokens would not be nested: "
             f"thresholds[{i}] = {low} > thresholds[{i + 1}] = {high}",
         )
@@ -185,6 +189,12 @@ class ModelConfig:
     """Which tokens the active ones see: ``active`` (each other) or ``all`` (finished ones too)."""
     probe: ProbeKind = "linear"
     """``linear``: score = sigmoid(probe(embedding)). ``none``: a dense model, every score is 1."""
+    routing: Routing = "once"
+    """``once``: a token is scored on its embedding, for all layers. ``per_layer``: each layer has a
+    probe of its own, on the states that come into it."""
+    leaving: Leaving = "exit"
+    """What a token does that a layer does not take (``per_layer`` only): ``exit``: it has left for
+    good; ``skip``: it sits out this layer."""
     selection: Selection = "threshold"
     """``threshold``: the scores decide. ``capacity``: each layer takes the top share of the tokens
     of a sequence; what is compared with the thresholds is a token's standing among them."""
@@ -216,6 +226,8 @@ class ModelConfig:
         check_choice("context", self.context, Context)
         check_choice("probe", self.probe, ProbeKind)
         check_choice("selection", self.selection, Selection)
+        check_choice("routing", self.routing, Routing)
+        check_choice("leaving", self.leaving, Leaving)
         _check(
             isinstance(self.eps, float) and 0.0 < self.eps < 1.0,
             f"eps must lie between 0 and 1, not {shown(self.eps)}",
@@ -223,9 +235,9 @@ class ModelConfig:
         if not self.thresholds:
             even = tuple(i / self.n_layers for i in range(self.n_layers))
             object.__setattr__(self, "thresholds", even)
-        check_thresholds(self.thresholds, self.n_layers)
+        check_thresholds(self.thresholds, self.n_layers, routing=self.routing)
         _check(
-            self.thresholds[0] >= 0.0 and self.thresholds[-1] < 1.0,
+            min(self.thresholds) >= 0.0 and max(self.thresholds) < 1.0,
             "thresholds must be at least 0 and below 1, the score of pinned tokens; "
             f"given: {self.thresholds}",
         )
@@ -234,8 +246,14 @@ class ModelConfig:
             "pinned_token_ids have no meaning without a probe: every token goes to full depth",
         )
         _check(
-            self.probe != "none" or self.selection == "threshold",
-            "selection 'capacity' ranks tokens by their scores; probe 'none' gives all the same",
+            self.probe != "none" or self.scored_once,
+            "selection 'capacity' and routing 'per_layer' need scores; probe 'none' gives all the "
+            "same",
+        )
+        _check(
+            self.leaving == "exit" or self.routing == "per_layer",
+            "leaving 'skip' needs routing 'per_layer': with one score for all layers a token that "
+            "one layer does not take is taken by none behind it",
         )
         for token_id in self.pinned_token_ids:
             _check(
@@ -243,6 +261,11 @@ class ModelConfig:
                 f"pinned_token_ids must lie in the vocabulary of {self.vocab_size}: "
                 f"{shown(token_id)}",
             )
+
+    @property
+    def scored_once(self) -> bool:
+        """Whether one score a token, compared with thresholds, decides: what GPUs route by."""
+        return self.routing == "once" and self.selection == "threshold"
 
     @property
     def capacities(self) -> tuple[float, ...]:

@@ -102,6 +102,8 @@ def scratch_bytes_per_sequence(config: ModelConfig, length: int) -> float:
 def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:
     """Return the share of tokens above each threshold, from the manifest's score quantiles.
 
+    With routing ``per_layer`` the scores of every layer are taken to be spread like those.
+
     Without quantiles the scores are taken to be uniform; without a probe all of them are 1. With
     selection ``capacity`` the shares are given, up to rounding in each sequence.
     """

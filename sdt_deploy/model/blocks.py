@@ -50,9 +50,11 @@ class Embeddings(nn.Module):
 
 
 class Scorer(nn.Module):
-    """Scores tokens with a linear probe: ``sigmoid(weight · embedding + bias)``, in float32.
+    """Scores tokens with a linear probe: ``sigmoid(weight · state + bias)``, in float32.
 
-    Pinned tokens score 1, and so does every token of a model without a probe.
+    Pinned tokens score 1, and so does every token of a model without a probe. With routing
+    ``per_layer`` there is a probe for each layer, and scores and logits have one more axis, as long
+    as there are layers.
     """
 
     pinned_token_ids: Tensor
@@ -62,8 +64,9 @@ class Scorer(nn.Module):
         self.linear = config.probe == "linear"
         self.pins = bool(config.pinned_token_ids)
         if self.linear:
-            self.weight = nn.Parameter(torch.empty(config.d_model))
-            self.bias = nn.Parameter(torch.zeros(()))
+            probes = (config.n_layers,) if config.routing == "per_layer" else ()
+            self.weight = nn.Parameter(torch.empty(config.d_model, *probes))
+            self.bias = nn.Parameter(torch.zeros(probes))
             nn.init.normal_(self.weight, std=1 / math.sqrt(config.d_model))
         pinned = torch.tensor(config.pinned_token_ids, dtype=torch.int32)
         self.register_buffer("pinned_token_ids", pinned, persistent=False)
@@ -73,6 +76,7 @@ class Scorer(nn.Module):
 
         A multiplication and a sum over the last axis rather than a matrix product: its rounding
         does not depend on how many tokens are scored together, so neither does a token's depth.
+        Several probes are a matrix product: states of inner layers depend on that anyway.
         """
         if not self.linear:
             return torch.ones_like(embedded[..., 0], dtype=torch.float32)
@@ -80,10 +84,14 @@ class Scorer(nn.Module):
         if not self.pins:
             return scores
         pinned = (input_ids.unsqueeze(-1).int() == self.pinned_token_ids).any(dim=-1)
+        if self.weight.ndim == 2:
+            pinned = pinned.unsqueeze(-1)
         return torch.where(pinned, 1.0, scores)
 
     def logits(self, embedded: Tensor) -> Tensor:
         """Return ``weight · embedding + bias``, ``[...]`` float32, whatever the token."""
+        if self.weight.ndim == 2:
+            return embedded.float() @ self.weight.float() + self.bias.float()
         product = embedded.float() * self.weight.float()
         return product.sum(dim=-1) + self.bias.float()
 

@@ -45,10 +45,11 @@ def check_routing(config: ModelConfig, backend: str) -> None:
     Raises:
         BackendError: if they cannot.
     """
-    if config.selection != "threshold":
+    if not config.scored_once:
         raise BackendError(
-            f"{backend} routes by thresholds on the scores, and this model has selection "
-            f'{config.selection!r}: open the bundle with backend="onnxruntime-cpu"'
+            f"{backend} routes by thresholds on one score, and this model has routing "
+            f"{config.routing!r} and selection {config.selection!r}: open the bundle with "
+            'backend="onnxruntime-cpu"'
         )
 
 

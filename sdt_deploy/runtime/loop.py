@@ -87,6 +87,7 @@ def bind_stages(
     states: Array,
     other: Array,
     stages: Sequence[tuple[GraphSpec, Graph]],
+    scores: Array | None = None,
 ) -> BoundStages:
     """Prepare all stages of ``plan``, so that nothing is left to do between them.
 
@@ -96,6 +97,7 @@ def bind_stages(
         states: ``[n_tokens, d_model]``, the entry's hidden states by row.
         other: of the same shape, to work with.
         stages: spec and opened graph of every stage.
+        scores: ``[n_tokens, n_layers]`` float32, where stages that score write those of their rows.
     """
     routed = [route_inputs(stages[step.stage][0], step) for step in plan.steps]
     # Stages with the same active tokens share arrays.
@@ -103,13 +105,16 @@ def bind_stages(
     uploaded = dict(zip(distinct, backend.upload(list(distinct.values())), strict=True))
     calls: list[tuple[Call, tuple[Array, Array] | None]] = []
     for step, arrays in zip(plan.steps, routed, strict=True):
-        graph = stages[step.stage][1]
+        spec, graph = stages[step.stage]
         n = step.n_active
         inputs = {name: uploaded[id(array)] for name, array in arrays.items()}
         inputs["hidden_states"] = states[:n]
         if step.context is not None:
             inputs["context_states"] = states
-        call = graph.bind(inputs, {"updated_states": other[:n]})
+        outputs = {"updated_states": other[:n]}
+        if len(spec.outputs) > 1 and scores is not None:
+            outputs["scores"] = scores[:n]
+        call = graph.bind(inputs, outputs)
         if 2 * n < len(states):
             calls.append((call, (states[:n], other[:n])))
         else:

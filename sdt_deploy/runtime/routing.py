@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.bundle import Manifest
-from sdt_deploy.config import Context, Pooling, Selection
+from sdt_deploy.config import Context, Leaving, Pooling, Selection
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -125,6 +125,7 @@ class RouteRules:
     pooling: Pooling | None
     """How the head makes one row of a sequence; None: it does not."""
     selection: Selection = "threshold"
+    leaving: Leaving = "exit"
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -136,6 +137,7 @@ class RouteRules:
             n_heads=model.n_heads,
             pooling=model.head.pooling,
             selection=model.selection,
+            leaving=model.leaving,
         )
 
 
@@ -274,13 +276,16 @@ def head_layouts(
     return layouts
 
 
-def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan:
+def plan_route(
+    depths: Int32, cu_seqlens: Int32, rules: RouteRules, *, first_stage: int = 0
+) -> RoutePlan:
     """Plan the compaction and the attention layouts of every stage.
 
     Args:
         depths: ``[n_tokens]`` int32, layers each token passes through.
         cu_seqlens: ``[batch + 1]`` int32, cumulative sequence lengths.
         rules: of the bundle.
+        first_stage: number of the first stage in ``rules``.
     """
     stage_layers, context, n_heads = rules.stage_layers, rules.context, rules.n_heads
     n_tokens = len(depths)
@@ -331,7 +336,7 @@ def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan
                     layer_bias.reshape(-1)[layout.scatter_index[remaining <= i]] = HIDDEN
         steps.append(
             RouteStep(
-                stage=stage,
+                stage=first_stage + stage,
                 n_active=n_rows,
                 queries=layout,
                 context=seen,

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.errors import BackendError, ConfigError
 from sdt_deploy.exporters.export import export
-from sdt_deploy.model import blocks
+from sdt_deploy.model import blocks, checkpoints
 from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.model.conversion import ProbeFit, convert
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.routing import capacity_counts, depths_of, standings
@@ -31,6 +32,7 @@ from tests.samples import (
     random_model,
     seeds,
 )
+from tests.textmodels import save_teacher, texts
 
 CONFIG = CONFIGS["all-embedding"][0].replace(
     selection="capacity", thresholds=(0.0, 0.4, 0.75), pinned_token_ids=(1,)
@@ -161,6 +163,18 @@ def test_equal_scores_are_ranked_by_position() -> None:
     batch = random_batch(config, [6, 3], 0)
     depths = oracle_output(model, batch.input_ids, batch.cu_seqlens).depths
     assert depths.tolist() == [3, 3, 3, 1, 1, 1, 3, 1, 1]
+
+
+def test_converted(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    fit = ProbeFit(texts=texts(80), target_depth=2.5, selection="capacity")
+    checkpoint, report = convert(tmp_path / "teacher", tmp_path / "model", fit=fit)
+    config = checkpoints.load(tmp_path / "model").model.config
+    assert config == checkpoint.model.config
+    assert config.selection == "capacity"
+    assert sum(config.capacities) == pytest.approx(2.5)
+    assert report is not None
+    assert report.mean_depth == pytest.approx(2.5, abs=0.2)  # counts are rounded in each text
 
 
 def test_what_makes_no_sense() -> None:
