@@ -77,6 +77,8 @@ def inspect(
         f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
         "head": config.head.kind,
         "context": config.context,
+        "routing": " ".join([config.routing, config.selection])
+        + (f" {config.leaving}" if config.routing == "per_layer" else ""),
         "numbers": manifest.export.numbers,
         "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
         "source": manifest.provenance.get("source", "unknown"),

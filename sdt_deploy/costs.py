@@ -102,8 +102,6 @@ def scratch_bytes_per_sequence(config: ModelConfig, length: int) -> float:
 def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:
     """Return the share of tokens above each threshold, from the manifest's score quantiles.
 
-    With routing ``per_layer`` the scores of every layer are taken to be spread like those.
-
     Without quantiles the scores are taken to be uniform; without a probe all of them are 1. With
     selection ``capacity`` the shares are given, up to rounding in each sequence.
     """
@@ -141,6 +139,11 @@ def thresholds_for_depth(manifest: Manifest, target_depth: float) -> tuple[float
     n_layers, pinned = config.n_layers, manifest.pinned_share
     if config.selection == "capacity":
         quantiles, pinned = tuple(np.linspace(0.0, 1.0, 101)), 0.0
+    if config.routing == "per_layer":
+        raise ConfigError(
+            "with routing 'per_layer' depths do not follow from the scores of the embeddings. Pass "
+            "thresholds instead of a target depth"
+        )
     if config.probe == "none" or quantiles is None:
         raise ConfigError(
             "a target depth needs score quantiles, and this bundle has none: its model came "

@@ -21,6 +21,7 @@ import numpy as np
 from sdt_deploy.bench.cases import TokenSource
 from sdt_deploy.bench.memory import device_peak_bytes, peak_bytes
 from sdt_deploy.bench.timing import interleave, wall_ms
+from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import dense_flops
 from sdt_deploy.ort import pool_threads, usable_cores
 from sdt_deploy.runtime.backends.device import DeviceMemory
@@ -31,9 +32,9 @@ from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import select
 
-Oracle = Callable[[TokenBatch, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Takes a batch and depths ``[n_tokens]``; returns the oracle's output at these depths, packed, and
-the depths that the oracle itself would choose."""
+Oracle = Callable[[TokenBatch, RunResult], tuple[np.ndarray, int]]
+"""Takes a batch and what the runtime made of it; returns the oracle's output, packed, with every
+token through the same layers, and how many tokens the oracle itself would route otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,19 +191,19 @@ def measure_case(
     results = [session.run_batch(batch, path="sparse") for batch in batches]
     error, flips = None, None
     if oracle is not None:
-        compared = [
-            oracle(batch, found.depths) for batch, found in zip(batches, results, strict=True)
-        ]
+        compared = [oracle(batch, found) for batch, found in zip(batches, results, strict=True)]
         pairs = list(zip(results, compared, strict=True))
         error = max(float(np.abs(found.output - output).max()) for found, (output, _) in pairs)
-        flips = sum(int((found.depths != chosen).sum()) for found, (_, chosen) in pairs)
-    usage = LayerUsage.from_depths(
-        np.concatenate([found.depths for found in results]), config.n_layers
+        flips = sum(flipped for _, flipped in compared)
+    usage = LayerUsage.of(
+        np.concatenate([found.depths for found in results]),
+        None if results[0].active is None else np.concatenate([r.active for r in results]),
+        config.n_layers,
     )
     processed = sum(sum(found.stage_rows) for found in results)
     useful = sum(usage.active_tokens) / processed if processed else None
     dense_ms, sparse_ms = times["dense"].median_ms, times["sparse"].median_ms
-    needed = sum(needed_flops(config, found.depths, found.cu_seqlens) for found in results)
+    needed = sum(routed_flops(config, found) for found in results)
     lengths = [length for batch in batches for length in batch.lengths.tolist()]
     flops_ratio = needed / dense_flops(config, lengths)
     peaks: dict[str, int | None] = {}
@@ -298,7 +299,7 @@ def measure_texts(
         budget_s=budget_s,
     )
     results = sparse(in_order)()
-    needed = sum(needed_flops(config, one.depths, one.cu_seqlens) for one in results)
+    needed = sum(routed_flops(config, one) for one in results)
     ms = {name: timed.median_ms for name, timed in times.items()}
     depth_sum = sum(int(result.depths.sum()) for result in results)
     return TextsResult(
@@ -319,6 +320,11 @@ def measure_texts(
         ratio_padded=ms["sparse"] / ms["dense_padded"],
         ratio_sorted=ms["sparse_sorted"] / ms["dense_sorted"],
     )
+
+
+def routed_flops(config: ModelConfig, result: RunResult) -> float:
+    """Return the operations that the route of ``result`` needs."""
+    return needed_flops(config, result.depths, result.cu_seqlens, result.active)
 
 
 def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -28,6 +28,7 @@ from sdt_deploy.extras import require
 from sdt_deploy.files import write_file
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_loop import for_devices
+from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.tokenization import read_lines
 
@@ -166,11 +167,14 @@ def _oracle(bundle: Bundle) -> Oracle | None:
 
     model = restore(bundle)
 
-    def evaluate(batch: TokenBatch, depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(batch: TokenBatch, result: RunResult) -> tuple[np.ndarray, int]:
         found = oracle_output(model, batch.input_ids, batch.cu_seqlens)
-        if (found.depths == depths).all():
-            return found.output, found.depths
-        same = oracle_output(model, batch.input_ids, batch.cu_seqlens, depths=depths)
-        return same.output, found.depths
+        active = result.active
+        if active is None:
+            active = result.depths[:, None] > np.arange(found.active.shape[1])
+        flips = int((found.active != active).any(axis=1).sum())
+        if flips:
+            found = oracle_output(model, batch.input_ids, batch.cu_seqlens, active=active)
+        return found.output, flips
 
     return evaluate

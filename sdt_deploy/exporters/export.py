@@ -24,6 +24,7 @@ from sdt_deploy.bundle import (
 )
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.errors import ConfigError
+from sdt_deploy.exporters.combinations import knows_single_file
 from sdt_deploy.exporters.onnx import WeightsWriter, graph_hash, parameters_of, save, trace
 from sdt_deploy.exporters.partition import GraphPart, MaskedGraph, partition
 from sdt_deploy.exporters.quantization import quantize
@@ -53,22 +54,22 @@ def export(
         checkpoint: the model with its tokenizer and provenance.
         target: directory to make.
         config: how to cut the model; default: one layer per stage, float32.
-        single_file: write the whole loop as one graph too; None: in decomposed float32, which alone
-            it knows.
+        single_file: write the whole loop as one graph too; None: in decomposed float32 with
+            routing ``once``, which alone it knows.
         overwrite: replace ``target`` if it exists.
         progress: see :data:`Progress`.
 
     Raises:
-        ConfigError: if a single file is asked for in other numbers than float32.
+        ConfigError: if a single file is asked for in other numbers than float32, or ``config``
+            does not fit the model.
         ExportError: if a graph cannot be exported, or a weight is beyond the precision's range.
         VerificationError: if a graph disagrees with the model.
         OutputError: if ``target`` exists or cannot be written.
     """
     config = config or ExportConfig()
-    possible = config.numbers == "float32" and config.attention == "decomposed"
     if single_file is None:
-        single_file = possible
-    if single_file and not possible:
+        single_file = knows_single_file(checkpoint.model.config, config)
+    if single_file and (config.numbers != "float32" or config.attention != "decomposed"):
         raise ConfigError(
             "the single file is float32 only, with decomposed attention, not "
             f"{config.numbers} with {config.attention}; export with --no-single-file"

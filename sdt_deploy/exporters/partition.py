@@ -31,7 +31,7 @@ from sdt_deploy.exporters.layers import (
     narrowed,
     within,
 )
-from sdt_deploy.model.blocks import Head, standings
+from sdt_deploy.model.blocks import Head, Scorer, standings
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 
@@ -58,6 +58,11 @@ def torch_dtype(precision: Precision) -> torch.dtype:
     """Return the type of states and products."""
     dtype: torch.dtype = getattr(torch, precision)
     return dtype
+
+
+def _scores(config: ModelConfig, *axes: str) -> TensorSpec:
+    probes = (config.n_layers,) if config.routing == "per_layer" else ()
+    return _float32("scores", *axes, *probes)
 
 
 def _layout(config: ModelConfig, length: str) -> tuple[TensorSpec, TensorSpec]:
@@ -134,7 +139,7 @@ class EntryGraph(GraphModule):
         self.inputs = tuple(_int32(name, *axes) for name in names)
         self.outputs = (
             _states("hidden_states", *axes, config.d_model, precision=precision),
-            _float32("scores", *axes),
+            _scores(config, *axes),
         )
 
     def forward(
@@ -145,15 +150,51 @@ class EntryGraph(GraphModule):
         return embedded.to(self.dtype), self.scorer(input_ids, embedded)
 
 
-class ActiveStageGraph(GraphModule):
-    """A run of layers with ``context="active"``: active tokens see each other only."""
+class Probes(nn.Module):
+    """The probes of all layers, ``sigmoid(states · weight + bias)`` in float32, without pins."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.weight, self.bias = scorer.weight, scorer.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Score ``states [n_tokens, d_model]``: ``[n_tokens, n_layers]``."""
+        return torch.sigmoid(states.float() @ self.weight + self.bias)
+
+
+class StageGraph(GraphModule):
+    """A run of layers; with ``scorer`` it also scores its rows, for the layers that follow."""
 
     def __init__(
-        self, layers: Sequence[PackedLayer], config: ModelConfig, precision: Precision
+        self,
+        layers: Sequence[PackedLayer],
+        config: ModelConfig,
+        precision: Precision,
+        scorer: Scorer | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.n_heads = config.n_heads
+        self.scorer = None if scorer is None else Probes(scorer)
+        states = _states("updated_states", "n_tokens", config.d_model, precision=precision)
+        self.outputs = (states, *(_scores(config, "n_tokens"),) * (scorer is not None))
+
+    def scored(self, states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the outputs."""
+        return states if self.scorer is None else (states, self.scorer(states))
+
+
+class ActiveStageGraph(StageGraph):
+    """A run of layers with ``context="active"``: active tokens see each other only."""
+
+    def __init__(
+        self,
+        layers: Sequence[PackedLayer],
+        config: ModelConfig,
+        precision: Precision,
+        scorer: Scorer | None = None,
+    ) -> None:
+        super().__init__(layers, config, precision, scorer)
         grouped = len(layers) > 1
         self.inputs = (
             _states("hidden_states", "n_tokens", config.d_model, precision=precision),
@@ -161,7 +202,6 @@ class ActiveStageGraph(GraphModule):
             _bias(config, "max_seqlen", *(len(layers),) * grouped),
             *(_int32("remaining_depth", "n_tokens"),) * grouped,
         )
-        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision=precision),)
 
     def forward(
         self,
@@ -170,27 +210,29 @@ class ActiveStageGraph(GraphModule):
         scatter_index: Tensor,
         key_bias: Tensor,
         remaining_depth: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, bias = hidden_states, narrowed(key_bias, hidden_states.dtype)
         layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
         if remaining_depth is None:
-            return self.layers[0](states, layout, states, layout, bias)
+            return self.scored(self.layers[0](states, layout, states, layout, bias))
         for i, layer in enumerate(self.layers):
             updated = layer(states, layout, states, layout, bias[i])
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
-        return states
+        return self.scored(states)
 
 
-class AllStageGraph(GraphModule):
+class AllStageGraph(StageGraph):
     """A run of layers with ``context="all"``: active tokens also see others' last states."""
 
     def __init__(
-        self, layers: Sequence[PackedLayer], config: ModelConfig, precision: Precision
+        self,
+        layers: Sequence[PackedLayer],
+        config: ModelConfig,
+        precision: Precision,
+        scorer: Scorer | None = None,
     ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.n_heads = config.n_heads
+        super().__init__(layers, config, precision, scorer)
         grouped = len(layers) > 1
         self.inputs = (
             _states("hidden_states", "n_tokens", config.d_model, precision=precision),
@@ -201,7 +243,6 @@ class AllStageGraph(GraphModule):
             *(_int32("remaining_depth", "n_tokens"),) * grouped,
             *(_int32("refresh_index", "n_context"),) * grouped,
         )
-        self.outputs = (_states("updated_states", "n_tokens", config.d_model, precision=precision),)
 
     def forward(
         self,
@@ -213,7 +254,7 @@ class AllStageGraph(GraphModule):
         key_bias: Tensor,
         remaining_depth: Tensor | None = None,
         refresh_index: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, context = hidden_states, context_states
         bias = narrowed(key_bias, states.dtype)
@@ -226,7 +267,7 @@ class AllStageGraph(GraphModule):
             context = gather_rows(torch.cat([context_states, states]), refresh_index)
             updated = layer(states, layout, context, context_layout, bias)
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
-        return states
+        return self.scored(states)
 
 
 class FusedStageGraph(GraphModule):
@@ -401,8 +442,10 @@ class MaskedGraph(_PaddedGraph):
         self.scorer = model.scorer
         self.context = model.config.context
         self.by_capacity = model.config.selection == "capacity"
+        self.per_layer = model.config.routing == "per_layer"
+        self.exits = model.config.leaving == "exit"
         self.inputs = (*self.inputs, _float32("thresholds", model.config.n_layers))
-        self.outputs = (*self.outputs, _float32("scores", "batch", "seq"))
+        self.outputs = (*self.outputs, _scores(model.config, "batch", "seq"))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, *rest: Tensor
@@ -412,17 +455,26 @@ class MaskedGraph(_PaddedGraph):
         mask = attention_mask > 0
         embedded = self.embed(input_ids, mask, types[0] if types else None)
         ids = input_ids if self.fused else input_ids.reshape(-1)
-        scores = self.scorer(ids, embedded).reshape(input_ids.shape)
         states = embedded.to(self.head.dtype)
         see = self.sight(mask, states.dtype)
-        compared = standings(scores, mask) if self.by_capacity else scores
+        candidates, found = mask, []
         for i, layer in enumerate(self.layers):
-            active = mask & (compared > thresholds[i])
+            if self.per_layer:
+                found.append(self.scorer(ids, states)[..., i].reshape(input_ids.shape))
+            elif not i:
+                found.append(self.scorer(ids, embedded).reshape(input_ids.shape))
+            compared = found[-1]
+            if self.by_capacity:
+                compared = standings(torch.where(candidates, compared, -1.0), mask)
+            active = candidates & (compared > thresholds[i])
+            if self.per_layer and self.exits:
+                candidates = active
             if self.context == "active":
                 see = self.sight(active, states.dtype, scattered=True)
             updated = self.through(layer, states, see)
             rows = active.unsqueeze(-1) if self.fused else active.reshape(-1, 1)
             states = torch.where(rows, updated, states)
+        scores = torch.stack(found, dim=-1) if self.per_layer else found[0]
         return self.finish(states, mask), scores
 
 
@@ -465,7 +517,7 @@ def partition(
     Raises:
         ConfigError: if nothing could run such a bundle.
     """
-    check_combination(model.config, config)
+    check_combination(model.config, config, single_file=single_file)
     precision, dtype = config.precision, torch_dtype(config.precision)
     head = PackedHead(model.head, dtype)
     fused = [FusedLayer(layer, dtype) for layer in model.blocks if config.attention == "fused"]
@@ -478,8 +530,11 @@ def partition(
         if fused:
             module = FusedStageGraph(fused[first], model.config, precision)
         else:
-            module = stage(packed[first:stop], model.config, precision)
-        name, topology = f"stage-{i:02d}", f"stage of {stop - first}"
+            scores = model.config.routing == "per_layer" and stop < model.config.n_layers
+            scorer = model.scorer if scores else None
+            module = stage(packed[first:stop], model.config, precision, scorer)
+        topology = f"stage of {stop - first}{', scored' if len(module.outputs) > 1 else ''}"
+        name = f"stage-{i:02d}"
         yield GraphPart(name=name, module=module, topology=topology, layers=(first, stop))
     last = (FusedHeadGraph if fused else HeadGraph)(head, model.config, precision)
     yield GraphPart(name="head", module=last, topology="head")

@@ -66,9 +66,7 @@ def oracle_output(
         if active is not None:
             took = torch.zeros(*mask.shape, active.shape[1], dtype=torch.bool)
             took[mask] = torch.from_numpy(active)
-        found = model(
-            ids, mask, types, thresholds=thresholds, depths=padded(depths), active=took
-        )
+        found = model(ids, mask, types, thresholds=thresholds, depths=padded(depths), active=took)
     else:
         found = model(ids, mask, types)
     per_sequence = model.config.head.per_sequence

@@ -75,7 +75,7 @@ class SparseDepthTransformer(DenseTransformer):
     """A layer changes the tokens that it takes; the others keep their state.
 
     With routing ``once`` every token is scored on its embedding, and layer ``i`` takes those above
-    threshold ``i``. With ``per_layer``, layer ``i`` scores the states that come into it; who was not
+    threshold ``i``. With ``per_layer``, layer ``i`` scores the states that enter it; who was not
     taken by an earlier one has left, unless ``leaving="skip"``. With ``selection="capacity"`` it is
     their :func:`~sdt_deploy.model.blocks.standings` that are compared with the thresholds.
 

@@ -23,9 +23,7 @@ class LayerUsage:
     """Active tokens of every layer."""
 
     @classmethod
-    def of(
-        cls, depths: Int32, active: npt.NDArray[np.bool_] | None, n_layers: int
-    ) -> LayerUsage:
+    def of(cls, depths: Int32, active: npt.NDArray[np.bool_] | None, n_layers: int) -> LayerUsage:
         """Count ``depths [n_tokens]`` and ``active [n_tokens, n_layers]``.
 
         ``active`` may be None where a token passes through the first layers up to its depth.

@@ -54,9 +54,7 @@ def run_sparse(
         if probes:
             stage_scores = backend.empty(scores.shape, "float32")
             pinned = np.isin(batch.input_ids, config.pinned_token_ids)
-            router = LayerRouter(
-                scores, stage_scores, thresholds, batch.cu_seqlens, rules, pinned
-            )
+            router = LayerRouter(scores, stage_scores, thresholds, batch.cu_seqlens, rules, pinned)
         rows = len(batch.lengths) if config.head.per_sequence else n_tokens
         output = np.empty((rows, config.output_width), dtype=np.float32)
         stage_ms: list[float] = []

@@ -170,7 +170,9 @@ class _OracleGraph:
             mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
             updated = layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
             states = torch.where(active[:, None], updated, states)
-        return {"updated_states": states}
+        if len(self._spec.outputs) == 1:
+            return {"updated_states": states}
+        return {"updated_states": states, "scores": self._model.scorer.logits(states).sigmoid()}
 
     def _fused(self, layer: TransformerLayer, inputs: Mapping[str, Array]) -> Tensor:
         gather, scatter = _long(inputs["gather_index"]), _long(inputs["scatter_index"])
