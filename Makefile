@@ -32,7 +32,7 @@ demo: $(VENV)/.demo
 		--texts $(HELD_OUT) --overwrite
 	$(BIN)/sdt-deploy export $(DEMO)/model $(DEMO)/bundle --overwrite
 	$(BIN)/sdt-deploy bench $(DEMO)/bundle --cases 2x20,8x64,8x128,16x128,4x512,16x256 \
-		--json $(DEMO)/bench.json --plot $(DEMO)/bench.png
+		--json-file $(DEMO)/bench.json --plot $(DEMO)/bench.png
 	$(BIN)/sdt-deploy evaluate $(DEMO)/bundle --teacher "$(MODEL)" --texts $(HELD_OUT)
 	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png"
 

@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="base")
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--attention", choices=("decomposed", "fused"), default="decomposed")
     parser.add_argument("--target", default="tensorrt-rtx")
     parser.add_argument("--compute-capability", default="8.9")
     parser.add_argument("--rounds", type=int, default=3)
@@ -41,22 +42,21 @@ def main() -> None:
     config = BuildConfig(flavour=chosen.name, compute_capabilities=(options.compute_capability,))
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) / "bundle"
-        export(
-            make(options.model, "all", "graded"), target, ExportConfig(precision=options.precision)
-        )
+        form = ExportConfig(precision=options.precision, attention=options.attention)
+        export(make(options.model, "all", "graded"), target, form)
         bundle = Bundle.open(target)
         engines = EngineSet(
             flavour=chosen.name,
             version=version,
             compute_capabilities=config.compute_capabilities,
             profiles=plan_profiles(BatchLimits(max_seqlen=512)),
-            attention="decomposed",
+            attention=options.attention,
             workspace_mb=None,
             engines={},
         )
         jobs = plan_jobs(bundle, engines)
         seconds: dict[str, list[float]] = {job.graph: [] for job in jobs}
-        sizes = {}
+        sizes, got = {}, set()
         worker = worker_options(
             config, bundle.manifest, features(chosen, version), config.compute_capabilities
         )
@@ -64,6 +64,7 @@ def main() -> None:
             for built in run_worker(jobs[:: -1 if number % 2 else 1], Path(directory), worker):
                 assert built.problem is None, built.problem
                 seconds[built.graph].append(built.build_s)
+                got.add(built.attention or "none")
                 sizes[built.graph] = built.output.stat().st_size
     medians = {name: median(values) for name, values in seconds.items()}
     stages = [name for name in medians if name.startswith("stage-")]
@@ -76,7 +77,8 @@ def main() -> None:
     console.print(
         f"{len(stages)} stages {total:.2f} s, dense {medians['dense']:.2f} s: "
         f"{total / medians['dense']:.2f}; with entry and head "
-        f"{(total + medians['entry'] + medians['head']) / medians['dense']:.2f}"
+        f"{(total + medians['entry'] + medians['head']) / medians['dense']:.2f}; attention "
+        f"{', '.join(sorted(got))}"
     )
 
 

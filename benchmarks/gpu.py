@@ -32,6 +32,7 @@ from sdt_deploy.costs import dense_flops
 from sdt_deploy.exporters.export import export
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
+from sdt_deploy.model.probe import quantiles
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.backends.device import DeviceMemory
 
@@ -67,7 +68,11 @@ def make(size: str, context: str, levels: str) -> Checkpoint:
     torch.manual_seed(0)
     fresh = SparseDepthTransformer(config)
     model.load_state_dict(fresh.state_dict())
-    return Checkpoint(model=model, provenance={"source": f"random weights, {size}"})
+    return Checkpoint(
+        model=model,
+        provenance={"source": f"random weights, {size}"},
+        score_quantiles=quantiles(scores),
+    )
 
 
 def ceilings() -> dict[str, float]:

@@ -186,6 +186,11 @@ def max_sequences(profiles: Sequence[OptimizationProfile], longest: int) -> int:
     return max(fitting, default=0)
 
 
+def longest_sequence(profiles: Sequence[OptimizationProfile], max_positions: int) -> int:
+    """Return the tokens of the longest sequence that a model and its engines, if any, take."""
+    return min([max_positions, *(profile.max_seqlen.max for profile in profiles[-1:])])
+
+
 SHRINKING = {"n_tokens": "n_tokens", "max_seqlen": "max_seqlen"}
 """Axes of a stage that hold active tokens only."""
 _AXES = {

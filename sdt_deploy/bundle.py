@@ -96,11 +96,6 @@ class GraphSpec:
                 f"graph {self.name}: max_abs_error must be a number, not "
                 f"{shown(self.max_abs_error)}"
             )
-        known = {layout for layouts in ATTENTION_LAYOUTS.values() for layout in layouts.values()}
-        if self.attention_layout not in (None, *known):
-            raise ConfigError(
-                f"graph {self.name}: attention layout {shown(self.attention_layout)} is not known"
-            )
         if self.layers is not None and (
             len(self.layers) != 2 or not all(is_integer(layer, 0) for layer in self.layers)
         ):
@@ -234,12 +229,14 @@ class Manifest:
                 raise ConfigError(f"graph {spec.name} names a file that is not listed: {spec.file}")
             layouts = ATTENTION_LAYOUTS[self.format_version]
             if spec.attention_layout not in (None, layouts.get(self.export.attention)):
-                raise ConfigError(f"graph {spec.name}: attention layout {spec.attention_layout!r}")
+                raise ConfigError(
+                    f"graph {spec.name}: attention layout {shown(spec.attention_layout)} is not "
+                    f"known in format version {self.format_version}"
+                )
             for tensor in (*spec.inputs, *spec.outputs):
                 is_state = tensor.name in STATES
-                allowed: tuple[str, ...] = ("float32", "int32", "int64")
-                if is_state:
-                    allowed = (self.export.precision,)
+                states, others = (self.export.precision,), ("float32", "int32", "int64")
+                allowed = states if is_state else others
                 if tensor.dtype not in allowed:
                     raise ConfigError(
                         f"graph {spec.name}: {tensor.name} is {tensor.dtype}, not "

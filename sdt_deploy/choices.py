@@ -107,6 +107,13 @@ class ProbeTrainingChoice(StrEnum):
     annealed = "annealed"
 
 
+class BaselineChoice(StrEnum):
+    """What to train for comparison."""
+
+    truncated = "truncated"
+    random = "random"
+
+
 class CurriculumChoice(StrEnum):
     """How the depth falls."""
 

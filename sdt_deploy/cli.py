@@ -1,42 +1,43 @@
-"""The command line: each command parses, calls one library function and prints."""
+"""The command line; the commands themselves are in :mod:`sdt_deploy.commands`."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from inspect import getdoc
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from sdt_deploy import engine_commands, export_commands, training_commands
-from sdt_deploy.choices import BackendChoice, PathChoice
-from sdt_deploy.console import (
-    console,
-    fail,
-    print_depths,
-    print_engines,
-    print_graphs,
-    progress_bar,
-)
-from sdt_deploy.errors import InputError, SdtDeployError
-
-if TYPE_CHECKING:
-    from sdt_deploy.runtime.result import RunResult
+from sdt_deploy.commands import bundles, engines, models, training
+from sdt_deploy.console import console, fail, report_bug
+from sdt_deploy.errors import SdtDeployError
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Deploy depth-sparse transformers: per-layer engines with compaction between them.",
 )
-app.command("convert")(export_commands.convert)
-app.command("export")(export_commands.export)
 
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: all cores.")]
-BackendOption = Annotated[
-    BackendChoice, typer.Option(help="What runs the graphs; see sdt-deploy doctor.")
-]
-BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
+
+def help_of(command: Callable[..., None]) -> str:
+    """Return the docstring of a command, its examples set line by line."""
+    text = getdoc(command) or ""
+    return text.replace("Examples::\n\n", "\b\nExamples:\n")
+
+
+for command in (
+    models.convert,
+    models.export,
+    bundles.inspect,
+    bundles.verify,
+    bundles.run,
+    bundles.bench,
+    engines.build_engine,
+    engines.doctor,
+    training.distill,
+    training.evaluate,
+):
+    app.command(help=help_of(command))(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -56,172 +57,12 @@ def _root(
     pass
 
 
-@app.command()
-def inspect(
-    bundle: BundleArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
-) -> None:
-    """Show what is in a bundle.
-
-    Example: sdt-deploy inspect bundle
-    """
-    from sdt_deploy.bundle import Bundle
-
-    manifest = Bundle.open(bundle, check_files=False).manifest
-    if as_json:
-        console.file.write(manifest.to_json().decode())
-        return
-    config = manifest.model
-    facts = {
-        "model": f"{config.n_layers} layers, d_model {config.d_model}, {config.n_heads} heads, "
-        f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
-        "head": config.head.kind,
-        "context": config.context,
-        "routing": " ".join([config.routing, config.selection])
-        + (f" {config.leaving}" if config.routing == "per_layer" else ""),
-        "numbers": manifest.export.numbers,
-        "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
-        "source": manifest.provenance.get("source", "unknown"),
-        "licence": manifest.provenance.get("license") or "unknown",
-        "quality": "not evaluated" if manifest.quality is None else json.dumps(manifest.quality),
-        "made with": ", ".join(f"{k} {v}" for k, v in manifest.created_by.items()),
-        "size": f"{sum(f['size_bytes'] for f in manifest.files.values()) / 1e6:.1f} MB",
-    }
-    for name, value in facts.items():
-        console.print(f"[bold]{name:<11}[/bold]{escape(str(value))}", highlight=False)
-    print_graphs(manifest.graphs.values())
-    print_engines(manifest.engines)
-
-
-@app.command()
-def verify(
-    bundle: BundleArgument,
-    backend: BackendOption = BackendChoice.onnxruntime_cpu,
-    n_threads: Threads = None,
-) -> None:
-    """Check every file of a bundle and its outputs against the reference in it.
-
-    Example: sdt-deploy verify bundle
-    """
-    from sdt_deploy.bundle import Bundle
-    from sdt_deploy.runtime.session import Session
-    from sdt_deploy.runtime.verification import verify_bundle
-
-    opened = Bundle.open(bundle)
-    with Session.open(opened, backend=backend.value, n_threads=n_threads) as session:
-        checks = verify_bundle(opened, session)
-    console.print(f"{len(opened.manifest.files)} files are as they were exported")
-    for check in checks:
-        console.print(
-            f"{check.path:<7} {check.n_cases} cases, largest error {check.max_abs_error:.2g}, "
-            f"{check.routing_flips} routing flips"
-        )
-
-
-@app.command()
-def run(
-    bundle: BundleArgument,
-    text: Annotated[list[str] | None, typer.Option(help="A text; may be given again.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="File with one text per line.")] = None,
-    ids: Annotated[Path | None, typer.Option(help=".npy with token ids [batch, seq].")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Save as .npz: output, depths, input_ids, cu_seqlens.")
-    ] = None,
-    path: Annotated[PathChoice, typer.Option(help="Path to take.")] = PathChoice.auto,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are long.")] = False,
-    show_depth: Annotated[
-        bool, typer.Option("--show-depth", help="Print every token in the colour of its depth.")
-    ] = False,
-    backend: BackendOption = BackendChoice.onnxruntime_cpu,
-    n_threads: Threads = None,
-) -> None:
-    """Run texts or token ids and print or save the outputs.
-
-    Example: sdt-deploy run bundle --text "To be, or not to be" --show-depth
-    """
-    from sdt_deploy.runtime.session import Session
-
-    given = [bool(text), texts is not None, ids is not None]
-    if sum(given) != 1:
-        raise InputError("give one of --text, --texts and --ids")
-    with Session.open(bundle, backend=backend.value, n_threads=n_threads) as session:
-        result = session.run(
-            _read_inputs(text, texts, ids),
-            path=path.value,
-            overflow="truncate" if truncate else "error",
-        )
-        if show_depth:
-            print_depths(session, result)
-    if out is not None:
-        _save(out, result)
-        console.print(f"[bold]{escape(str(out))}[/bold]: output {result.output.shape} float32")
-    else:
-        for row in result.output[:20]:
-            values = " ".join(f"{value:+.4f}" for value in row[:8])
-            console.print(f"{values}{' …' if len(row) > 8 else ''}", highlight=False)
-        if len(result.output) > 20:
-            console.print(f"… {len(result.output) - 20} more rows; save them with --out")
-    console.print(
-        f"output {result.output.shape}, mean depth {result.layer_usage.mean_depth:.2f}, "
-        f"path {result.path}, {result.timings.total_ms:.2f} ms",
-        highlight=False,
-    )
-
-
-@app.command()
-def bench(
-    bundle: BundleArgument,
-    cases: Annotated[
-        str | None, typer.Option(help="BATCHxSEQ,…; default: 2,8,16 x 20,64,128,256,512,1024.")
-    ] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="Measure real lengths too, one text per line.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
-    budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
-    beside: Annotated[
-        Path | None, typer.Option(help="Bundle of the same model, cut otherwise, to time as well.")
-    ] = None,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
-    backend: BackendOption = BackendChoice.onnxruntime_cpu,
-    n_threads: Threads = None,
-) -> None:
-    """Measure sparse against dense: same backend, same threads, interleaved, medians.
-
-    Example: sdt-deploy bench bundle --cases 2x20,8x128 --json bench.json
-    """
-    from sdt_deploy.bench.run import BenchOptions, run_bench
-
-    options = BenchOptions(
-        cases=cases,
-        texts=texts,
-        json_file=json_file,
-        plot_file=plot_file,
-        budget_s=budget,
-        beside=beside,
-        with_memory=memory,
-        backend=backend.value,
-        n_threads=n_threads,
-    )
-    with progress_bar("bench") as advance:
-        outcome = run_bench(bundle, options, progress=advance)
-    console.print(outcome.table)
-    for line in outcome.remarks:
-        console.print(line, highlight=False)
-    for written in (json_file, plot_file):
-        if written is not None:
-            console.print(f"[bold]{escape(str(written))}[/bold]")
-
-
-app.command("build-engine")(engine_commands.build_engine)
-app.command("doctor")(engine_commands.doctor)
-app.command("distill")(training_commands.distill)
-app.command("evaluate")(training_commands.evaluate)
-
-
 def main() -> None:
-    """Run the command line; user errors end with one message and exit code 2."""
+    """Run the command line.
+
+    Exit codes: 0 when all is well, 2 for what the user can mend, with one message and no traceback,
+    1 for a bug, 130 and 143 after SIGINT and SIGTERM, 141 when nobody reads the output any more.
+    """
     try:
         app()
     except SdtDeployError as error:
@@ -230,37 +71,5 @@ def main() -> None:
         fail(f"not enough memory: {error}. Take a smaller batch, case or model")
     except OSError as error:
         fail(str(error))
-
-
-def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -> Any:
-    if text:
-        return text
-    if texts is not None:
-        from sdt_deploy.tokenization import read_lines
-
-        return read_lines(texts)
-    from sdt_deploy.arrays import read_npy
-
-    assert ids is not None
-    try:
-        return read_npy(ids)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{ids} cannot be read as .npy: {error}") from error
-
-
-def _save(path: Path, result: RunResult) -> None:
-    import io
-
-    import numpy as np
-
-    from sdt_deploy.files import write_file
-
-    stream = io.BytesIO()
-    np.savez(
-        stream,
-        output=result.output,
-        depths=result.depths,
-        input_ids=result.input_ids,
-        cu_seqlens=result.cu_seqlens,
-    )
-    write_file(path, stream.getvalue())
+    except Exception:
+        report_bug()

@@ -96,9 +96,7 @@ def _check_flag(name: str, value: object) -> None:
     _check(isinstance(value, bool), f"{name} must be true or false, not {shown(value)}")
 
 
-def check_thresholds(
-    thresholds: tuple[float, ...], n_layers: int, *, routing: Routing = "once"
-) -> None:
+def check_thresholds(thresholds: tuple[float, ...], n_layers: int, routing: Routing) -> None:
     """Check that ``thresholds`` are ``n_layers`` finite numbers, nondecreasing for one score.
 
     Raises:
@@ -235,7 +233,7 @@ class ModelConfig:
         if not self.thresholds:
             even = tuple(i / self.n_layers for i in range(self.n_layers))
             object.__setattr__(self, "thresholds", even)
-        check_thresholds(self.thresholds, self.n_layers, routing=self.routing)
+        check_thresholds(self.thresholds, self.n_layers, self.routing)
         _check(
             min(self.thresholds) >= 0.0 and max(self.thresholds) < 1.0,
             "thresholds must be at least 0 and below 1, the score of pinned tokens; "
@@ -247,13 +245,11 @@ class ModelConfig:
         )
         _check(
             self.probe != "none" or self.scored_once,
-            "selection 'capacity' and routing 'per_layer' need scores; probe 'none' gives all the "
-            "same",
+            "capacities and routing per layer need scores; probe 'none' gives all the same",
         )
         _check(
             self.leaving == "exit" or self.routing == "per_layer",
-            "leaving 'skip' needs routing 'per_layer': with one score for all layers a token that "
-            "one layer does not take is taken by none behind it",
+            "leaving 'skip' needs routing 'per_layer': by one score a token that has left stays so",
         )
         for token_id in self.pinned_token_ids:
             _check(
@@ -336,9 +332,9 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _check_positive("layers_per_stage", self.layers_per_stage)
+        listed = isinstance(self.stages, list | tuple)
         _check(
-            isinstance(self.stages, list | tuple)
-            and all(is_integer(size, 1, MAX_LAYERS) for size in self.stages),
+            listed and all(is_integer(size, 1, MAX_LAYERS) for size in self.stages),
             f"stages must be a list of positive integers, not {shown(self.stages)}",
         )
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -377,10 +373,8 @@ class ExportConfig:
             ConfigError: if ``stages`` are for another number of layers.
         """
         if self.stages:
-            _check(
-                sum(self.stages) == n_layers,
-                f"stages {shown(self.stages)} have {sum(self.stages)} layers, the model {n_layers}",
-            )
+            total = sum(self.stages)
+            _check(total == n_layers, f"stages have {total} layers, the model {n_layers}")
             stops = tuple(accumulate(self.stages))
             return tuple(zip((0, *stops[:-1]), stops, strict=True))
         size = self.layers_per_stage

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import signal
+import sys
+import traceback
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,8 +17,44 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-console = Console()
+
+class Output(Console):
+    """A console that ends the process as other tools end where its reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Exit with 128 + SIGPIPE, and leave nothing to be flushed."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13)
+
+
+console = Output()
 messages = Console(stderr=True)
+
+
+def be_quiet(quiet: bool) -> None:
+    """Print errors and JSON only, or everything again."""
+    console.quiet = quiet
+
+
+def print_json(data: Any) -> None:
+    """Print ``data`` on standard output, quiet or not; dataclasses are objects in it."""
+    try:
+        text = json.dumps(data, indent=1, default=dataclasses.asdict, allow_nan=False)
+    except ValueError:
+        fail("the result holds numbers that are not finite, and JSON has none; leave out --json")
+    try:
+        console.file.write(text + "\n")
+        console.file.flush()
+    except BrokenPipeError:
+        console.on_broken_pipe()
+
+
+def report_bug() -> NoReturn:
+    """End the process with the traceback of the current exception and exit code 1."""
+    traceback.print_exc()
+    with suppress(OSError):
+        messages.print("[bold red]This is a bug in sdt-deploy.[/bold red] Please report it.")
+    raise SystemExit(1)
 
 
 def fail(message: str) -> NoReturn:
@@ -37,7 +78,8 @@ def progress_bar(first: str) -> Iterator[Callable[[str, int, int], None]]:
     """Show a progress bar that vanishes when done, and nothing where there is no terminal."""
     from rich.progress import Progress
 
-    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as bar:
+    hidden = console.quiet or not messages.is_terminal
+    with Progress(console=messages, transient=True, disable=hidden) as bar:
         task = bar.add_task(first, total=None)
 
         def advance(what: str, done: int, total: int) -> None:

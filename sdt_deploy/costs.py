@@ -16,7 +16,7 @@ from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import ConfigError
 
 
-def layer_flops(config: ModelConfig, *, n_active: int, n_context: int, n_pairs: float) -> float:
+def layer_flops(config: ModelConfig, *, n_active: float, n_context: float, n_pairs: float) -> float:
     """Operations of one layer.
 
     Args:
@@ -122,21 +122,28 @@ def _shares(
     return tuple(float(pinned + (1 - pinned) * (1 - share)) for share in below)
 
 
-def thresholds_for_depth(manifest: Manifest, target_depth: float) -> tuple[float, ...]:
-    """Return thresholds for another mean depth, from the manifest's score quantiles.
+def thresholds_for_depth(
+    config: ModelConfig,
+    target_depth: float,
+    *,
+    score_quantiles: Sequence[float] | None,
+    pinned_share: float,
+) -> tuple[float, ...]:
+    """Return thresholds for another mean depth, from the score quantiles of a model.
 
     The model's own thresholds are moved along the quantiles, all by one factor: layers that every
     token takes stay so, and thresholds that are equal stay equal, so two levels remain two.
 
     Args:
-        manifest: of a bundle whose model has a probe.
+        config: of a model with a probe.
         target_depth: layers per token, pinned tokens included, on text like the calibration text.
+        score_quantiles: 101 of them, of the unpinned tokens of that text.
+        pinned_share: share of pinned tokens in it.
 
     Raises:
         ConfigError: if there are no quantiles, or the depth cannot be reached.
     """
-    config, quantiles = manifest.model, manifest.score_quantiles
-    n_layers, pinned = config.n_layers, manifest.pinned_share
+    quantiles, pinned, n_layers = score_quantiles, pinned_share, config.n_layers
     if config.selection == "capacity":
         quantiles, pinned = tuple(np.linspace(0.0, 1.0, 101)), 0.0
     if config.routing == "per_layer":
@@ -146,8 +153,9 @@ def thresholds_for_depth(manifest: Manifest, target_depth: float) -> tuple[float
         )
     if config.probe == "none" or quantiles is None:
         raise ConfigError(
-            "a target depth needs score quantiles, and this bundle has none: its model came "
-            "without a fitted probe. Pass thresholds instead"
+            "a target depth needs score quantiles, and this model has none: it came without a "
+            "fitted probe. Fit one (sdt-deploy convert --texts), distil it, or pass thresholds "
+            "instead"
         )
     levels = np.linspace(0.0, 1.0, 101)
     below = np.interp(config.thresholds, quantiles, levels, left=0.0, right=1.0)

@@ -149,17 +149,13 @@ def open_session(
     return _opened(path, options, (provider, {}), disabled_optimizers)
 
 
-def open_cuda_session(
-    path: Path, *, device_id: int, stream: int, allocator: tuple[int, int]
-) -> Any:
+def open_cuda_session(path: Path, *, device_id: int, stream: int) -> Any:
     """Open an ONNX graph on the CUDA provider, to be run by :func:`bind_addresses`.
 
     Args:
         path: the graph.
         device_id: the GPU, in CUDA's order.
         stream: handle of the CUDA stream that all of its work goes to; not the default stream.
-        allocator: addresses of the C functions that allocate and free its memory; they must stay
-            valid while the session lives.
 
     Raises:
         MissingExtraError: if onnxruntime is not installed.

@@ -13,19 +13,34 @@ from sdt_deploy.buckets import (
     OptimizationProfile,
     fitting_profile,
     input_shapes,
+    longest_sequence,
     max_sequences,
     plan_profiles,
 )
+from sdt_deploy.config import ExportConfig
 from sdt_deploy.errors import ConfigError
+from sdt_deploy.runtime.ladders import batch_bucket, stage_bucket
+from sdt_deploy.runtime.splitting import PartLimits
+from sdt_deploy.testing import memory_bundle
+from tests.samples import CONFIGS, random_model
 
-AXES = {
-    "input_ids": ("batch", "seq"),
-    "hidden_states": ("n_tokens", 32),
-    "gather_index": ("batch", 4, "max_seqlen"),
-    "context_states": ("n_context", 32),
-    "key_bias": ("batch", 4, "max_context_seqlen", 1),
-    "thresholds": (6,),
-}
+MANIFESTS = [
+    memory_bundle(random_model(CONFIGS[name][0], seed=1), export).manifest
+    for name, export in (
+        *((name, export) for name, (_, export) in CONFIGS.items()),
+        *((name, ExportConfig(attention="fused")) for name in ("all-embedding", "active-lm")),
+    )
+]
+AXES = sorted(
+    {
+        tensor.axes
+        for manifest in MANIFESTS
+        for graph in manifest.graphs.values()
+        for tensor in graph.inputs
+    },
+    key=str,
+)
+"""Of every input of every graph, decomposed and fused."""
 
 
 @st.composite
@@ -52,7 +67,7 @@ def test_every_shape_of_every_profile_is_in_order(
         assert profile.batch.max * profile.max_seqlen.max <= limits.max_padded_tokens
         assert profile.batch.max <= limits.max_batch
         assert profile.n_tokens.max <= (limits.max_tokens or limits.max_padded_tokens)
-        for axes in AXES.values():
+        for axes in AXES:
             for active_share in (None, share):
                 low, best, high = input_shapes(axes, profile, active_share=active_share)
                 assert len(low) == len(best) == len(high) == len(axes)
@@ -82,6 +97,39 @@ def test_every_batch_that_is_not_split_has_a_profile(
     query = data.draw(st.integers(1, longest))
     assert fits(("batch", 4, "max_seqlen"), 0.3, batch=alive, max_seqlen=query)
     assert fits(("n_tokens", 8), 0.3, n_tokens=active)
+
+
+@given(limits_and_lengths(), st.data())
+def test_every_bucket_of_such_a_batch_has_a_profile(
+    case: tuple[BatchLimits, list[int] | None], data: st.DataObject
+) -> None:
+    """The loop on a device pads a batch, and then the calls of each stage, to a bucket."""
+    limits, recorded = case
+    profiles = plan_profiles(limits, recorded)
+    config = dataclasses.replace(MANIFESTS[-1].model, max_positions=1100)
+    longest = data.draw(st.integers(1, limits.max_seqlen))
+    parts = PartLimits(profiles=profiles, bucketed=True, max_padded_tokens=limits.max_padded_tokens)
+    batch = data.draw(st.integers(1, parts.max_sequences(config, longest)))
+    sizes = [longest, *data.draw(st.lists(st.integers(1, longest), max_size=batch - 1))]
+    whole = batch_bucket(sizes, max_seqlen=longest_sequence(profiles, config.max_positions))
+    active = [data.draw(st.integers(0, size)) for size in sizes]
+    stage = stage_bucket(max(1, sum(active)), max(1, *active), whole)
+    context = {"n_context": whole.n_tokens, "max_context_seqlen": whole.max_seqlen}
+    padded = {**dataclasses.asdict(whole), "seq": whole.max_seqlen}
+    for manifest in MANIFESTS[-2:]:
+        for graph in manifest.graphs.values():
+            is_stage = graph.layers is not None
+            sizes_of = {**dataclasses.asdict(stage), **context} if is_stage else padded
+            share = 0.3 if is_stage else None
+            planned = [
+                {each.name: input_shapes(each.axes, p, active_share=share) for each in graph.inputs}
+                for p in profiles
+            ]
+            shapes = {
+                each.name: tuple(sizes_of.get(axis, axis) for axis in each.axes)
+                for each in graph.inputs
+            }
+            assert fitting_profile(planned, shapes) is not None, (graph.name, shapes)
 
 
 def test_independent_maxima_do_not_multiply() -> None:

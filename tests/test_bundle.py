@@ -73,9 +73,9 @@ def test_every_byte_of_every_file_counts(copied: Path) -> None:
 
 
 def test_a_newer_version_says_so(copied: Path) -> None:
-    edit(copied, lambda body: body.update(format_version=3))
+    edit(copied, lambda body: body.update(format_version=4))
     with pytest.raises(
-        BundleFormatError, match=r"format version 3; this release.*versions 1 and 2"
+        BundleFormatError, match=r"format version 4; this release.*versions 1, 2, 3"
     ):
         Bundle.open(copied)
 

@@ -62,7 +62,7 @@ def test_help_and_version() -> None:
     text = script("--help")
     for command in ("convert", "export", "inspect", "verify", "run", "bench"):
         assert command in text
-        assert "Example: sdt-deploy" in call(command, "--help")
+        assert "Examples:" in call(command, "--help")
     assert script("--version").startswith("sdt-deploy 0.")
     assert "No such command" in call("fly", code=2)
 
@@ -159,7 +159,7 @@ def test_bench(exported: Exported, tmp_path: Path) -> None:
         "bench",
         sample.bundle,
         *("--cases", "2x20,3x7", "--budget", 0.1),
-        *("--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.png"),
+        *("--json-file", tmp_path / "bench.json", "--plot", tmp_path / "bench.png"),
     )
     assert "2x20" in text
     document = json.loads((tmp_path / "bench.json").read_text())

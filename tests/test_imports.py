@@ -45,10 +45,9 @@ LEVELS = (
     "__init__",
     "choices",
     "console",
-    "engine_commands",
-    "export_commands",
-    "training_commands",
+    "commands",
     "cli",
+    "__main__",
 )
 """A module imports only what stands above it, or beside it in its own folder."""
 FORBIDDEN = {"runtime": {"model", "exporters"}, "exporters": {"runtime"}}

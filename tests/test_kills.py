@@ -194,7 +194,7 @@ def test_a_disk_that_fails_under_results(
         arguments = ["run", GOLDEN, "--ids", tmp_path / "ids.npy", "--out", out]
     else:
         arguments = ["bench", GOLDEN, "--cases", "1x2", "--budget", "0.1", "--no-memory"]
-        arguments += ["--json", out]
+        arguments += ["--json-file", out]
     codes, messages = [], STRUCK
     while STRUCK in messages:
         out.write_text("what was measured before")

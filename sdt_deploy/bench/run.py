@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -66,6 +67,8 @@ class BenchOutcome:
     texts: TextsResult | None
     table: Table
     remarks: tuple[str, ...]
+    document: dict[str, Any]
+    """What ``--json`` prints."""
 
 
 def run_bench(
@@ -142,8 +145,8 @@ def run_bench(
                 n_texts_in_file=len(lines),
                 n_truncated=n_truncated,
             )
+    content = document(environment(), source.description, results, texts_result)
     if options.json_file is not None:
-        content = document(environment(), source.description, results, texts_result)
         write_file(options.json_file, (json.dumps(content, indent=1) + "\n").encode())
     if options.plot_file is not None:
         plot(results, options.plot_file)
@@ -151,6 +154,7 @@ def run_bench(
         cases=tuple(results),
         texts=texts_result,
         table=table(results),
+        document=content,
         remarks=(f"measured on {source.description}", *remarks(results, texts_result)),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,14 +21,13 @@ class Embedded:
 
     embeddings: npt.NDArray[np.float32]
     """``[n_texts, width]``"""
-    depth_histogram: npt.NDArray[np.int64]
-    """Tokens at depth 0, 1, …, n_layers; padding excluded, pinned tokens included."""
+    depths: npt.NDArray[np.int32]
+    """``[n_tokens]``, layers of each token of the sample, pinned ones included."""
 
     @property
     def mean_depth(self) -> float:
         """Layers per token."""
-        counts = self.depth_histogram
-        return float(counts @ np.arange(len(counts)) / counts.sum())
+        return float(self.depths.mean())
 
 
 @torch.no_grad()
@@ -46,11 +45,10 @@ def embed_with_oracle(
         thresholds: of a sparse model, instead of its own.
     """
     device = next(model.parameters()).device
-    n_layers = model.config.n_layers
     lengths = np.diff(sample.cu_seqlens)
     order = np.argsort(lengths, kind="stable")
     output = np.zeros((len(lengths), model.config.output_width), dtype=np.float32)
-    histogram = np.zeros(n_layers + 1, dtype=np.int64)
+    depths = np.zeros(len(sample.input_ids), dtype=np.int32)
     start = 0
     while start < len(order):
         longest_first = lengths[order[start:]]
@@ -58,15 +56,20 @@ def embed_with_oracle(
         chosen = order[start : start + max(1, int(fits.sum()))]
         start += len(chosen)
         mask = np.arange(lengths[chosen].max()) < lengths[chosen][:, None]
+        rows = rows_of(sample, chosen)
         ids = np.zeros(mask.shape, dtype=np.int64)
-        ids[mask] = np.concatenate(
-            [sample.input_ids[sample.cu_seqlens[i] : sample.cu_seqlens[i + 1]] for i in chosen]
-        )
+        ids[mask] = sample.input_ids[rows]
         inputs = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
         if isinstance(model, SparseDepthTransformer):
             found = model(*inputs, thresholds=thresholds)
         else:
             found = model(*inputs)
         output[chosen] = found.output.cpu().numpy()
-        histogram += np.bincount(found.depths.cpu().numpy()[mask], minlength=n_layers + 1)
-    return Embedded(embeddings=output, depth_histogram=histogram)
+        depths[rows] = found.depths.cpu().numpy()[mask]
+    return Embedded(embeddings=output, depths=depths)
+
+
+def rows_of(sample: TokenSample, chosen: Iterable[int]) -> npt.NDArray[np.int64]:
+    """Return the places of the tokens of the texts ``chosen``, one text after the other."""
+    starts = sample.cu_seqlens
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])

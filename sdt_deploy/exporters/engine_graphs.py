@@ -204,7 +204,7 @@ class _Rewriter:
     def states(self) -> tuple[int, int]:
         """Return width and element type of the hidden states."""
         (states,) = (value for value in self._proto.graph.input if value.name == "hidden_states")
-        return states.type.tensor_type.shape.dim[1].dim_value, states.type.tensor_type.elem_type
+        return states.type.tensor_type.shape.dim[-1].dim_value, states.type.tensor_type.elem_type
 
     def shape(self, name: str) -> str:
         """Return the shape of a tensor."""

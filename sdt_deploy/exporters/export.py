@@ -24,9 +24,10 @@ from sdt_deploy.bundle import (
 )
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.errors import ConfigError
+from sdt_deploy.exporters.baselines import MaskedGraph
 from sdt_deploy.exporters.combinations import knows_single_file
 from sdt_deploy.exporters.onnx import WeightsWriter, graph_hash, parameters_of, save, trace
-from sdt_deploy.exporters.partition import GraphPart, MaskedGraph, partition
+from sdt_deploy.exporters.partition import GraphPart, partition
 from sdt_deploy.exporters.quantization import quantize
 from sdt_deploy.exporters.single import single_graph
 from sdt_deploy.exporters.verify import assert_dynamic, verify_graph

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.errors import ExportError
-from sdt_deploy.exporters.partition import GraphModule
+from sdt_deploy.exporters.modules import GraphModule
 
 ALIGNMENT = 4096
 """Tensors start at multiples of this in the weights file, so that they can be memory-mapped."""

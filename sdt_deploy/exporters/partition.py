@@ -19,109 +19,38 @@ from torch import Tensor, nn
 
 from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
+from sdt_deploy.exporters.baselines import DenseGraph, MaskedGraph
 from sdt_deploy.exporters.combinations import check_combination
 from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,
-    Mask,
     PackedLayer,
-    PackedLinear,
     gather_rows,
-    key_bias,
     narrowed,
     within,
 )
-from sdt_deploy.model.blocks import Head, Scorer, standings
+from sdt_deploy.exporters.modules import (
+    GraphModule,
+    PackedHead,
+    float32,
+    int32,
+    scores_of,
+    states_of,
+    torch_dtype,
+)
+from sdt_deploy.model.blocks import Scorer
 from sdt_deploy.model.transformer import SparseDepthTransformer
-
-
-class GraphModule(nn.Module):
-    """A module that becomes one graph; ``inputs`` are in the order of ``forward``'s arguments."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-def _int32(name: str, *axes: str | int) -> TensorSpec:
-    return TensorSpec(name=name, axes=axes, dtype="int32")
-
-
-def _float32(name: str, *axes: str | int) -> TensorSpec:
-    return TensorSpec(name=name, axes=axes, dtype="float32")
-
-
-def _states(name: str, *axes: str | int, precision: Precision) -> TensorSpec:
-    return TensorSpec(name=name, axes=axes, dtype=precision)
-
-
-def torch_dtype(precision: Precision) -> torch.dtype:
-    """Return the type of states and products."""
-    dtype: torch.dtype = getattr(torch, precision)
-    return dtype
-
-
-def _scores(config: ModelConfig, *axes: str) -> TensorSpec:
-    probes = (config.n_layers,) if config.routing == "per_layer" else ()
-    return _float32("scores", *axes, *probes)
 
 
 def _layout(config: ModelConfig, length: str) -> tuple[TensorSpec, TensorSpec]:
     return (
-        _int32("gather_index", "batch", config.n_heads, length),
-        _int32("scatter_index", "n_tokens", config.n_heads),
+        int32("gather_index", "batch", config.n_heads, length),
+        int32("scatter_index", "n_tokens", config.n_heads),
     )
 
 
 def _bias(config: ModelConfig, length: str, *outer: int) -> TensorSpec:
-    return _float32("key_bias", *outer, "batch", config.n_heads, length, 1)
-
-
-class PackedHead(nn.Module):
-    """The oracle's head with its products in packed form; pooling is the caller's part.
-
-    The products are in ``dtype``, all else is float32, the output too.
-    """
-
-    def __init__(self, head: Head, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config = head.config
-        self.dtype = dtype
-        self.norm = head.norm
-        self.dense = None if head.dense is None else PackedLinear(head.dense, dtype)
-        self.projection = None if head.projection is None else PackedLinear(head.projection, dtype)
-
-    def normed(self, rows: Tensor) -> Tensor:
-        """Apply the final norm to ``[n_rows, d_model]``; returns float32."""
-        rows = rows.float()
-        return rows if self.norm is None else self.norm(rows)
-
-    def project(self, rows: Tensor) -> Tensor:
-        """Turn normed (and pooled) rows ``[n_rows, d_model]`` into ``[n_rows, width]``."""
-        if self.dense is not None:
-            rows = torch.tanh(self.dense(rows.to(self.dtype)).float())
-        if self.projection is not None:
-            rows = self.projection(rows.to(self.dtype)).float()
-        if not self.config.normalize:
-            return rows
-        norm = rows.pow(2).sum(dim=-1, keepdim=True).sqrt()
-        return rows / norm.clamp_min(1e-12)
-
-    def pool(self, padded: Tensor, mask: Tensor) -> Tensor:
-        """Mean over the places of ``[batch, max_seqlen, d_model]`` where ``mask`` is True."""
-        weight = mask.unsqueeze(-1).to(padded.dtype)
-        return (padded * weight).sum(dim=1) / weight.sum(dim=1)
-
-    def of_padded(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Compute the outputs of ``states [batch, max_seqlen, d_model]``.
-
-        ``mask [batch, max_seqlen]`` bool is True where there is a token; only means need it.
-        """
-        if not self.config.per_sequence:
-            return self.project(self.normed(states))
-        if self.config.pooling == "cls":
-            return self.project(self.normed(states.select(1, 0)))
-        assert mask is not None
-        return self.project(self.pool(self.normed(states), mask))
+    return float32("key_bias", *outer, "batch", config.n_heads, length, 1)
 
 
 class EntryGraph(GraphModule):
@@ -136,10 +65,10 @@ class EntryGraph(GraphModule):
         self.scorer = model.scorer
         config = model.config
         names = ["input_ids", "position_ids"] + ["token_type_ids"] * (config.n_token_types > 0)
-        self.inputs = tuple(_int32(name, *axes) for name in names)
+        self.inputs = tuple(int32(name, *axes) for name in names)
         self.outputs = (
-            _states("hidden_states", *axes, config.d_model, precision=precision),
-            _scores(config, *axes),
+            states_of("hidden_states", *axes, config.d_model, precision=precision),
+            scores_of(config, *axes),
         )
 
     def forward(
@@ -176,8 +105,8 @@ class StageGraph(GraphModule):
         self.layers = nn.ModuleList(layers)
         self.n_heads = config.n_heads
         self.scorer = None if scorer is None else Probes(scorer)
-        states = _states("updated_states", "n_tokens", config.d_model, precision=precision)
-        self.outputs = (states, *(_scores(config, "n_tokens"),) * (scorer is not None))
+        states = states_of("updated_states", "n_tokens", config.d_model, precision=precision)
+        self.outputs = (states, *(scores_of(config, "n_tokens"),) * (scorer is not None))
 
     def scored(self, states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the outputs."""
@@ -197,10 +126,10 @@ class ActiveStageGraph(StageGraph):
         super().__init__(layers, config, precision, scorer)
         grouped = len(layers) > 1
         self.inputs = (
-            _states("hidden_states", "n_tokens", config.d_model, precision=precision),
+            states_of("hidden_states", "n_tokens", config.d_model, precision=precision),
             *_layout(config, "max_seqlen"),
             _bias(config, "max_seqlen", *(len(layers),) * grouped),
-            *(_int32("remaining_depth", "n_tokens"),) * grouped,
+            *(int32("remaining_depth", "n_tokens"),) * grouped,
         )
 
     def forward(
@@ -235,13 +164,13 @@ class AllStageGraph(StageGraph):
         super().__init__(layers, config, precision, scorer)
         grouped = len(layers) > 1
         self.inputs = (
-            _states("hidden_states", "n_tokens", config.d_model, precision=precision),
+            states_of("hidden_states", "n_tokens", config.d_model, precision=precision),
             *_layout(config, "max_seqlen"),
-            _states("context_states", "n_context", config.d_model, precision=precision),
-            _int32("context_gather_index", "batch", config.n_heads, "max_context_seqlen"),
+            states_of("context_states", "n_context", config.d_model, precision=precision),
+            int32("context_gather_index", "batch", config.n_heads, "max_context_seqlen"),
             _bias(config, "max_context_seqlen"),
-            *(_int32("remaining_depth", "n_tokens"),) * grouped,
-            *(_int32("refresh_index", "n_context"),) * grouped,
+            *(int32("remaining_depth", "n_tokens"),) * grouped,
+            *(int32("refresh_index", "n_context"),) * grouped,
         )
 
     def forward(
@@ -280,13 +209,13 @@ class FusedStageGraph(GraphModule):
         d_model = config.d_model
         context = ("context_states", "batch", "max_context_seqlen", d_model)
         self.inputs = (
-            _states("hidden_states", 1, "n_tokens", d_model, precision=precision),
-            _int32("gather_index", "batch", "max_seqlen"),
-            _int32("scatter_index", "n_tokens"),
-            *(_states(*context, precision=precision) for _ in range(self.sees_all)),
+            states_of("hidden_states", 1, "n_tokens", d_model, precision=precision),
+            int32("gather_index", "batch", "max_seqlen"),
+            int32("scatter_index", "n_tokens"),
+            *(states_of(*context, precision=precision) for _ in range(self.sees_all)),
             TensorSpec(name="key_lengths", axes=("batch",), dtype="int64"),
         )
-        self.outputs = (_states("updated_states", 1, "n_tokens", d_model, precision=precision),)
+        self.outputs = (states_of("updated_states", 1, "n_tokens", d_model, precision=precision),)
 
     def forward(
         self, hidden_states: Tensor, gather_index: Tensor, scatter_index: Tensor, *rest: Tensor
@@ -303,10 +232,10 @@ class FusedHeadGraph(GraphModule):
         super().__init__()
         self.head = head
         padded, pooling = ("batch", "max_seqlen"), config.head.pooling
-        states = _states("hidden_states", *padded, config.d_model, precision=precision)
-        self.inputs = (states, *(_int32("attention_mask", *padded),) * (pooling == "mean"))
+        states = states_of("hidden_states", *padded, config.d_model, precision=precision)
+        self.inputs = (states, *(int32("attention_mask", *padded),) * (pooling == "mean"))
         rows = padded[:1] if config.head.per_sequence else padded
-        self.outputs = (_float32("output", *rows, config.output_width),)
+        self.outputs = (float32("output", *rows, config.output_width),)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Compute outputs, pooled over the tokens that ``attention_mask`` names."""
@@ -320,19 +249,19 @@ class HeadGraph(GraphModule):
     def __init__(self, head: PackedHead, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.head = head
-        states = _states("hidden_states", "n_tokens", config.d_model, precision=precision)
+        states = states_of("hidden_states", "n_tokens", config.d_model, precision=precision)
         if not config.head.per_sequence:
             self.inputs = (states,)
         elif config.head.pooling == "cls":
-            self.inputs = (states, _int32("first_index", "batch"))
+            self.inputs = (states, int32("first_index", "batch"))
         else:
             self.inputs = (
                 states,
-                _int32("gather_index", "batch", "max_seqlen"),
-                _int32("lengths", "batch"),
+                int32("gather_index", "batch", "max_seqlen"),
+                int32("lengths", "batch"),
             )
         rows = "batch" if config.head.per_sequence else "n_tokens"
-        self.outputs = (_float32("output", rows, config.output_width),)
+        self.outputs = (float32("output", rows, config.output_width),)
 
     def forward(
         self, hidden_states: Tensor, index: Tensor | None = None, lengths: Tensor | None = None
@@ -344,138 +273,6 @@ class HeadGraph(GraphModule):
             return self.head.project(self.head.normed(gather_rows(hidden_states, index)))
         padded = gather_rows(self.head.normed(hidden_states), index)
         return self.head.project(self.head.pool(padded, within(lengths, index.shape[1])))
-
-
-class _PaddedGraph(GraphModule):
-    """What the two whole-model baselines share: padded ``[batch, seq]`` in and out."""
-
-    def __init__(
-        self,
-        model: SparseDepthTransformer,
-        layers: Sequence[PackedLayer | FusedLayer],
-        head: PackedHead,
-    ) -> None:
-        super().__init__()
-        self.embeddings = model.embeddings
-        self.layers = nn.ModuleList(layers)
-        self.fused = isinstance(layers[0], FusedLayer)
-        self.head = head
-        config = model.config
-        self.n_heads = config.n_heads
-        names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.n_token_types > 0)
-        self.inputs = tuple(_int32(name, "batch", "seq") for name in names)
-        axes = ("batch",) if config.head.per_sequence else ("batch", "seq")
-        self.outputs = (_float32("output", *axes, config.output_width),)
-
-    def embed(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """Return ``[batch · seq, d_model]``, or for fused layers ``[batch, seq, d_model]``."""
-        if self.fused:  # operators that keep the names of the axes
-            tokens = mask.to(torch.int32)
-            positions = tokens.cumsum(dim=1, dtype=torch.int32) - tokens
-            return self.embeddings(input_ids, positions, token_type_ids)
-        batch, seq = input_ids.shape
-        positions = torch.arange(seq, dtype=torch.int32).expand(batch, seq)
-        types = None if token_type_ids is None else token_type_ids.reshape(-1)
-        return self.embeddings(input_ids.reshape(-1), positions.reshape(-1), types)
-
-    def sight(
-        self, visible: Tensor, dtype: torch.dtype, *, scattered: bool = False
-    ) -> Tensor | Mask:
-        """Say which keys ``visible [batch, seq]`` shows, in the form that the layers take.
-
-        ``scattered``: they need not be the first ones of each sequence.
-        """
-        if not self.fused:
-            return key_bias(visible, self.n_heads, dtype)
-        if not scattered:
-            return visible.to(torch.int64).sum(dim=1)
-        everywhere = visible | ~visible
-        return Mask(visible[:, None, None, :] & everywhere[:, None, :, None])
-
-    def through(self, layer: nn.Module, states: Tensor, see: Tensor | Mask) -> Tensor:
-        """Apply one layer to all rows of a padded batch, as :meth:`embed` returns them."""
-        if self.fused:
-            return layer(states, None, None, see)
-        assert isinstance(see, Tensor)
-        layout = HeadLayout(self.n_heads, batch=see.shape[0])
-        return layer(states, layout, states, layout, see)
-
-    def finish(self, states: Tensor, mask: Tensor) -> Tensor:
-        if self.fused:
-            return self.head.of_padded(states, mask)
-        batch, seq = mask.shape
-        config = self.head.config
-        if not config.per_sequence:
-            return self.head.project(self.head.normed(states)).reshape(batch, seq, -1)
-        if config.pooling == "cls":
-            first = states.reshape(batch, seq, -1).select(1, 0)
-            return self.head.project(self.head.normed(first))
-        padded = self.head.normed(states).reshape(batch, seq, -1)
-        return self.head.project(self.head.pool(padded, mask))
-
-
-class DenseGraph(_PaddedGraph):
-    """The dense baseline: every token through every layer, as one would deploy it today."""
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        """Run the dense model on a padded batch."""
-        mask = attention_mask > 0
-        states = self.embed(input_ids, mask, token_type_ids).to(self.head.dtype)
-        see = self.sight(mask, states.dtype)
-        for layer in self.layers:
-            states = self.through(layer, states, see)
-        return self.finish(states, mask)
-
-
-class MaskedGraph(_PaddedGraph):
-    """The sparse model's function without compaction: inactive rows keep their state."""
-
-    def __init__(
-        self,
-        model: SparseDepthTransformer,
-        layers: Sequence[PackedLayer | FusedLayer],
-        head: PackedHead,
-    ) -> None:
-        super().__init__(model, layers, head)
-        self.scorer = model.scorer
-        self.context = model.config.context
-        self.by_capacity = model.config.selection == "capacity"
-        self.per_layer = model.config.routing == "per_layer"
-        self.exits = model.config.leaving == "exit"
-        self.inputs = (*self.inputs, _float32("thresholds", model.config.n_layers))
-        self.outputs = (*self.outputs, _scores(model.config, "batch", "seq"))
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Run the sparse model on a padded batch; ``rest``: token types, if any, thresholds."""
-        *types, thresholds = rest
-        mask = attention_mask > 0
-        embedded = self.embed(input_ids, mask, types[0] if types else None)
-        ids = input_ids if self.fused else input_ids.reshape(-1)
-        states = embedded.to(self.head.dtype)
-        see = self.sight(mask, states.dtype)
-        candidates, found = mask, []
-        for i, layer in enumerate(self.layers):
-            if self.per_layer:
-                found.append(self.scorer(ids, states)[..., i].reshape(input_ids.shape))
-            elif not i:
-                found.append(self.scorer(ids, embedded).reshape(input_ids.shape))
-            compared = found[-1]
-            if self.by_capacity:
-                compared = standings(torch.where(candidates, compared, -1.0), mask)
-            active = candidates & (compared > thresholds[i])
-            if self.per_layer and self.exits:
-                candidates = active
-            if self.context == "active":
-                see = self.sight(active, states.dtype, scattered=True)
-            updated = self.through(layer, states, see)
-            rows = active.unsqueeze(-1) if self.fused else active.reshape(-1, 1)
-            states = torch.where(rows, updated, states)
-        scores = torch.stack(found, dim=-1) if self.per_layer else found[0]
-        return self.finish(states, mask), scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -533,8 +330,9 @@ def partition(
             scores = model.config.routing == "per_layer" and stop < model.config.n_layers
             scorer = model.scorer if scores else None
             module = stage(packed[first:stop], model.config, precision, scorer)
-        topology = f"stage of {stop - first}{', scored' if len(module.outputs) > 1 else ''}"
-        name = f"stage-{i:02d}"
+        name, topology = f"stage-{i:02d}", f"stage of {stop - first}"
+        if len(module.outputs) > 1:
+            topology = f"{topology}, scored"
         yield GraphPart(name=name, module=module, topology=topology, layers=(first, stop))
     last = (FusedHeadGraph if fused else HeadGraph)(head, model.config, precision)
     yield GraphPart(name="head", module=last, topology="head")

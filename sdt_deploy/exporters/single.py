@@ -21,9 +21,9 @@ import numpy as np
 import onnx
 
 from sdt_deploy.config import ModelConfig
+from sdt_deploy.exporters.baselines import MaskedGraph
 from sdt_deploy.exporters.builder import GraphBuilder
 from sdt_deploy.exporters.onnx import parameters_of
-from sdt_deploy.exporters.partition import MaskedGraph
 
 HIDDEN = float(np.finfo(np.float32).min / 2)
 """Bias of a key that is not seen: so small that its weight is 0, without reaching an infinity."""

@@ -79,7 +79,8 @@ class Scorer(nn.Module):
         Several probes are a matrix product: states of inner layers depend on that anyway.
         """
         if not self.linear:
-            return torch.ones_like(embedded[..., 0], dtype=torch.float32)
+            # All ones; a graph that asked for a shape could not be captured on a GPU.
+            return (input_ids >= 0).float()
         scores = torch.sigmoid(self.logits(embedded))
         if not self.pins:
             return scores

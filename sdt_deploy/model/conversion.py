@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sdt_deploy.config import Context, Selection
+from sdt_deploy.costs import thresholds_for_depth
 from sdt_deploy.errors import CheckpointError, ConfigError
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.adapters import merged, read_adapter
@@ -243,6 +244,23 @@ def rebuilt(model: SparseDepthTransformer, **changes: object) -> SparseDepthTran
     rebuilt = SparseDepthTransformer(model.config.replace(**changes))
     rebuilt.load_state_dict({**rebuilt.state_dict(), **model.state_dict()})
     return rebuilt.eval()
+
+
+def at_depth(checkpoint: Checkpoint, target_depth: float) -> Checkpoint:
+    """Return ``checkpoint`` with thresholds for another mean depth; nothing else changes.
+
+    Raises:
+        ConfigError: if it has no score quantiles, or the depth cannot be reached.
+    """
+    thresholds = thresholds_for_depth(
+        checkpoint.model.config,
+        target_depth,
+        score_quantiles=checkpoint.score_quantiles,
+        pinned_share=checkpoint.pinned_share,
+    )
+    provenance = {**checkpoint.provenance, "target_depth": target_depth}
+    model = rebuilt(checkpoint.model, thresholds=thresholds)
+    return dataclasses.replace(checkpoint, model=model, provenance=provenance)
 
 
 def _chained(

@@ -176,7 +176,7 @@ class SparseDepthTransformer(DenseTransformer):
     def _limits(self, thresholds: Sequence[float] | None) -> Tensor:
         config = self.config
         thresholds = config.thresholds if thresholds is None else thresholds
-        check_thresholds(tuple(thresholds), config.n_layers, routing=config.routing)
+        check_thresholds(tuple(thresholds), config.n_layers, config.routing)
         return torch.tensor(thresholds, dtype=torch.float32)
 
     def as_dense(self) -> DenseTransformer:

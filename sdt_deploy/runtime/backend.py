@@ -61,14 +61,8 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Allocate an uninitialised array; it belongs to the caller."""
 
-    def upload(self, arrays: Sequence[HostArray]) -> Sequence[Array]:
-        """Return the arrays as graphs read them without another copy.
-
-        The caller must not change them while the results are in use.
-        """
-
     def take(self, rows: Array, index: Array, out: Array) -> None:
-        """``out[i] = rows[index[i]]``; ``index [n]`` int32, all in range, from :meth:`upload`."""
+        """``out[i] = rows[index[i]]``; ``index [n]`` int32, all in range, from :meth:`plan`."""
 
     def plan(
         self,
@@ -110,10 +104,6 @@ class HostMemory:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """See :meth:`Backend.empty`."""
         return np.empty(shape, dtype=dtype)
-
-    def upload(self, arrays: Sequence[HostArray]) -> Sequence[Array]:
-        """See :meth:`Backend.upload`."""
-        return arrays
 
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """See :meth:`Backend.take`."""

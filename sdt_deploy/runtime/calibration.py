@@ -12,6 +12,13 @@ from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate, needed_flops
 from sdt_deploy.runtime.result import RunResult
 
 
+def random_batch(config: ModelConfig, lengths: Sequence[int]) -> TokenBatch:
+    """Return a batch of random tokens, the same ones for the same lengths."""
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, cu_seqlens[-1])
+    return TokenBatch.from_packed(ids, cu_seqlens, config=config)
+
+
 def measure_costs(
     config: ModelConfig,
     paths: Sequence[Path],
@@ -22,13 +29,11 @@ def measure_costs(
     """Return the cost model of ``run`` over ``paths`` after a few runs on random tokens."""
 
     def measure(path: Path, lengths: Sequence[int]) -> tuple[float, float]:
-        cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, cu_seqlens[-1])
-        batch = TokenBatch.from_packed(ids, cu_seqlens, config=config)
+        batch = random_batch(config, lengths)
         runs = [run(batch, path) for _ in range(6)]
         milliseconds = min(one.timings.total_ms for one in runs[1:])
         if path == "masked":
             return padded_flops(config, lengths), milliseconds
-        return needed_flops(config, runs[0].depths, cu_seqlens, runs[0].active), milliseconds
+        return needed_flops(config, runs[0].depths, batch.cu_seqlens, runs[0].active), milliseconds
 
     return calibrate(config, paths, measure, n_large=n_large)

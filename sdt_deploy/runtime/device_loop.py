@@ -13,49 +13,31 @@ batch run one after the other on one stream, so all captures share one pool of s
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from sdt_deploy.buckets import longest_sequence
 from sdt_deploy.bundle import Bundle, Manifest
-from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting
-from sdt_deploy.runtime.ladders import Bucket, batch_bucket, stage_bucket
+from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame
+from sdt_deploy.runtime.ladders import Bucket, batch_bucket, likely_buckets, stage_bucket
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.stopping import StopCheck
 
-MAX_GRAPHS = 512
+MAX_GRAPHS = 1024
 """Captured graphs that a session keeps; the least recently used ones go first."""
-ALIGNMENT = 256
-"""Bytes; TensorRT wants addresses to be multiples of it."""
+MAX_FRAMES = 64
+"""Buckets whose small buffers a session keeps, with their graphs; likewise."""
 Work = Callable[[], None]
-
-
-class DeviceBackend(Backend, Protocol):
-    """A backend whose buffers are torch tensors on :attr:`device`."""
-
-    device: Any
-
-    @property
-    def torch(self) -> Any:
-        """The module."""
-
-    @property
-    def routing(self) -> DeviceRouting:
-        """What routes on this device."""
-
-    def wait(self) -> None:
-        """Wait for what was enqueued on the current stream so far."""
 
 
 class GraphCache:
@@ -108,111 +90,14 @@ class GraphCache:
         if len(self._graphs) > self._max_graphs:
             self._graphs.popitem(last=False)
 
+    def discard(self, stale: Callable[[Hashable], bool]) -> None:
+        """Free the graphs whose key is stale."""
+        for key in [key for key in self._graphs if stale(key)]:
+            del self._graphs[key]
+
     def clear(self) -> None:
         """Free all graphs, and with them their scratch memory."""
         self._graphs.clear()
-
-
-class PinnedBlock:
-    """Arrays side by side in one block on the device and one in pinned memory: one copy for all.
-
-    Args:
-        torch: the module.
-        device: where.
-        parts: shape and dtype by name.
-    """
-
-    def __init__(
-        self, torch: Any, device: Any, parts: Mapping[str, tuple[tuple[int, ...], str]]
-    ) -> None:
-        starts, total = [], 0
-        for shape, dtype in parts.values():
-            starts.append(total)
-            n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-            total += -(-n_bytes // ALIGNMENT) * ALIGNMENT
-        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
-        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self.there: dict[str, Any] = {}
-        """The tensors on the device."""
-        self.here: dict[str, np.ndarray] = {}
-        """The arrays in pinned memory."""
-        for (name, (shape, dtype)), begin in zip(parts.items(), starts, strict=True):
-            end = begin + math.prod(shape) * np.dtype(dtype).itemsize
-            self.there[name] = self._device[begin:end].view(getattr(torch, dtype)).view(shape)
-            self.here[name] = self._host.numpy()[begin:end].view(dtype).reshape(shape)
-
-    def send(self) -> None:
-        """Copy to the device; nothing waits, so the arrays must stay as they are for now."""
-        self._device.copy_(self._host, non_blocking=True)
-
-    def fetch(self) -> None:
-        """Copy to the host; they are there once the stream has been waited for."""
-        self._host.copy_(self._device, non_blocking=True)
-
-
-class Frame:
-    """The small buffers of one bucket, at fixed addresses."""
-
-    def __init__(self, backend: DeviceBackend, config: ModelConfig, bucket: Bucket) -> None:
-        torch, device = backend.torch, backend.device
-        batch, longest = padded = bucket.batch, bucket.max_seqlen
-        sent = {
-            "input_ids": (padded, "int32"),  # 0 in padding
-            "attention_mask": (padded, "int32"),
-            "lengths": ((batch,), "int64"),  # 0 for sequences that fill the bucket
-            "thresholds": ((config.n_layers,), "float32"),
-        }
-        if config.n_token_types:
-            sent["token_type_ids"] = (padded, "int32")
-        rows = (batch,) if config.head.per_sequence else padded
-        result = {
-            "output": ((*rows, config.output_width), "float32"),
-            "scores": (padded, "float32"),
-            "depths": (padded, "int32"),
-        }
-        self.bucket = bucket
-        self.sent = PinnedBlock(torch, device, sent)
-        self.counts = PinnedBlock(torch, device, {"counts": ((2, config.n_layers), "int32")})
-        self.result = PinnedBlock(torch, device, result)
-        self.plan = DevicePlan.empty(
-            torch,
-            device,
-            bucket,
-            config.n_layers,
-            counts=self.counts.there["counts"],
-            depths=self.result.there["depths"].view(-1),
-        )
-        positions = torch.arange(longest, dtype=torch.int32, device=device)
-        self.position_ids = positions.expand(padded).contiguous()
-        """``[batch, max_seqlen]`` int32."""
-
-    @property
-    def ids(self) -> dict[str, Any]:
-        """``input_ids``, and ``token_type_ids`` if the model has types."""
-        names = ("input_ids", "token_type_ids")
-        return {name: self.sent.there[name] for name in names if name in self.sent.there}
-
-    def send(self, batch: TokenBatch, thresholds: Sequence[float]) -> None:
-        """Write a batch: one copy, which nothing waits for.
-
-        The block is free: the last run that used it has ended.
-        """
-        n, longest = len(batch.lengths), int(batch.lengths.max())
-        here = self.sent.here
-        padded = {
-            "input_ids": batch.padded(batch.input_ids),
-            "attention_mask": batch.attention_mask,
-        }
-        if "token_type_ids" in here:
-            padded["token_type_ids"] = batch.padded(batch.types)
-        for name, values in padded.items():
-            if here[name].shape != values.shape:
-                here[name].fill(0)
-            here[name][:n, :longest] = values
-        here["lengths"][:n] = batch.lengths
-        here["lengths"][n:] = 0
-        here["thresholds"][:] = thresholds
-        self.sent.send()
 
 
 class DeviceLoop:
@@ -230,9 +115,10 @@ class DeviceLoop:
         self._layers = [first for first, _ in manifest.stage_layers]
         self._backend = backend
         self._torch = backend.torch
+        self._max_seqlen = longest_sequence(backend.profiles, manifest.model.max_positions)
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
-        self._frames: dict[Bucket, Frame] = {}
+        self._frames: OrderedDict[Bucket, Frame] = OrderedDict()
         self._capacity = 0
         self._states: Any = None
         """``[n_places, d_model]``, the last state of every token, in its place."""
@@ -269,7 +155,7 @@ class DeviceLoop:
         """
         start = perf_counter()
         config = self._config
-        bucket = batch_bucket(batch.lengths.tolist(), max_positions=config.max_positions)
+        bucket = batch_bucket(batch.lengths.tolist(), max_seqlen=self._max_seqlen)
         n, longest = len(batch.lengths), int(batch.lengths.max())
         with self._lock, self._backend.running():
             frame = self._frame(bucket)
@@ -306,6 +192,27 @@ class DeviceLoop:
             path=path,
             stage_rows=stage_rows,
         )
+
+    def warmup(self, lengths: Sequence[int], active_shares: Sequence[float]) -> None:
+        """Capture what batches in the bucket of ``lengths`` are likely to launch.
+
+        Args:
+            lengths: tokens of each sequence.
+            active_shares: expected share of active tokens in each layer.
+        """
+        bucket = batch_bucket(lengths, max_seqlen=self._max_seqlen)
+        with self._lock, self._backend.running():
+            frame = self._frame(bucket)
+            frame.clear()  # indices and lengths that any size may be captured with
+            self._graphs.launch(("entry", bucket), partial(self._enter, frame))
+            for number, layer in enumerate(self._layers):
+                for size in likely_buckets(bucket, active_shares[layer]):
+                    key = ("stage", number, bucket, size)
+                    self._graphs.launch(key, partial(self._stage, frame, number, size))
+            self._graphs.launch(("head", bucket), partial(self._head, frame))
+            if self._backend.has("masked"):
+                self._graphs.launch(("masked", bucket), partial(self._whole, frame, "masked"))
+            self._backend.wait()
 
     def close(self) -> None:
         """Free graphs and buffers."""
@@ -394,6 +301,11 @@ class DeviceLoop:
             self._capacity = bucket.n_tokens
         if bucket not in self._frames:
             self._frames[bucket] = Frame(self._backend, self._config, bucket)
+            if len(self._frames) > MAX_FRAMES:
+                oldest, _ = self._frames.popitem(last=False)
+                # Keys are a name, maybe the number of a stage, and the bucket of the batch.
+                self._graphs.discard(lambda key: isinstance(key, tuple) and oldest in key[:3])
+        self._frames.move_to_end(bucket)
         return self._frames[bucket]
 
 

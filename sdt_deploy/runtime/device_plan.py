@@ -18,6 +18,8 @@ from typing import Any, Protocol
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.ladders import Bucket
 
+ALIGNMENT = 256
+"""Bytes; TensorRT wants addresses to be multiples of it."""
 NO_ROW = 2**30
 """In a grid, a slot that no token has."""
 
@@ -37,7 +39,8 @@ class DevicePlan:
     grid: Any
     """``[batch, max_seqlen]`` int32, the row in each slot, or :data:`NO_ROW`."""
     active_lengths: Any
-    """``[n_layers, batch]`` int64, active tokens of each layer and sequence."""
+    """``[n_layers, batch]`` int64, active tokens of each layer and sequence. Engines read single
+    rows, which therefore begin at multiples of :data:`ALIGNMENT` bytes."""
     counts: Any
     """``[2, n_layers]`` int32: active tokens of each layer, and those of the sequence that has
     most; the only thing that the host reads."""
@@ -51,13 +54,14 @@ class DevicePlan:
         def zeros(*shape: int, dtype: Any = torch.int32) -> Any:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        n_places = bucket.n_tokens
+        n_places, step = bucket.n_tokens, ALIGNMENT // 8
+        rows = zeros(n_layers, -(-bucket.batch // step) * step, dtype=torch.int64)
         made = {
             "place": zeros(n_places),
             "slot": zeros(n_places),
             "row_depth": zeros(n_places),
             "grid": zeros(bucket.batch, bucket.max_seqlen),
-            "active_lengths": zeros(n_layers, bucket.batch, dtype=torch.int64),
+            "active_lengths": rows[:, : bucket.batch],
         }
         if not given:
             given = {"depths": zeros(n_places), "counts": zeros(2, n_layers)}

@@ -143,7 +143,7 @@ def plan_on_device(
         else:
             queries = layout(n_rows, width, queries=True, keys=everything is None)
         remaining = refresh = None
-        key_bias = queries.key_bias if everything is None else everything.key_bias
+        key_bias: Any = queries.key_bias if everything is None else everything.key_bias
         if stop - begin > 1:
             remaining = sorted_depths[:n_rows] - begin
             if everything is None:
@@ -167,4 +167,11 @@ def plan_on_device(
         head["first_index"] = row_of[starts].int()
     elif rules.pooling == "mean":
         head = {"gather_index": torch.where(grid < n_tokens, grid, 0), "lengths": lens}
-    return RoutePlan(depths=depths, order=order, row_of=row_of, steps=tuple(steps), head=head)
+    return RoutePlan(
+        depths=depths,
+        active_tokens=n_active,
+        order=order,
+        row_of=row_of,
+        steps=tuple(steps),
+        head=head,
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.config import ModelConfig
-from sdt_deploy.costs import dense_flops, sparse_flops
+from sdt_deploy.costs import dense_flops, head_flops, layer_flops, score_flops, sparse_flops
 from sdt_deploy.runtime.routing import Int32
 
 Path = Literal["sparse", "single", "masked"]
@@ -62,17 +62,20 @@ class CostModel:
     lines: Mapping[Path, LinearCost]
 
     def choose(
-        self, config: ModelConfig, groups: Sequence[Sequence[int]], active_shares: Sequence[float]
+        self,
+        config: ModelConfig,
+        parts: Sequence[Int32 | Sequence[int]],
+        active_shares: Sequence[float],
     ) -> Path:
         """Return the path that is expected to be faster.
 
         Args:
             config: the model.
-            groups: the parts that the batch runs in, each with the tokens of its sequences.
+            parts: what the batch runs as, each by the tokens of its sequences, ``[batch]``.
             active_shares: expected share of active tokens in every layer.
         """
         total_ms = dict.fromkeys(self.lines, 0.0)
-        for lengths in groups:
+        for lengths in parts:
             needed = expected_flops(config, lengths, active_shares)
             for path, line in self.lines.items():
                 flops = padded_flops(config, lengths) if path == "masked" else needed
@@ -80,19 +83,29 @@ class CostModel:
         return min(total_ms, key=total_ms.__getitem__)
 
 
-def padded_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
+def padded_flops(config: ModelConfig, lengths: Int32 | Sequence[int]) -> float:
     """Return the operations of a graph that pads and skips nothing."""
-    return dense_flops(config, [max(lengths)] * len(lengths))
+    return dense_flops(config, [int(np.max(lengths))] * len(lengths))
 
 
 def expected_flops(
-    config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
+    config: ModelConfig, lengths: Int32 | Sequence[int], active_shares: Sequence[float]
 ) -> float:
     """Return the operations with skipping if every sequence had the expected shares."""
-    active = [
-        [max(1, round(n * share)) if share else 0 for n in lengths] for share in active_shares
-    ]
-    return sparse_flops(config, lengths, active)
+    wide = np.asarray(lengths, dtype=np.float64)
+    batch, n_tokens, n_pairs = len(lengths), int(wide.sum()), float(wide @ wide)
+    sees_all = config.context == "all"
+    total = head_flops(config, n_tokens=n_tokens, batch=batch)
+    total += score_flops(config, n_tokens=n_tokens)
+    for share in active_shares:
+        seen = 1.0 if sees_all and share else share
+        total += layer_flops(
+            config,
+            n_active=share * n_tokens,
+            n_context=seen * n_tokens,
+            n_pairs=share * seen * n_pairs,
+        )
+    return total
 
 
 def needed_flops(

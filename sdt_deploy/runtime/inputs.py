@@ -72,7 +72,7 @@ def read_thresholds(values: object, config: ModelConfig) -> tuple[float, ...]:
             raise OverflowError("they are compared in float32, and one is beyond its range")
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"thresholds must be {config.n_layers} numbers: {error}") from error
-    check_thresholds(thresholds, config.n_layers, routing=config.routing)
+    check_thresholds(thresholds, config.n_layers, config.routing)
     return thresholds
 
 
@@ -90,7 +90,12 @@ def chosen_thresholds(
         raise ConfigError("thresholds and target_depth contradict each other; give one of them")
     if not is_number(target_depth):
         raise ConfigError(f"target_depth must be a number, not {shown(target_depth)}")
-    return thresholds_for_depth(manifest, float(target_depth))  # type: ignore[arg-type]
+    return thresholds_for_depth(
+        manifest.model,
+        float(target_depth),  # type: ignore[arg-type]
+        score_quantiles=manifest.score_quantiles,
+        pinned_share=manifest.pinned_share,
+    )
 
 
 def _as_texts(inputs: object) -> list[str] | None:

@@ -47,20 +47,21 @@ def rung(size: int, *, multiple: int, steps: int) -> int:
     return -(-size // step) * step
 
 
-def bucket_seqlen(longest: int, *, max_positions: int) -> int:
+def bucket_seqlen(longest: int, *, max_seqlen: int) -> int:
     """Return the places of each sequence in the bucket of a batch; see :func:`batch_bucket`."""
-    return min(rung(longest, multiple=SEQLEN_MULTIPLE, steps=4), max(max_positions, longest))
+    return min(rung(longest, multiple=SEQLEN_MULTIPLE, steps=4), max(max_seqlen, longest))
 
 
-def batch_bucket(lengths: Sequence[int], *, max_positions: int) -> Bucket:
+def batch_bucket(lengths: Sequence[int], *, max_seqlen: int) -> Bucket:
     """Return the bucket of a padded batch; ``n_tokens`` counts its padding too.
 
     Args:
         lengths: tokens of each sequence.
-        max_positions: no sequence may be longer, so neither is the bucket's.
+        max_seqlen: no sequence may be longer, so neither is the bucket's; see
+            :func:`sdt_deploy.buckets.longest_sequence`.
     """
     batch = rung(len(lengths), multiple=1, steps=4)
-    longest = bucket_seqlen(max(lengths), max_positions=max_positions)
+    longest = bucket_seqlen(max(lengths), max_seqlen=max_seqlen)
     return Bucket(n_tokens=batch * longest, batch=batch, max_seqlen=longest)
 
 
@@ -84,3 +85,29 @@ def stage_bucket(n_active: int, max_seqlen: int, whole: Bucket) -> Bucket:
         batch=whole.batch,
         max_seqlen=min(rung(max_seqlen, multiple=SEQLEN_MULTIPLE, steps=8), whole.max_seqlen),
     )
+
+
+def likely_buckets(whole: Bucket, share: float, *, spread: float = 0.1) -> list[Bucket]:
+    """Return the buckets that a stage call is likely to need, for captures made beforehand.
+
+    Args:
+        whole: the bucket of the batch.
+        share: expected share of active tokens, 0 to 1.
+        spread: how far the share of one batch may lie from it, and that of the sequence that has
+            most active tokens twice as far above it.
+    """
+    low, high, most = (min(1.0, max(0.0, share + by)) for by in (-spread, spread, 2 * spread))
+    if not share:
+        return []
+    found = {
+        stage_bucket(n_active, longest, whole)
+        for n_active in _between(low * whole.n_tokens, high * whole.n_tokens, TOKEN_MULTIPLE)
+        for longest in _between(share * whole.max_seqlen, most * whole.max_seqlen, SEQLEN_MULTIPLE)
+    }
+    return sorted(found, key=lambda bucket: (bucket.n_tokens, bucket.max_seqlen))
+
+
+def _between(low: float, high: float, step: int) -> list[int]:
+    """Return sizes from ``low`` to ``high`` that miss no rung between them."""
+    first, last = max(1, round(low)), max(1, round(high))
+    return [*range(first, last, step), last]

@@ -9,7 +9,7 @@ from time import perf_counter
 from sdt_deploy.bundle import STATES, GraphSpec, TensorSpec
 from sdt_deploy.config import shown
 from sdt_deploy.errors import BundleFormatError
-from sdt_deploy.runtime.backend import Array, Backend, Call, Graph, HostArray
+from sdt_deploy.runtime.backend import Array, Backend, Call, Graph
 from sdt_deploy.runtime.routing import HeadLayout, PaddedLayout, RoutePlan, RouteStep
 from sdt_deploy.runtime.stopping import StopCheck
 
@@ -82,7 +82,6 @@ class BoundStages:
 
 
 def bind_stages(
-    backend: Backend,
     plan: RoutePlan,
     states: Array,
     other: Array,
@@ -92,33 +91,30 @@ def bind_stages(
     """Prepare all stages of ``plan``, so that nothing is left to do between them.
 
     Args:
-        backend: the backend of the graphs; what they read of the plan is uploaded at once.
         plan: the route plan.
         states: ``[n_tokens, d_model]``, the entry's hidden states by row.
         other: of the same shape, to work with.
         stages: spec and opened graph of every stage.
         scores: ``[n_tokens, n_layers]`` float32, where stages that score write those of their rows.
     """
-    routed = [route_inputs(stages[step.stage][0], step) for step in plan.steps]
-    # Stages with the same active tokens share arrays.
-    distinct = {id(array): array for arrays in routed for array in arrays.values()}
-    uploaded = dict(zip(distinct, backend.upload(list(distinct.values())), strict=True))
     calls: list[tuple[Call, tuple[Array, Array] | None]] = []
-    for step, arrays in zip(plan.steps, routed, strict=True):
+    n_tokens = len(states)
+    for step in plan.steps:
         spec, graph = stages[step.stage]
         n = step.n_active
-        inputs = {name: uploaded[id(array)] for name, array in arrays.items()}
-        inputs["hidden_states"] = states[:n]
+        active, updated = states[:n], other[:n]
+        inputs = route_inputs(spec, step)
+        inputs["hidden_states"] = active
         if step.context is not None:
             inputs["context_states"] = states
-        outputs = {"updated_states": other[:n]}
+        outputs = {"updated_states": updated}
         if len(spec.outputs) > 1 and scores is not None:
             outputs["scores"] = scores[:n]
         call = graph.bind(inputs, outputs)
-        if 2 * n < len(states):
-            calls.append((call, (states[:n], other[:n])))
+        if 2 * n < n_tokens:
+            calls.append((call, (active, updated)))
         else:
-            calls.append((call, (other[n:], states[n:]) if n < len(states) else None))
+            calls.append((call, (other[n:], states[n:]) if n < n_tokens else None))
             states, other = other, states
     return BoundStages(calls=calls, states=states, other=other)
 
@@ -130,7 +126,7 @@ def timed(call: Call) -> float:
     return (perf_counter() - start) * 1e3
 
 
-def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, HostArray]:
+def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, Array]:
     """Name the arrays of ``step`` that the graph of ``spec`` takes besides the states.
 
     Raises:
@@ -140,7 +136,7 @@ def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, HostArray]:
     context: HeadLayout | PaddedLayout | None = step.context
     if spec.attention_layout == "padded":  # format version 1
         layout, context = step.queries.padded, step.context and step.context.padded
-    available: dict[str, HostArray | None] = {
+    available = {
         "gather_index": layout.gather_index,
         "lengths": layout.lengths,
         "scatter_index": layout.scatter_index,
@@ -153,13 +149,13 @@ def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, HostArray]:
         available["context_lengths"] = context.lengths
     named = {}
     for tensor in spec.inputs:
-        if tensor.name in STATES:
+        name = tensor.name
+        if name in STATES:
             continue
-        array = available.get(tensor.name)
-        if array is None:
+        if available.get(name) is None:
             raise BundleFormatError(
-                f"graph {spec.name} takes {shown(tensor.name)}, which no stage of this kind has; "
+                f"graph {spec.name} takes {shown(name)}, which no stage of this kind has; "
                 "export again"
             )
-        named[tensor.name] = array
+        named[name] = available[name]
     return named

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -38,6 +40,15 @@ class LayerUsage:
     def from_depths(cls, depths: Int32, n_layers: int) -> LayerUsage:
         """Count ``depths [n_tokens]``."""
         return cls.of(depths, None, n_layers)
+
+    @classmethod
+    def from_active(cls, n_tokens: int, active_tokens: Sequence[int]) -> LayerUsage:
+        """Take the active tokens of every layer, of ``n_tokens``; the sets are nested."""
+        reached = (n_tokens, *active_tokens, 0)
+        return cls(
+            depth_histogram=tuple(a - b for a, b in pairwise(reached)),
+            active_tokens=tuple(active_tokens),
+        )
 
     @property
     def n_tokens(self) -> int:

@@ -6,9 +6,11 @@ process. Rows are sorted by falling depth (``docs/decisions/006-rows-by-depth.md
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Self
 
 import numpy as np
@@ -46,11 +48,12 @@ class HeadLayout:
     lengths: Int32
     """``[batch]``, rows of each sequence."""
     gather_index: Int32
-    """``[batch, n_heads, max_seqlen]``, the slice at each place; padding holds slice 0."""
+    """``[batch, n_heads, max_seqlen]``, the slice at each place; padding holds one that exists."""
     scatter_index: Int32 | None
     """``[n_rows, n_heads]``, the flat place of each slice; None where only keys are laid out."""
-    key_bias: Float32
-    """``[batch, n_heads, max_seqlen, 1]``: 0 at the rows' places, :data:`HIDDEN` at padding."""
+    key_bias: Float32 | None
+    """``[batch, n_heads, max_seqlen, 1]``: 0 at the rows' places, :data:`HIDDEN` at padding; None
+    where only queries are laid out."""
 
     @property
     def max_seqlen(self) -> int:
@@ -103,6 +106,8 @@ class RoutePlan:
 
     depths: Int32
     """``[n_tokens]``, by token."""
+    active_tokens: Sequence[int]
+    """Active tokens of every layer."""
     order: Int32 | None
     """``[n_tokens]``, the token of each row; None: rows are tokens."""
     row_of: Int32
@@ -197,82 +202,94 @@ def capacity_counts(lengths: Sequence[int], thresholds: Sequence[float]) -> npt.
     return np.add.reduceat(depths > layers, cu_seqlens[:-1], axis=1, dtype=np.int64)
 
 
-def padded_layout(counts: Int32, rows: Int32 | None = None) -> PaddedLayout:
-    """Lay out sequences of ``counts [batch]`` rows each, all positive.
-
-    Args:
-        counts: rows per sequence.
-        rows: ``[sum(counts)]``, the row numbers; None: 0, 1, 2, …
-    """
-    batch, max_seqlen, total = len(counts), int(counts.max()), int(counts.sum())
-    order = np.arange(total, dtype=np.int32)
-    values = order if rows is None else rows
-    if total == batch * max_seqlen:
-        gather_index = values.reshape(batch, max_seqlen)
-        return PaddedLayout(gather_index=gather_index, lengths=counts, scatter_index=order)
-    starts = np.cumsum(counts, dtype=np.int32) - counts
-    shift = np.arange(batch, dtype=np.int32) * np.int32(max_seqlen) - starts
-    scatter_index = order + np.repeat(shift, counts)
-    gather_index = np.zeros((batch, max_seqlen), dtype=np.int32)
-    gather_index.reshape(-1)[scatter_index] = values
-    return PaddedLayout(gather_index=gather_index, lengths=counts, scatter_index=scatter_index)
+def padded_rows(rows: Int32, lengths: Int32) -> Int32:
+    """Lay ``rows [sum(lengths)]`` out as ``[batch, max_seqlen]``; padding holds row 0."""
+    longest = int(lengths.max())
+    if len(rows) == len(lengths) * longest:
+        return rows.reshape(len(lengths), longest)
+    padded = np.zeros((len(lengths), longest), dtype=np.int32)
+    padded[np.arange(longest) < lengths[:, None]] = rows
+    return padded
 
 
 def head_layouts(
-    counts: npt.NDArray[np.int64], rows: Int32, n_heads: int, n_queries: int
+    members: npt.NDArray[np.bool_],
+    order: Int32,
+    row_of: Int32,
+    cu_seqlens: Int32,
+    n_heads: int,
+    *,
+    n_queries: int,
+    with_bias: bool,
 ) -> list[HeadLayout]:
-    """Lay out several sets of rows at once, which costs less than one after the other.
+    """Lay out several sets of tokens; sequences of which a set has none are left out of it.
+
+    All are made at once, as parts of one block of memory: each call of NumPy costs some
+    microseconds, and each large array faults in pages of its own.
 
     Args:
-        counts: ``[n_sets, batch]``, rows of each sequence; sequences without rows are left out.
-            Every set needs a row.
-        rows: ``[sum(counts)]``, the row at each place, set by set and sequence by sequence.
+        members: ``[n_sets, n_tokens]``; every set has a member.
+        order: ``[n_tokens]``, the token of each row.
+        row_of: ``[n_tokens]``, the row of each token.
+        cu_seqlens: ``[batch + 1]``.
         n_heads: heads that a row is cut into.
-        n_queries: sets that need ``scatter_index``, the first ones. If such a set has n rows they
-            are 0 … n - 1 in any order.
+        n_queries: sets that need ``scatter_index``, the first ones; the rows of such a set are
+            the first ones too.
+        with_bias: whether these are keys as well. The other sets are.
     """
+    seen = np.add.accumulate(members, 1, np.int32)  # members up to each token
+    ends = seen.take(cu_seqlens[1:] - 1, axis=1)
+    before = np.zeros_like(ends)
+    before[:, 1:] = ends[:, :-1]
+    counts = ends - before
+    longest = np.maximum.reduce(counts, 1, keepdims=True)
     alive = counts > 0
-    n_alive, longest, totals = alive.sum(axis=1), counts.max(axis=1), counts.sum(axis=1)
-    set_of, _ = np.nonzero(alive)
-    lengths = counts[alive].astype(np.int32)
-    number = np.arange(len(lengths)) - (np.cumsum(n_alive) - n_alive)[set_of]
-    # First row and first place of each sequence; places count [batch, max_seqlen] set by set.
-    sizes = n_alive * longest
-    set_starts = np.cumsum(sizes) - sizes
-    first_row = np.cumsum(lengths) - lengths
-    first_place = set_starts[set_of] + number * longest[set_of]
-    order = np.arange(len(rows))
-    places = order + np.repeat(first_place - first_row, lengths)
-    slices = np.zeros(int(sizes.sum()), dtype=np.int32)
-    slices[places] = rows * np.int32(n_heads)
-    bias = np.full(len(slices), HIDDEN)
-    bias[places] = 0.0
-    # The same for the slices of the rows: [batch, n_heads, max_seqlen], each set from 0.
+    number = np.add.accumulate(alive, 1, np.int32)
+    n_rows, widths = ends[:, -1].tolist(), longest[:, 0].tolist()
+    shapes = [(n, n_heads, width) for n, width in zip(number[:, -1].tolist(), widths, strict=True)]
+    sizes = [math.prod(shape) for shape in shapes]
+    starts = [0, *accumulate(sizes)]
+    n_bias = sum(sizes if with_bias else sizes[n_queries:])
+    block = np.empty(starts[-1] + n_bias + n_heads * sum(n_rows[:n_queries]), dtype=np.int32)
+    block[: starts[-1] + n_bias] = 0
+
+    # Where a member's first slice stands in [batch, n_heads, max_seqlen], then in the block.
+    per_sequence = n_heads * longest
+    first = (number - 1) * per_sequence - before - 1
+    places = seen + first.repeat(cu_seqlens[1:] - cu_seqlens[:-1], axis=1)
+    by_row = places[:n_queries].take(order, axis=1)
+    places += np.array(starts[:-1], dtype=np.int32)[:, None]
+    slices = np.empty_like(places)
+    slices[:] = row_of * np.int32(n_heads)
+    block[places[members]] = slices[members]
     heads = np.arange(n_heads, dtype=np.int32)
-    n_rows = int(totals[:n_queries].sum())
-    by_row = np.empty(n_rows, dtype=np.int64)
-    by_row[(rows + np.repeat(np.cumsum(totals) - totals, totals))[:n_rows]] = order[:n_rows]
-    first_slice = number * n_heads * longest[set_of] - first_row
-    slice_of = (order + np.repeat(first_slice, lengths)).astype(np.int32)[by_row]
-    stride = np.repeat(longest.astype(np.int32), totals)[:n_rows]
-    scatter = slice_of[:, None] + stride[:, None] * heads
+    strides = longest * heads
 
     layouts: list[HeadLayout] = []
-    row = sequence = place = 0
-    for size, total, batch, max_seqlen in zip(
-        sizes.tolist(), totals.tolist(), n_alive.tolist(), longest.tolist(), strict=True
-    ):
-        spread = slices[place : place + size].reshape(batch, 1, max_seqlen)
-        hidden = bias[place : place + size].reshape(batch, 1, max_seqlen, 1)
+    bias = block[starts[-1] : starts[-1] + n_bias].view(np.float32)
+    scatters = block[starts[-1] + n_bias :]
+    for i, (shape, size, n) in enumerate(zip(shapes, sizes, n_rows, strict=True)):
+        gather_index = block[starts[i] : starts[i] + size].reshape(shape)
+        np.add(gather_index[:, :1], heads[1:, None], gather_index[:, 1:])
+        lengths = counts[i] if shape[0] == len(counts[i]) else counts[i, alive[i]]
+        scatter_index = key_bias = None
+        if i < n_queries:
+            scatter_index, scatters = scatters[: n * n_heads], scatters[n * n_heads :]
+            scatter_index = scatter_index.reshape(n, n_heads)
+            np.add(by_row[i, :n, None], strides[i], scatter_index)
+        if with_bias or i >= n_queries:
+            key_bias, bias = bias[:size].reshape(*shape, 1), bias[size:]
+            if n_heads * n < size:
+                padding = np.arange(shape[2]) >= lengths[:, None]
+                np.copyto(key_bias[..., 0], HIDDEN, where=padding[:, None])
         layouts.append(
             HeadLayout(
-                lengths=lengths[sequence : sequence + batch],
-                gather_index=spread + heads[:, None],
-                scatter_index=scatter[row : row + total] if len(layouts) < n_queries else None,
-                key_bias=hidden.repeat(n_heads, axis=1),
+                lengths=lengths,
+                gather_index=gather_index,
+                scatter_index=scatter_index,
+                key_bias=key_bias,
             )
         )
-        row, sequence, place = row + total, sequence + batch, place + size
     return layouts
 
 
@@ -289,45 +306,52 @@ def plan_route(
     """
     stage_layers, context, n_heads = rules.stage_layers, rules.context, rules.n_heads
     n_tokens = len(depths)
-    firsts = np.array([first for first, _ in stage_layers])
-    active = depths > firsts[:, None]
-    n_active = [n for n in active.sum(axis=1).tolist() if n]
-    order = np.argsort(-depths, kind="stable").astype(np.int32)
+    n_layers = stage_layers[-1][1]
+    histogram = np.bincount(depths, minlength=n_layers + 1).tolist()
+    active_tokens = [*accumulate(reversed(histogram[1:]))][::-1]
+    n_active = [n for first, _ in stage_layers if (n := active_tokens[first])]
+    order = (-depths).astype(np.int16).argsort(kind="stable").astype(np.int32)
+    rows = np.arange(n_tokens, dtype=np.int32)
     row_of = np.empty_like(order)
-    row_of[order] = np.arange(n_tokens, dtype=np.int32)
+    row_of[order] = rows
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     # Sets are nested: stages with as many active tokens have the same ones, and share a layout.
     new = [i for i, n in enumerate(n_active) if i == 0 or n != n_active[i - 1]]
     queries: list[HeadLayout] = []
     around: list[HeadLayout] = []
     if new:
-        active = active[new]
-        counts = np.add.reduceat(active, cu_seqlens[:-1], axis=1, dtype=np.int64)
-        rows = row_of[np.nonzero(active)[1]]
+        members = depths > np.array([stage_layers[i][0] for i in new])[:, None]
         if context == "all":
-            lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-            alive = counts > 0
-            if alive.all():  # then all stages see the same rows
-                alive = alive[:1]
-            counts = np.concatenate([counts, np.where(alive, lengths, 0)])
-            rows = np.concatenate([rows, *(row_of[np.repeat(one, lengths)] for one in alive)])
-            layouts = head_layouts(counts, rows, n_heads, len(new))
-            queries, around = layouts[: len(new)], layouts[len(new) :]
+            alive = np.logical_or.reduceat(members, cu_seqlens[:-1], axis=1)
+            if alive[-1].all():  # then all stages see the same rows
+                alive = alive[-1:]
+            members = np.concatenate([members, np.repeat(alive, lengths, axis=1)])
+        layouts = head_layouts(
+            members,
+            order,
+            row_of,
+            cu_seqlens,
+            n_heads,
+            n_queries=len(new),
+            with_bias=context == "active",
+        )
+        queries, around = layouts[: len(new)], layouts[len(new) :]
+        if around:
             around *= len(new) // len(around)
-        else:
-            queries = head_layouts(counts, rows, n_heads, len(new))
 
     steps: list[RouteStep] = []
     number = -1
     for stage, n_rows in enumerate(n_active):
         number += stage in new
         layout, seen = queries[number], around[number] if around else None
-        bias = layout.key_bias if seen is None else seen.key_bias
+        bias = (seen or layout).key_bias
+        assert bias is not None
         remaining = refresh = None
         first, stop = stage_layers[stage]
         if stop - first > 1:
             remaining = depths[order[:n_rows]] - np.int32(first)
             if seen is not None:
-                refresh = np.arange(n_tokens, dtype=np.int32)
+                refresh = rows.copy()
                 refresh[:n_rows] += n_tokens
             else:
                 bias = np.repeat(bias[None], stop - first, axis=0)
@@ -349,11 +373,11 @@ def plan_route(
     if rules.pooling == "cls":
         head["first_index"] = row_of[cu_seqlens[:-1]]
     elif rules.pooling == "mean":
-        whole = padded_layout(cu_seqlens[1:] - cu_seqlens[:-1], row_of)
-        head = {"gather_index": whole.gather_index, "lengths": whole.lengths}
-    is_sorted = n_tokens == 1 or bool((depths[1:] <= depths[:-1]).all())
+        head = {"gather_index": padded_rows(row_of, lengths), "lengths": lengths}
+    is_sorted = bool((order == rows).all())
     return RoutePlan(
         depths=depths,
+        active_tokens=active_tokens,
         order=None if is_sorted else order,
         row_of=row_of,
         steps=tuple(steps),

@@ -21,7 +21,7 @@ from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
-from sdt_deploy.runtime.calibration import measure_costs
+from sdt_deploy.runtime.calibration import measure_costs, random_batch
 from sdt_deploy.runtime.device_loop import device_loop
 from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
@@ -284,14 +284,13 @@ class Session:
         groups = split_batch(batch.lengths, config, self._part_limits)
         if path == "auto" and config.routing == "per_layer":
             path = "sparse"  # how many tokens go on is not known beforehand
+        parts = [select(batch, group) for group in groups] if groups else [batch]
         if path == "auto":
             shares = active_shares(self.manifest, limits)
-            lengths = [batch.lengths[group].tolist() for group in groups]
-            path = self.cost_model().choose(config, lengths, shares)
-        parts = [batch] if len(groups) == 1 else [select(batch, group) for group in groups]
+            path = self.cost_model().choose(config, [part.lengths for part in parts], shares)
         results = [self._run_one(part, limits, path, check) for part in parts]
         result = results[0]
-        if len(groups) > 1:
+        if groups:
             result = merge(results, groups, batch, per_sequence=config.head.per_sequence)
         if thresholds is None:
             self._monitor.count(result.layer_usage.depth_histogram)
@@ -318,6 +317,28 @@ class Session:
                 )
             graph = self.backend.graph(path)
             return run_padded(self.manifest.model, graph, batch, thresholds, path)
+
+    def warmup(self, lengths: Sequence[Sequence[int]]) -> None:
+        """Do beforehand what the first batch of a size would wait for.
+
+        Engines are opened, buffers allocated, the cost model is calibrated, and on a GPU the CUDA
+        graphs are captured that batches of these sizes are likely to need: at the expected shares
+        of active tokens and somewhat around them.
+
+        Args:
+            lengths: for every batch to expect, the tokens of each of its sequences.
+
+        Raises:
+            InputError: if such a batch could not be run.
+        """
+        config = self.manifest.model
+        shares = active_shares(self.manifest, config.thresholds)
+        for one in lengths:
+            batch = random_batch(config, one)
+            self.run_batch(batch, thresholds=config.thresholds)  # given, so they are not counted
+            if self._device_loop is not None:
+                for group in split_batch(batch.lengths, config, self._part_limits):
+                    self._device_loop.warmup(batch.lengths[group].tolist(), shares)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""

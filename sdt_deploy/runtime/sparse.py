@@ -65,11 +65,10 @@ def run_sparse(
             order = plan.order if row_of is None else _moved(row_of, plan)
             taking = 0.0
             if order is not None:
-                (index,) = backend.upload([order])
-                taking = timed(partial(backend.take, states, index, other))
+                taking = timed(partial(backend.take, states, order, other))
                 states, other = other, states
             row_of = plan.row_of
-            bound = bind_stages(backend, plan, states, other, stages, stage_scores)
+            bound = bind_stages(plan, states, other, stages, stage_scores)
             in_order = config.head.per_sequence or plan.order is None
             last = bound.states if in_order else bound.other
             call_head = head.bind({"hidden_states": last, **plan.head}, {"output": output})
@@ -80,15 +79,15 @@ def run_sparse(
             states, other = bound.states, bound.other
             mark = perf_counter()
         if not in_order:
-            (index,) = backend.upload([plan.row_of])
-            move_ms += timed(partial(backend.take, states, index, other))
+            move_ms += timed(partial(backend.take, states, plan.row_of, other))
         head_ms = timed(call_head)
         if router is None:
             depths, scores = backend.fetch(plan.depths, scores)
-            active = None
+            usage, active = LayerUsage.from_active(n_tokens, plan.active_tokens), None
         else:
             active, scores = router.active, router.scores
             depths = active.sum(axis=1, dtype=np.int32)
+            usage = LayerUsage.of(depths, active, config.n_layers)
     return RunResult(
         output=output,
         depths=depths,
@@ -96,7 +95,7 @@ def run_sparse(
         active=active if config.leaving == "skip" else None,
         input_ids=batch.input_ids.copy(),
         cu_seqlens=batch.cu_seqlens.copy(),
-        layer_usage=LayerUsage.of(depths, active, config.n_layers),
+        layer_usage=usage,
         timings=Timings(
             total_ms=(perf_counter() - start) * 1e3,
             entry_ms=entry_ms,

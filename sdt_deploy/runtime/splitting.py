@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.buckets import OptimizationProfile, max_sequences
+from sdt_deploy.buckets import OptimizationProfile, longest_sequence, max_sequences
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
 from sdt_deploy.errors import ConfigError, InputError
@@ -54,7 +54,8 @@ class PartLimits:
         n_sequences = max(1, self.max_padded_tokens // longest)
         if self.profiles:
             if self.bucketed:
-                longest = bucket_seqlen(longest, max_positions=config.max_positions)
+                limit = longest_sequence(self.profiles, config.max_positions)
+                longest = bucket_seqlen(longest, max_seqlen=limit)
             n_sequences = min(n_sequences, max_sequences(self.profiles, longest))
             if self.bucketed:
                 n_sequences = largest_batch(n_sequences)
@@ -80,14 +81,13 @@ class PartLimits:
 def split_batch(lengths: Int32, config: ModelConfig, limits: PartLimits) -> Groups:
     """Group sequences so that no group exceeds ``limits``.
 
-    A batch that fits is one group, in its own order. Otherwise the longest sequences go together
-    first.
+    The longest sequences go together first. A batch that fits needs no groups: none are returned.
 
     Raises:
         InputError: if a sequence alone needs too much memory.
     """
     if len(lengths) <= limits.max_sequences(config, int(lengths.max())):
-        return [np.arange(len(lengths))]
+        return []
     order = np.argsort(-lengths, kind="stable")
     groups, start = [], 0
     while start < len(order):
@@ -116,8 +116,6 @@ def merge(
 ) -> RunResult:
     """Put the results of the parts of ``batch`` together, in the order of ``batch``."""
     first = parts[0]
-    if len(parts) == 1:
-        return first
     rows = np.concatenate([_rows(batch.cu_seqlens, group) for group in groups])
     places = np.concatenate(groups) if per_sequence else rows
     output = np.empty((len(places), first.output.shape[1]), dtype=first.output.dtype)

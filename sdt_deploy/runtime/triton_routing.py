@@ -24,7 +24,7 @@ _NO_ROW = tl.constexpr(NO_ROW)
 @triton.jit  # type: ignore[untyped-decorator]
 def _count(
     scores, lengths, thresholds, depths, active_lengths, counts,
-    batch, longest, n_layers: tl.constexpr, block: tl.constexpr,
+    stride, longest, n_layers: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Depths of one sequence, and how many of its tokens are active in every layer."""
     sequence = tl.program_id(0)
@@ -36,7 +36,7 @@ def _count(
         active = is_token & (score > tl.load(thresholds + layer))
         depth += active.to(tl.int32)
         n_active = tl.sum(active.to(tl.int32), axis=0)
-        tl.store(active_lengths + layer * batch + sequence, n_active.to(tl.int64))
+        tl.store(active_lengths + layer * stride + sequence, n_active.to(tl.int64))
         tl.atomic_add(counts + layer, n_active)
         tl.atomic_max(counts + n_layers + layer, n_active)
     tl.store(depths + sequence * longest + position, depth, mask=position < longest)
@@ -45,7 +45,7 @@ def _count(
 @triton.jit  # type: ignore[untyped-decorator]
 def _place(
     depths, lengths, active_lengths, counts, place, slot, row_depth, grid,
-    batch, longest, n_layers: tl.constexpr, block: tl.constexpr, block_batch: tl.constexpr,
+    stride, longest, n_layers: tl.constexpr, block: tl.constexpr, block_batch: tl.constexpr,
 ):  # fmt: skip
     """Rows and slots of one sequence: a stable counting sort by falling depth."""
     sequence = tl.program_id(0)
@@ -61,14 +61,14 @@ def _place(
         # Tokens deeper than value: all of them, those of earlier sequences, this one's.
         if value < n_layers:
             deeper = tl.load(counts + value)
-            before = tl.load(active_lengths + value * batch + others, mask=earlier, other=0)
-            here = tl.load(active_lengths + value * batch + sequence).to(tl.int32)
+            before = tl.load(active_lengths + value * stride + others, mask=earlier, other=0)
+            here = tl.load(active_lengths + value * stride + sequence).to(tl.int32)
         else:
             deeper = 0
             before = tl.zeros([block_batch], dtype=tl.int64)
             here = 0
         if value > 0:
-            reach = tl.load(active_lengths + (value - 1) * batch + others, mask=earlier, other=0)
+            reach = tl.load(active_lengths + (value - 1) * stride + others, mask=earlier, other=0)
         else:
             reach = tl.load(lengths + others, mask=earlier, other=0)
         same = depth == value
@@ -135,16 +135,17 @@ class TritonRouting:
     def plan(self, scores: Any, lengths: Any, thresholds: Any, out: DevicePlan) -> None:
         """See :meth:`~sdt_deploy.runtime.device_plan.DeviceRouting.plan`."""
         batch, longest = out.grid.shape
+        stride = out.active_lengths.stride(0)
         n_layers, block = len(thresholds), triton.next_power_of_2(longest)
         warps = _warps(block)
         out.counts.zero_()
         _count[(batch,)](
             scores, lengths, thresholds, out.depths, out.active_lengths, out.counts,
-            batch, longest, n_layers, block, num_warps=warps,
+            stride, longest, n_layers, block, num_warps=warps,
         )  # fmt: skip
         _place[(batch,)](
             out.depths, lengths, out.active_lengths, out.counts, out.place, out.slot,
-            out.row_depth, out.grid, batch, longest, n_layers, block,
+            out.row_depth, out.grid, stride, longest, n_layers, block,
             triton.next_power_of_2(batch), num_warps=warps,
         )  # fmt: skip
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -102,6 +104,33 @@ class DistillConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return dataclasses.asdict(self)
+
+    def with_settings(self, settings: Sequence[str]) -> DistillConfig:
+        """Return a config with fields set from ``name=value``; ``loss.name=value`` for the loss.
+
+        Raises:
+            ConfigError: if a name is unknown or a value does not fit it.
+        """
+        values: dict[str, Any] = {}
+        loss: dict[str, Any] = {}
+        for setting in settings:
+            name, found, text = setting.partition("=")
+            owner, key = (loss, name[5:]) if name.startswith("loss.") else (values, name)
+            known = {x.name for x in dataclasses.fields(LossWeights if owner is loss else self)}
+            if not found or key not in known - {"loss"}:
+                names = [x.name for x in dataclasses.fields(self) if x.name != "loss"]
+                names += [f"loss.{x.name}" for x in dataclasses.fields(LossWeights)]
+                raise ConfigError(
+                    f"expected NAME=VALUE, not {shown(setting)}; NAME is one of {', '.join(names)}"
+                )
+            try:
+                owner[key] = json.loads(text)
+            except ValueError:
+                owner[key] = text
+        try:
+            return dataclasses.replace(self, **values, loss=dataclasses.replace(self.loss, **loss))
+        except TypeError as error:
+            raise ConfigError(f"{', '.join(settings)}: a value is of another kind") from error
 
 
 def _check(condition: bool, name: str, config: DistillConfig, expected: str) -> None:

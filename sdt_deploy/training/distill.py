@@ -19,7 +19,7 @@ from sdt_deploy.training.batches import BatchStream, DeviceTokens
 from sdt_deploy.training.calibration import calibrated, probe_frame
 from sdt_deploy.training.config import DistillConfig
 from sdt_deploy.training.gates import Gate, pinned_tokens, routed_forward
-from sdt_deploy.training.lora import add_adapters, merged_weights
+from sdt_deploy.training.lora import add_adapters, merged_weights, set_factors
 from sdt_deploy.training.losses import TeacherMemory, distillation_loss
 from sdt_deploy.training.schedule import (
     ScoreWindow,
@@ -60,6 +60,7 @@ class Distillation:
         config: how to run.
         device: where; the teacher is moved there.
         mixed_precision: compute products in bfloat16 (CUDA only).
+        factors: low-rank factors to begin with, by the name of the weight; none: zero.
         progress: gives the share of the run that is over from the steps made; None: by their
             number. A clock makes a run that ends in time, whatever a step costs.
 
@@ -76,6 +77,7 @@ class Distillation:
         *,
         device: torch.device | str = "cpu",
         mixed_precision: bool = False,
+        factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         progress: Callable[[int], float] | None = None,
     ) -> None:
         self._device = torch.device(device)
@@ -85,6 +87,7 @@ class Distillation:
         torch.manual_seed(config.seed)
         self.model = copy.deepcopy(start.model).to(self._device).train()
         self._train_some()
+        set_factors(self.model, factors or {})
         self._autocast = partial(
             torch.autocast, self._device.type, torch.bfloat16, enabled=mixed_precision
         )

@@ -15,7 +15,7 @@ from sdt_deploy.errors import CheckpointError, ConfigError, InputError, OutputEr
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.adapters import Adapter, weights_sha256, write_adapter
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
-from sdt_deploy.model.conversion import ProbeFit, load_any, with_probe
+from sdt_deploy.model.conversion import load_any
 from sdt_deploy.tokenization import TextTokenizer
 from sdt_deploy.training.config import DistillConfig
 from sdt_deploy.training.distill import Distillation, StepReport, run
@@ -29,6 +29,7 @@ from sdt_deploy.training.state import (
     run_key,
     save_state,
 )
+from sdt_deploy.training.students import Baseline, begin
 
 CALIBRATION_EVERY = 10
 """Every tenth text is not trained on: thresholds are set on it."""
@@ -45,7 +46,8 @@ class JobOptions:
     save_every: int = 200
     """Steps between checkpoints."""
     cache_mb: int = 1024
-    """Keep the teacher's states if they fit in so much; 0: compute them as they are needed."""
+    """Keep the teacher's states if they fit in so much and the texts stay as they are; 0: compute
+    them as they are needed."""
     adapter: Path | None = None
     """Write the adapter there as well; low rank only."""
     overwrite: bool = False
@@ -71,6 +73,8 @@ def distill(
     config: DistillConfig,
     options: JobOptions,
     *,
+    start: Path | None = None,
+    baseline: Baseline | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     each: Callable[[StepReport], None] = lambda report: None,
 ) -> tuple[Checkpoint, StepReport | None]:
@@ -85,6 +89,8 @@ def distill(
         texts: at least :data:`MIN_TEXTS`.
         config: what to do.
         options: how.
+        start: adapter file to go on from; see :func:`sdt_deploy.training.students.begin`.
+        baseline: train this instead of the method itself; see the same.
         progress: called with a line, the steps done and all steps.
         each: called after each step.
 
@@ -118,18 +124,19 @@ def distill(
     if not 0 < config.target_depth <= n_layers:
         raise ConfigError(f"target depth must lie in (0, {n_layers}], not {config.target_depth}")
     progress("fit the probe", 0, 0)
-    fit = ProbeFit(texts=texts, target_depth=config.target_depth, levels=config.levels)
-    start, _ = with_probe(dense, fit)
+    begun = begin(dense, texts, config, adapter=start, baseline=baseline)
     calibration, training = _split(dense, texts, config)
     distillation = Distillation(
-        start,
+        begun.student,
         dense.model.as_dense(),
         training,
         config,
+        factors=begun.factors,
         device=options.device,
         mixed_precision=options.device == "cuda",
     )
-    key = run_key(config.to_dict(), weights_sha256(dense.model), _digest(training), options.device)
+    same = config.to_dict(), weights_sha256(dense.model), _digest(training), begun.key
+    key = run_key(*same, options.device)
     if options.resume:
         distillation.restore(*load_state(state, key=key))
     try:
@@ -137,7 +144,8 @@ def distill(
     except OSError as error:
         raise OutputError(f"{directory} cannot be made: {error}") from error
     cache = directory / TEACHER_CACHE
-    if distillation.teacher.cache_bytes() <= options.cache_mb * 2**20:
+    fits = distillation.teacher.cache_bytes() <= options.cache_mb * 2**20
+    if fits and not config.augments:
         distillation.teacher.fill_cache(cache, lambda done, all_: progress("teacher", done, all_))
     last = _train(
         distillation,
@@ -150,7 +158,7 @@ def distill(
     )
     finished = distillation.finish(calibration)
     if options.adapter is not None:
-        write_adapter(options.adapter, _adapter(distillation, start, finished))
+        write_adapter(options.adapter, _adapter(distillation, dense, finished))
     checkpoints.save(finished, out, overwrite=options.overwrite)
     for path in (state, cache):
         path.unlink(missing_ok=True)
@@ -220,10 +228,10 @@ def _digest(sample: TokenSample) -> str:
     return digest.hexdigest()
 
 
-def _adapter(distillation: Distillation, start: Checkpoint, finished: Checkpoint) -> Adapter:
-    """Return what ``finished`` changed in ``start``, the probe included."""
+def _adapter(distillation: Distillation, dense: Checkpoint, finished: Checkpoint) -> Adapter:
+    """Return what ``finished`` changed in ``dense``, the probe included."""
     factors = adapter_factors(distillation.model)
-    before = start.model.state_dict()
+    before = dense.model.state_dict()
     changed = {
         name: tensor
         for name, tensor in finished.model.state_dict().items()
@@ -235,7 +243,7 @@ def _adapter(distillation: Distillation, start: Checkpoint, finished: Checkpoint
         factors=factors,
         tensors=changed,
         config=finished.model.config,
-        base_sha256=weights_sha256(start.model),
+        base_sha256=weights_sha256(dense.model),
         score_quantiles=finished.score_quantiles,
         pinned_share=finished.pinned_share,
         about={

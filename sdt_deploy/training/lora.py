@@ -6,7 +6,7 @@ Written as a parametrisation, so the layers stay those of the oracle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +55,28 @@ def add_adapters(model: nn.Module, rank: int, *, seed: int) -> None:
         parametrize.register_parametrization(linear, "weight", adapter)
 
 
-def adapter_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return ``up [n_out, rank]`` and ``down [rank, n_in]`` by the name of the weight."""
-    factors = {}
+def _adapters(model: nn.Module) -> Iterator[tuple[str, LowRank]]:
+    """Yield the adapters by the name of the weight."""
     for name, linear in linears(model):
         if parametrize.is_parametrized(linear, "weight"):
             adapter = linear.parametrizations.weight[0]  # type: ignore[union-attr, index]
             assert isinstance(adapter, LowRank)
-            factors[f"{name}.weight"] = adapter.up.detach(), adapter.down.detach()
-    return factors
+            yield f"{name}.weight", adapter
+
+
+def adapter_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return ``up [n_out, rank]`` and ``down [rank, n_in]`` by the name of the weight."""
+    return {name: (one.up.detach(), one.down.detach()) for name, one in _adapters(model)}
+
+
+@torch.no_grad()
+def set_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Put in what :func:`adapter_factors` returned; other adapters stay as they are."""
+    for name, adapter in _adapters(model):
+        if name in factors:
+            up, down = factors[name]
+            adapter.up.copy_(up)
+            adapter.down.copy_(down)
 
 
 @torch.no_grad()

@@ -85,9 +85,9 @@ def test_adapted_stages_agree_with_the_oracle(
     rng = np.random.default_rng(sum(lengths))
     inputs, expected = _stage_case(sample.model, (1, 2), "fused", np.array(lengths), rng)
     evaluator = ReferenceEvaluator(proto, new_ops=[TRT_Attention])
-    wanted = expected["updated_states"].detach().numpy()
+    (wanted,) = expected["updated_states"].detach().numpy()
     for padded in (inputs, _in_a_larger_bucket(inputs)):
-        (found,) = evaluator.run(None, padded)
+        ((found,),) = evaluator.run(None, padded)
         np.testing.assert_allclose(found[: len(wanted)], wanted, rtol=0, atol=2e-4)
 
 
@@ -100,7 +100,9 @@ def _in_a_larger_bucket(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         **inputs,
         "gather_index": np.pad(gather, ((0, 2), (0, 3))),
         "scatter_index": np.pad(rows, (0, 11)),
-        "hidden_states": np.pad(inputs["hidden_states"], ((0, 11), (0, 0)), constant_values=7.0),
+        "hidden_states": np.pad(
+            inputs["hidden_states"], ((0, 0), (0, 11), (0, 0)), constant_values=7.0
+        ),
         "key_lengths": np.pad(inputs["key_lengths"], (0, 2)),
     }
     if "context_states" in inputs:

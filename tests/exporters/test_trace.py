@@ -13,8 +13,9 @@ from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.errors import ExportError, VerificationError
 from sdt_deploy.exporters import verify
+from sdt_deploy.exporters.modules import GraphModule
 from sdt_deploy.exporters.onnx import WeightsWriter, parameters_of, trace
-from sdt_deploy.exporters.partition import GraphModule, partition
+from sdt_deploy.exporters.partition import partition
 from tests.samples import random_model
 
 

@@ -178,7 +178,7 @@ def test_converted(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense() -> None:
-    with pytest.raises(ConfigError, match="probe 'none' gives all the same"):
+    with pytest.raises(ConfigError, match="need scores; probe 'none'"):
         ACTIVE.replace(probe="none")
     with pytest.raises(ConfigError, match="selection must be one of"):
         ACTIVE.replace(selection="top")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from hypothesis import strategies as st
 
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.errors import BackendError, ConfigError, RunCancelledError
+from sdt_deploy.model.inference import oracle_output
+from sdt_deploy.model.probe import quantiles
+from sdt_deploy.runtime import device_loop
 from sdt_deploy.runtime.device_loop import GraphCache
 from sdt_deploy.runtime.device_plan import NO_ROW, DevicePlan, TorchRouting
 from sdt_deploy.runtime.ladders import Bucket, stage_bucket
@@ -153,6 +157,53 @@ def test_parts_threads_and_cancelling() -> None:
     session.close()
     with pytest.raises(BackendError, match="closed"):
         session.run_batch(batch)
+
+
+def test_a_warm_session_captures_nothing() -> None:
+    """What a batch of the expected depths launches has been launched before."""
+    config, _ = CONFIGS["all-embedding"]
+    model = random_model(config, 3)
+    batch = random_batch(config, [40] * 24, seed=2)
+    scores = oracle_output(model, batch.input_ids, batch.cu_seqlens, batch.token_type_ids).scores
+    thresholds = (0.0, *np.quantile(scores, (0.3, 0.6)).tolist())
+    model = random_model(config.replace(thresholds=thresholds), 3)
+    bundle = memory_bundle(model, FUSED)
+    manifest = replace(bundle.manifest, score_quantiles=quantiles(scores))
+    bundle = replace(bundle, manifest=manifest)
+    session = Session(bundle, OracleDeviceBackend(bundle, model))
+    loop = session._device_loop
+    assert loop is not None
+    launched: list[object] = []
+    launch = loop._graphs.launch
+    loop._graphs.launch = lambda key, work: (launched.append(key), launch(key, work))  # type: ignore[assignment,func-returns-value]
+    session.warmup([[40] * 24])
+    assert session.statistics().n_tokens == 0
+    warm = set(launched)
+    launched.clear()
+    for seed in range(5):
+        assert_parity(session, model, random_batch(config, [40] * 24, seed), thresholds)
+    assert len(launched) == 5 * (config.n_layers + 2)
+    assert set(launched) <= warm
+
+
+def test_old_buckets_go_with_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_loop, "MAX_FRAMES", 2)
+    config, _ = CONFIGS["all-embedding"]
+    model = random_model(config, 3)
+    bundle = memory_bundle(model, FUSED)
+    session = Session(bundle, OracleDeviceBackend(bundle, model))
+    loop = session._device_loop
+    assert loop is not None
+    for turn in range(3):
+        for longest in (8, 16, 24):
+            assert_parity(session, model, random_batch(config, [longest, 3], turn))
+            for bucket in loop._frames:
+                loop._graphs._graphs[("entry", bucket)] = loop._graphs._graphs[
+                    ("stage", 1, bucket, bucket)
+                ] = "graph"
+            assert len(loop._frames) <= 2
+            assert len(loop._graphs) <= 4
+            assert list(loop._frames)[-1].max_seqlen == longest
 
 
 def test_bundles_for_gpus_are_refused_on_the_cpu() -> None:

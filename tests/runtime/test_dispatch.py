@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from sdt_deploy.config import HeadConfig, ModelConfig
 from sdt_deploy.costs import active_shares, dense_flops, head_flops, score_flops, sparse_flops
-from sdt_deploy.runtime.dispatch import CostModel, LinearCost, calibrate, candidates
+from sdt_deploy.runtime.dispatch import (
+    CostModel,
+    LinearCost,
+    calibrate,
+    candidates,
+    expected_flops,
+)
 from sdt_deploy.testing import memory_bundle
 from tests.samples import random_model
 
@@ -35,6 +42,20 @@ def test_operations_by_hand() -> None:
     seen = 2 * (2 * 8 * 8 + 2 * 8 * 16) + 2 * 3 * 2 * 8 * 8 + 2 * 3 * 2 * 8
     assert sparse_flops(every, [3], [[3], [1]]) == layer + seen + ends
     assert sparse_flops(every, [3, 3], [[3, 3], [1, 0]]) == 2 * layer + seen + 2 * ends
+
+
+@pytest.mark.parametrize("context", ["active", "all"])
+def test_expected_operations_are_those_of_even_shares(context: str) -> None:
+    config = CONFIG.replace(context=context)
+    lengths = [8, 20, 12]
+    active = [[n * share // 4 for n in lengths] for share in (3, 1)]
+    expected = expected_flops(config, np.array(lengths, dtype=np.int32), (0.75, 0.25))
+    assert expected == pytest.approx(sparse_flops(config, lengths, active))
+    many = np.full(100_000, 64, dtype=np.int32)
+    whole = expected_flops(config, many, (1.0, 1.0))
+    assert whole == pytest.approx(
+        dense_flops(config, many.tolist()) + score_flops(config, n_tokens=int(many.sum()))
+    )
 
 
 def test_fit_recovers_a_line_and_never_goes_below_zero() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdt_deploy.errors import ConfigError
-from sdt_deploy.runtime.ladders import Bucket, batch_bucket, rung, stage_bucket
+from sdt_deploy.runtime.ladders import Bucket, batch_bucket, likely_buckets, rung, stage_bucket
 
 
 @given(st.integers(1, 200_000), st.sampled_from([1, 8, 64]), st.sampled_from([4, 8]))
@@ -34,7 +34,7 @@ def test_the_ladder_is_short() -> None:
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=300), st.data())
 def test_buckets_hold_their_batch(lengths: list[int], data: st.DataObject) -> None:
-    whole = batch_bucket(lengths, max_positions=512)
+    whole = batch_bucket(lengths, max_seqlen=512)
     assert whole.batch >= len(lengths)
     assert max(lengths) <= whole.max_seqlen <= 512
     assert whole.n_tokens == whole.batch * whole.max_seqlen
@@ -50,10 +50,26 @@ def test_sizes_in_use_are_rungs() -> None:
     """Batches of common sizes are not padded, so a comparison at them is one of equals."""
     for batch in (1, 2, 4, 8, 16, 32, 64, 128):
         for seq in (64, 128, 256, 512):
-            found = batch_bucket([seq] * batch, max_positions=512)
+            found = batch_bucket([seq] * batch, max_seqlen=512)
             assert (found.batch, found.max_seqlen) == (batch, seq)
 
 
 def test_empty_buckets_are_refused() -> None:
     with pytest.raises(ConfigError, match="positive"):
         Bucket(n_tokens=0, batch=1, max_seqlen=1)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.floats(0.01, 1), st.data())
+def test_likely_buckets_miss_none_between(
+    batch: int, longest: int, share: float, data: st.DataObject
+) -> None:
+    whole = batch_bucket([longest * 8] * batch, max_seqlen=512)
+    found = likely_buckets(whole, share, spread=0.1)
+    near = data.draw(st.floats(share - 0.1, min(1.0, share + 0.1)))
+    widest = data.draw(st.floats(share, min(1.0, share + 0.2)))
+    n_active = max(1, round(near * whole.n_tokens))
+    assert stage_bucket(n_active, max(1, round(widest * whole.max_seqlen)), whole) in found
+
+
+def test_a_stage_without_tokens_needs_no_bucket() -> None:
+    assert not likely_buckets(batch_bucket([8], max_seqlen=8), 0.0)

@@ -67,12 +67,22 @@ def attention_across_sequences(step: RouteStep) -> RouteStep:
     """The whole batch as one sequence: the defect of the original research code."""
     n_heads = step.queries.gather_index.shape[1]
     rows = np.arange(step.n_active, dtype=np.int32)
-    joined = head_layouts(np.array([[step.n_active]]), rows, n_heads, 1)[0]
+    (joined,) = head_layouts(
+        np.ones((1, len(rows)), dtype=bool),
+        rows,
+        rows,
+        np.array([0, len(rows)]),
+        n_heads,
+        n_queries=1,
+        with_bias=True,
+    )
     context, bias = step.context, joined.key_bias
     if context is not None:
+        assert context.key_bias is not None
         index = context.gather_index.swapaxes(0, 1).reshape(1, n_heads, -1)
         bias = context.key_bias.swapaxes(0, 1).reshape(1, n_heads, -1, 1)
         context = dataclasses.replace(context, gather_index=np.ascontiguousarray(index))
+    assert bias is not None
     bias = np.ascontiguousarray(bias)
     return dataclasses.replace(step, queries=joined, context=context, key_bias=bias)
 

@@ -13,7 +13,7 @@ from sdt_deploy.runtime.routing import (
     HeadLayout,
     RoutePlan,
     depths_from_scores,
-    padded_layout,
+    padded_rows,
     plan_route,
 )
 from tests.samples import rules
@@ -41,7 +41,8 @@ def check_layout(layout: HeadLayout, counts: np.ndarray, rows: np.ndarray) -> No
     batch, longest = len(counts), int(counts.max())
     assert layout.lengths.tolist() == counts.tolist()
     assert layout.gather_index.shape == (batch, N_HEADS, longest)
-    assert layout.key_bias.shape == (batch, N_HEADS, longest, 1)
+    bias = layout.key_bias
+    assert bias is None or (bias.shape == (batch, N_HEADS, longest, 1) and bias.dtype == np.float32)
     assert layout.max_seqlen == longest
     for array in (layout.gather_index, layout.lengths, layout.scatter_index):
         assert array is None or (array.dtype == np.int32 and array.flags.c_contiguous)
@@ -50,9 +51,12 @@ def check_layout(layout: HeadLayout, counts: np.ndarray, rows: np.ndarray) -> No
         for head in range(N_HEADS):
             expected = rows[start : start + count] * N_HEADS + head
             np.testing.assert_array_equal(layout.gather_index[sequence, head, :count], expected)
-            assert (layout.key_bias[sequence, head, :count] == 0).all()
-            assert (layout.key_bias[sequence, head, count:] == HIDDEN).all()
+            if bias is not None:
+                assert (bias[sequence, head, :count] == 0).all()
+                assert (bias[sequence, head, count:] == HIDDEN).all()
         start += count
+    assert layout.gather_index.min() >= 0
+    assert layout.gather_index.max() < (rows.max() + 1) * N_HEADS
     padded = layout.padded
     assert padded.gather_index.shape == (batch, longest)
     if layout.scatter_index is None or padded.scatter_index is None:
@@ -164,6 +168,10 @@ def test_depth_counts_thresholds_below_the_score(
 
 @pytest.mark.parametrize("counts", [[1], [3, 3], [2, 5, 1]])
 def test_padding_points_at_a_valid_row(counts: list[int]) -> None:
-    layout = padded_layout(np.array(counts, dtype=np.int32))
-    assert layout.gather_index.min() >= 0
-    assert layout.gather_index.max() == sum(counts) - 1
+    rows = np.arange(sum(counts), dtype=np.int32)[::-1]
+    padded = padded_rows(rows, np.array(counts, dtype=np.int32))
+    assert padded.min() >= 0
+    start = 0
+    for line, count in zip(padded, counts, strict=True):
+        np.testing.assert_array_equal(line[:count], rows[start : start + count])
+        start += count

@@ -158,7 +158,12 @@ def test_threads_calibrate_once(exported: Exported, monkeypatch: pytest.MonkeyPa
     sample = exported("active-lm")
     calls = []
     calibrate = calibration.calibrate
-    monkeypatch.setattr(calibration, "calibrate", lambda *a: calls.append(a) or calibrate(*a))
+
+    def counted(*args, **options):
+        calls.append(args)
+        return calibrate(*args, **options)
+
+    monkeypatch.setattr(calibration, "calibrate", counted)
     with Session.open(sample.bundle) as session:
         threads = [threading.Thread(target=session.cost_model) for _ in range(6)]
         for thread in threads:

@@ -36,12 +36,11 @@ CONFIG = CONFIGS["all-embedding"][0]
 def test_groups_stay_below_the_limit_and_hold_everyone_once(lengths: list[int], limit: int) -> None:
     array = np.array(lengths, dtype=np.int32)
     groups = split_batch(array, CONFIG, PartLimits(max_padded_tokens=limit))
+    assert bool(groups) == (len(lengths) * max(lengths) > limit and len(lengths) > 1)
+    groups = groups or [np.arange(len(lengths))]
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
     for group in groups:
         assert len(group) * array[group].max() <= limit or len(group) == 1
-    if len(lengths) * max(lengths) <= limit:
-        assert len(groups) == 1
-        assert groups[0].tolist() == list(range(len(lengths)))
     minimal = sum(lengths)
     padded = sum(len(group) * int(array[group].max()) for group in groups)
     assert minimal <= padded <= len(lengths) * max(lengths)
@@ -58,10 +57,11 @@ def test_groups_fit_into_memory(lengths: list[int], spare: float) -> None:
     cap = fixed + (estimate_mb([max(lengths)]) - fixed) * spare
     array = np.array(lengths, dtype=np.int32)
     groups = split_batch(array, CONFIG, PartLimits(max_memory_mb=cap))
+    assert bool(groups) == (estimate_mb(lengths) > cap)
+    groups = groups or [np.arange(len(lengths))]
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
     for group in groups:
         assert estimate_mb(array[group].tolist()) <= cap
-    assert (len(groups) == 1) == (estimate_mb(lengths) <= cap)
 
 
 def test_a_sequence_that_does_not_fit_into_memory_is_refused() -> None:

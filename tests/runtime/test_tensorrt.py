@@ -8,16 +8,18 @@ import inspect
 import io
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sdt_deploy import trt
+from sdt_deploy import diagnosis, trt
 from sdt_deploy.buckets import AxisRange, BatchLimits, plan_profiles
 from sdt_deploy.bundle import Bundle, write_manifest
 from sdt_deploy.engines import ENGINES, EngineSet, EngineSpec
@@ -27,6 +29,7 @@ from sdt_deploy.exporters.engine_worker import Reporter, monitor
 from sdt_deploy.gpu import Driver, Gpu, driver
 from sdt_deploy.runtime.backends import tensorrt as backend_module
 from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
+from sdt_deploy.runtime.device_plan import ALIGNMENT
 from sdt_deploy.runtime.session import Session
 from tests.gpu import rtx_refusal
 from tests.runtime import fake_tensorrt
@@ -99,10 +102,24 @@ def open_fake(
         monkeypatch.setattr(trt, "load", lambda flavour: library)
         monkeypatch.setattr(trt, "installed_version", lambda flavour: VERSIONS[number])
         monkeypatch.setattr(backend_module, "driver", lambda: HOPPER)
-        session = Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu"))
+        session = Session(bundle, AlignedBackend(bundle, "tensorrt", device="cpu"))
         return session, library, found
 
     return opener
+
+
+class AlignedBackend(TensorRtBackend):
+    """Looks at what comes to the engines: memory that begins where TensorRT wants it to.
+
+    All of it is cut from allocations that torch aligns more than enough on a GPU.
+    """
+
+    def on_device(self, *args: Any) -> Any:
+        there, results, fetch = super().on_device(*args)
+        for name, array in (*there.items(), *results.items()):
+            assert array.storage_offset() * array.element_size() % ALIGNMENT == 0, name
+            assert array.is_contiguous(), name
+        return there, results, fetch
 
 
 Open = Callable[..., tuple[Session, FakeLibrary, ExportedModel]]
@@ -199,19 +216,20 @@ def test_fused_bundles_run_in_the_loop_for_devices(
 ) -> None:
     """Batches are padded to buckets, which have to fit the profiles."""
     library, found = FakeLibrary("11.4"), fused(name)
-    limits = BatchLimits(max_seqlen=24, max_batch=9, max_padded_tokens=9 * 24)
+    # No length nor number of sequences is that of a bucket.
+    limits = BatchLimits(max_seqlen=21, max_batch=9, max_padded_tokens=9 * 21)
     bundle = with_engines(found.bundle, tmp_path / "bundle", "11.4", limits=limits)
     monkeypatch.setattr(trt, "load", lambda flavour: library)
     monkeypatch.setattr(trt, "installed_version", lambda flavour: VERSIONS["11.4"])
     monkeypatch.setattr(backend_module, "driver", lambda: HOPPER)
-    with Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu")) as session:
+    with Session(bundle, AlignedBackend(bundle, "tensorrt", device="cpu")) as session:
         assert session.on_device
         for lengths in ([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [21] * 9, [3] * 23):
             batch = random_batch(found.model.config, lengths, seed=7)
             for path in ("sparse", "masked", "dense")[: 3 if len(lengths) < 9 else 2]:
                 assert_parity(session, found.model, batch, path=path)
-        with pytest.raises(InputError, match="longer than the engines were built for"):
-            session.run_batch(random_batch(found.model.config, [25], seed=1))
+        with pytest.raises(InputError, match=r"of 22 tokens is longer than .* for, 21: shorten"):
+            session.run_batch(random_batch(found.model.config, [22], seed=1))
     assert len({profile for _, profile, _ in library.calls}) == 2
 
 
@@ -291,6 +309,21 @@ def test_refusals(open_fake: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         Session.open(bundle, backend="tensorrt", n_threads=2)
 
 
+def test_a_library_that_is_there_in_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As tensorrt 8.6.0 without cuBLAS, and newer ones without NVIDIA's own package index."""
+    reason = "libcublas.so.12: cannot open shared object file: No such file or directory"
+    (tmp_path / "tensorrt.py").write_text(f"raise ImportError({reason!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(trt, "installed_version", lambda flavour: "8.6.0")
+    with pytest.raises(BackendError, match=rf"tensorrt is installed and cannot .*: {reason}"):
+        trt.load(trt.flavour("tensorrt"))
+    row = next(row for row in diagnosis.diagnose() if row.backend == "tensorrt")
+    assert not row.runs
+    assert not row.builds
+    assert reason in row.remark
+
+
 def test_rtx_engines_on_a_gpu_that_they_never_run_on(
     open_fake: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,7 +355,7 @@ def test_a_missing_engine_names_the_command(open_fake: Open) -> None:
     partial = dataclasses.replace(engines, engines=without)
     write_manifest(session.bundle.path, dataclasses.replace(session.manifest, engines=(partial,)))
     bundle = Bundle.open(session.bundle.path)
-    opened = Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu"))
+    opened = Session(bundle, AlignedBackend(bundle, "tensorrt", device="cpu"))
     with pytest.raises(BackendError, match="--target tensorrt --graph dense"):
         opened.run([[1, 2]], path="dense")
 

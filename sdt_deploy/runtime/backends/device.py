@@ -16,12 +16,9 @@ import numpy as np
 from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.backend import Array, HostArray
-from sdt_deploy.runtime.device_plan import DeviceRouting, TorchRouting
+from sdt_deploy.runtime.device_plan import ALIGNMENT, DeviceRouting, TorchRouting
 from sdt_deploy.runtime.device_routing import plan_on_device
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules
-
-_ALIGNMENT = 256
-"""Bytes; TensorRT wants addresses to be multiples of it."""
 
 
 class DeviceMemory:
@@ -74,9 +71,9 @@ class DeviceMemory:
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def upload(self, arrays: Sequence[HostArray]) -> list[Array]:
-        """See :meth:`sdt_deploy.runtime.backend.Backend.upload`; one copy for all of them.
+        """Return arrays in the GPU's memory, where some may be already; one copy for the others.
 
-        What is in the GPU's memory already stays there.
+        The caller must not change them while the results are in use.
         """
         on_host = [array for array in arrays if isinstance(array, np.ndarray)]
         moved = iter(self._moved(on_host) if on_host else ())
@@ -87,7 +84,7 @@ class DeviceMemory:
         starts, total = [], 0
         for array in arrays:
             starts.append(total)
-            total += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+            total += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         pinned = self.device.type == "cuda"
         block = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
         flat = block.numpy()

@@ -13,7 +13,6 @@ from sdt_deploy.errors import BackendError
 from sdt_deploy.ort import Address, bind_addresses, open_cuda_session
 from sdt_deploy.runtime.backend import Array, Call, Graph
 from sdt_deploy.runtime.backends.device import DeviceMemory
-from sdt_deploy.runtime.backends.torch_allocator import TorchAllocator
 
 
 class OnnxRuntimeCudaGraph:
@@ -73,7 +72,6 @@ class OnnxRuntimeCudaBackend(DeviceMemory):
         self.device_id = self.device.index or 0
         self.lock = threading.Lock()
         self._own_stream: Any = self._torch.cuda.Stream(self.device)
-        self._allocator = TorchAllocator(self._torch, self.device)
         self._bundle = bundle
         self._graphs: dict[str, OnnxRuntimeCudaGraph] = {}
         self._opening = threading.Lock()
@@ -106,7 +104,6 @@ class OnnxRuntimeCudaBackend(DeviceMemory):
                     self._bundle.file(spec.file),
                     device_id=self.device_id,
                     stream=self._own_stream.cuda_stream,
-                    allocator=self._allocator.addresses,
                 )
                 self._graphs[name] = OnnxRuntimeCudaGraph(spec, session, self)
             return self._graphs[name]

@@ -1,4 +1,4 @@
-"""The commands that make models and bundles."""
+"""Commands that make models and bundles."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from sdt_deploy.choices import (
     QuantizationChoice,
     SelectionChoice,
 )
+from sdt_deploy.commands.options import Json, Overwrite, Quiet
 from sdt_deploy.console import (
     clean_up_on_sigterm,
     console,
     print_graphs,
     print_histogram,
+    print_json,
     progress_bar,
 )
 from sdt_deploy.errors import InputError
@@ -34,8 +36,6 @@ CHECKED_WITH = {
     "computes float16 in float32, through casts",
     PrecisionChoice.bfloat16: "the reference evaluator of onnx; for GPUs: no CPU backend runs it",
 }
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
 
 
 def convert(
@@ -70,10 +70,16 @@ def convert(
         Path | None, typer.Option(help="Adapter file to merge; brings its own probe.")
     ] = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn a checkpoint into a native model directory and fit a probe.
 
-    Example: sdt-deploy convert ./all-MiniLM-L6-v2 model --texts texts.txt
+    Examples::
+
+        sdt-deploy convert ./all-MiniLM-L6-v2 model --texts texts.txt
+        sdt-deploy convert ./all-MiniLM-L6-v2 model --adapter adapter.safetensors
+        sdt-deploy convert ./bert model --texts texts.txt --head embedding --target-depth 7
     """
     from sdt_deploy.extras import require
 
@@ -112,6 +118,16 @@ def convert(
             progress=lambda n_tokens: advance(f"fit the probe ({n_tokens} tokens)", 0, 0),
         )
     config = checkpoint.model.config
+    if as_json:
+        print_json(
+            {
+                "model": str(out),
+                "config": config,
+                "provenance": checkpoint.provenance,
+                "fit": report,
+            }
+        )
+        return
     console.print(
         f"[bold]{escape(str(out))}[/bold]: {config.n_layers} layers, d_model {config.d_model}, "
         f"head {config.head.kind}, context {config.context}, probe {config.probe}, "
@@ -128,6 +144,9 @@ def convert(
 def export(
     model: Annotated[Path, typer.Argument(help="Native model directory.")],
     bundle: Annotated[Path, typer.Argument(help="Bundle directory to make.")],
+    target_depth: Annotated[
+        float | None, typer.Option(help="Mean layers per token; default: as the model was set.")
+    ] = None,
     layers_per_stage: Annotated[int, typer.Option(min=1, help="Layers in one graph.")] = 1,
     stages: Annotated[
         str | None,
@@ -159,10 +178,18 @@ def export(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Export a model as a bundle of ONNX graphs and check each of them.
 
-    Example: sdt-deploy export model bundle
+    Examples::
+
+        sdt-deploy export model bundle
+        sdt-deploy export model bundle-deep --target-depth 4.5
+        sdt-deploy export model bundle-short --stages auto --stage-batch 2x20
+        sdt-deploy export model bundle-int8 --quantize int8 --overwrite
+        sdt-deploy export model bundle-gpu --precision float16 --attention fused
     """
     from sdt_deploy.extras import require
 
@@ -173,9 +200,12 @@ def export(
     from sdt_deploy.config import ExportConfig
     from sdt_deploy.exporters.export import export as export_model
     from sdt_deploy.model.checkpoints import load
+    from sdt_deploy.model.conversion import at_depth
     from sdt_deploy.stages import parse_stages
 
     checkpoint = load(model)
+    if target_depth is not None:
+        checkpoint = at_depth(checkpoint, target_depth)
     planned = stages == "auto"
     if stage_batch is not None and not planned:
         raise InputError("--stage-batch is for --stages auto")
@@ -206,6 +236,18 @@ def export(
             overwrite=overwrite,
             progress=advance,
         )
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "n_files": len(manifest.files),
+                "precision": precision,
+                "checked_with": CHECKED_WITH[precision],
+                "stages": [stop - first for first, stop in manifest.stage_layers],
+                "graphs": list(manifest.graphs.values()),
+            }
+        )
+        return
     print_graphs(manifest.graphs.values())
     if planned:
         console.print(f"stages of {', '.join(map(str, config.stages))} layers", highlight=False)

@@ -1,8 +1,7 @@
-"""Commands about engines; :mod:`sdt_deploy.cli` registers them."""
+"""Commands about engines."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +9,18 @@ import typer
 from rich.markup import escape
 
 from sdt_deploy.choices import EngineLayoutChoice, TargetChoice
-from sdt_deploy.console import clean_up_on_sigterm, console, print_engines, progress_bar
+from sdt_deploy.commands.options import BundleArgument, Json, Quiet
+from sdt_deploy.console import (
+    clean_up_on_sigterm,
+    console,
+    print_engines,
+    print_json,
+    progress_bar,
+)
 
 
 def build_engine(
-    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    bundle: BundleArgument,
     target: Annotated[
         TargetChoice,
         typer.Option(help="tensorrt: on the GPU that will run them. tensorrt-rtx: anywhere."),
@@ -62,10 +68,15 @@ def build_engine(
     pin_timing_cache: Annotated[
         bool, typer.Option("--pin-timing-cache", help="Only read it; fail where it lacks a time.")
     ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Build TensorRT engines from a bundle's graphs and put them into it.
 
-    Example: sdt-deploy build-engine bundle --target tensorrt-rtx --compute-capability 8.9
+    Examples::
+
+        sdt-deploy build-engine bundle --target tensorrt-rtx --compute-capability 8.9
+        sdt-deploy build-engine bundle --target tensorrt --max-seqlen 256 --compare
     """
     from sdt_deploy.buckets import BatchLimits
     from sdt_deploy.bundle import Bundle
@@ -105,16 +116,20 @@ def build_engine(
             cache=None if no_cache else EngineCache(cache or default_cache()),
             progress=advance,
         )
+    errors = _compare(bundle, target.value, tuple(report.sources)) if compare else {}
+    if as_json:
+        print_json({"engines": report.engines, "sources": report.sources, "max_abs_error": errors})
+        return
     print_engines([report.engines])
     counts = {source: list(report.sources.values()).count(source) for source in ORIGINS}
     said = [f"{count} {ORIGINS[source]}" for source, count in counts.items() if count]
     console.print(f"[bold]{escape(str(bundle))}[/bold]: {', '.join(said)}", highlight=False)
-    if compare:
-        _compare(bundle, target.value, tuple(report.sources))
+    for name, error in errors.items():
+        console.print(f"{name}: at most {error:.2g} from the model", highlight=False)
 
 
-def _compare(path: Path, flavour: str, graphs: tuple[str, ...]) -> None:
-    """Compare engines that were built with the model, and print by how much they deviate."""
+def _compare(path: Path, flavour: str, graphs: tuple[str, ...]) -> dict[str, float]:
+    """Compare engines that were built with the model; return by how much each deviates."""
     from sdt_deploy import trt
     from sdt_deploy.bundle import Bundle
     from sdt_deploy.exporters.engine_accuracy import compare_engines
@@ -122,8 +137,7 @@ def _compare(path: Path, flavour: str, graphs: tuple[str, ...]) -> None:
 
     bundle = Bundle.open(path)
     engines = find_engines(bundle, trt.flavour(flavour))
-    for graph, error in compare_engines(bundle, engines, graphs).items():
-        console.print(f"{graph}: at most {error:.2g} from the model", highlight=False)
+    return dict(compare_engines(bundle, engines, graphs))
 
 
 ORIGINS = {
@@ -134,19 +148,21 @@ ORIGINS = {
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show which backends work on this machine, and why the others do not.
 
-    Example: sdt-deploy doctor
-    """
-    import dataclasses
+    Examples::
 
+        sdt-deploy doctor
+        sdt-deploy doctor --json
+    """
     from sdt_deploy.diagnosis import diagnose
 
     rows = diagnose()
     if as_json:
-        console.file.write(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+        print_json(rows)
         return
     from rich.table import Table
 

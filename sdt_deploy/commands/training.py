@@ -1,8 +1,7 @@
-"""Commands about training and quality; :mod:`sdt_deploy.cli` registers them."""
+"""Commands about training and quality."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,23 +9,40 @@ import typer
 from rich.markup import escape
 
 from sdt_deploy.choices import (
+    BaselineChoice,
     CurriculumChoice,
     DeviceChoice,
     LevelsChoice,
     ProbeTrainingChoice,
 )
-from sdt_deploy.console import clean_up_on_sigterm, console, progress_bar
+from sdt_deploy.commands.options import Json, Overwrite, Quiet
+from sdt_deploy.console import clean_up_on_sigterm, console, print_json, progress_bar
+from sdt_deploy.errors import InputError
 
 
 def evaluate(
     subject: Annotated[Path, typer.Argument(help="Bundle, or any model that convert accepts.")],
     teacher: Annotated[Path, typer.Option(help="Dense model to compare with.")],
     texts: Annotated[Path, typer.Option(help="Held-out text, one paragraph per line.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    depths: Annotated[
+        str | None, typer.Option(help="Mean depths to sweep, 3,3.5,4; nothing is recorded then.")
+    ] = None,
+    baseline: Annotated[
+        list[Path] | None, typer.Option(help="Model or bundle to set beside it; with --depths.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw quality over depth (PNG); with --depths.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare with a dense teacher on held-out text; a bundle keeps the result.
 
-    Example: sdt-deploy evaluate bundle --teacher ./all-MiniLM-L6-v2 --texts held-out.txt
+    Examples::
+
+        sdt-deploy evaluate bundle --teacher ./all-MiniLM-L6-v2 --texts held-out.txt
+        sdt-deploy evaluate bundle --teacher ./all-MiniLM-L6-v2 --texts held-out.txt --json
+        sdt-deploy evaluate model --teacher ./dense --texts t.txt --depths 3,4,5 --baseline first-4
     """
     from sdt_deploy.extras import require
 
@@ -35,13 +51,50 @@ def evaluate(
     from sdt_deploy.evaluation.evaluate import evaluate as measure
     from sdt_deploy.tokenization import read_lines
 
+    if depths is not None:
+        _sweep(subject, teacher, texts, depths, baseline or [], plot_file, as_json)
+        return
+    if baseline or plot_file is not None:
+        raise InputError("--baseline and --plot go with a sweep: give --depths too")
     quality = measure(subject, teacher, read_lines(texts)).to_dict()
     if as_json:
-        console.file.write(json.dumps(quality, indent=1) + "\n")
+        print_json(quality)
         return
     for name, value in quality.items():
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
         console.print(f"[bold]{name:<16}[/bold]{shown}", highlight=False)
+
+
+def _sweep(
+    subject: Path,
+    teacher: Path,
+    texts: Path,
+    depths: str,
+    baselines: list[Path],
+    plot_file: Path | None,
+    as_json: bool,
+) -> None:
+    from rich.table import Table
+
+    from sdt_deploy.evaluation.frontier import frontier, plot, read_depths
+    from sdt_deploy.tokenization import read_lines
+
+    wanted, lines = read_depths(depths), read_lines(texts)
+    with progress_bar("sweep") as advance:
+        found = frontier(subject, teacher, lines, wanted, baselines=baselines, progress=advance)
+    if plot_file is not None:
+        plot(found, plot_file)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    table = Table("model", "depth", "FLOPs", "cosine", "p5", "Spearman", "top-1", "top-10")
+    for point in found.points:
+        q = point.quality
+        shown = point.flops_ratio, q.mean_cosine, q.p5_cosine, q.spearman
+        shares = *shown, q.top1_agreement, q.top10_agreement
+        cells = [f"{q.mean_depth:.2f}", *(f"{value:.3f}" for value in shares)]
+        table.add_row(escape(point.model), *cells)
+    console.print(table)
 
 
 def distill(
@@ -66,6 +119,20 @@ def distill(
     adapter: Annotated[
         Path | None, typer.Option(help="Write an adapter file too; needs --lora-rank.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Go on from this adapter file, its probe included.")
+    ] = None,
+    baseline: Annotated[
+        BaselineChoice | None,
+        typer.Option(
+            help="Train something to compare with: the first TARGET_DEPTH layers for every token, "
+            "or a random probe."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, any other setting, loss.neighbours=1.0 for one."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of order and adapters.")] = 0,
     device: Annotated[DeviceChoice, typer.Option(help="Where to train.")] = DeviceChoice.cpu,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
@@ -73,13 +140,16 @@ def distill(
     cache_mb: Annotated[
         int, typer.Option(min=0, help="Keep the teacher's states if they fit.")
     ] = 1024,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the target if it exists.")
-    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a dense model to skip layers and keep its output.
 
-    Example: sdt-deploy distill ./all-MiniLM-L6-v2 model --texts texts.txt --target-depth 3.6
+    Examples::
+
+        sdt-deploy distill ./all-MiniLM-L6-v2 model --texts texts.txt --target-depth 3.6
+        sdt-deploy distill ./bert model --texts a.txt --target-depth 7 --device cuda --resume
     """
     from sdt_deploy.extras import require
 
@@ -102,7 +172,7 @@ def distill(
         curriculum=curriculum.value,
         lora_rank=lora_rank,
         seed=seed,
-    )
+    ).with_settings(settings or [])
     options = JobOptions(
         device=device.value,
         resume=resume,
@@ -113,12 +183,25 @@ def distill(
     )
     lines = [line for path in texts for line in read_lines(path)]
     with progress_bar("distil") as advance:
-        _, last = distil(teacher, out, lines, config, options, progress=advance)
+        _, last = distil(
+            teacher,
+            out,
+            lines,
+            config,
+            options,
+            start=start,
+            baseline=baseline.value if baseline else None,
+            progress=advance,
+        )
+    if as_json:
+        log = str(training_directory(out))
+        print_json({"model": str(out), "n_steps": config.n_steps, "last_step": last, "log": log})
+        return
     said = (
         "" if last is None else f", loss {last.loss:.4f}, depth of the last batch {last.depth:.2f}"
     )
     console.print(
-        f"[bold]{escape(str(out))}[/bold]: {steps} steps{said}; log in "
+        f"[bold]{escape(str(out))}[/bold]: {config.n_steps} steps{said}; log in "
         f"{escape(str(training_directory(out)))}",
         highlight=False,
     )

@@ -1,0 +1,81 @@
+"""Graphs with fused attention: what their operators compute in, and that nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.config import FUSED_OPSET, ExportConfig, Precision
+from sdt_deploy.exporters.export import export
+from sdt_deploy.exporters.restore import restore
+from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.model.inference import oracle_output
+from tests.samples import CONFIGS, ExportedModel, random_batch, random_model
+
+Fused = Callable[[str], ExportedModel]
+PREFIXES = ("dense", "masked", "stage")
+FLOAT = onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_attention_operator_for_each_layer(fused: Fused, name: str) -> None:
+    sample = fused(name)
+    n_layers = sample.model.config.n_layers
+    for spec in Bundle.open(sample.bundle).manifest.graphs.values():
+        model = onnx.load(str(sample.bundle / spec.file), load_external_data=False)
+        assert [entry.version for entry in model.opset_import] == [FUSED_OPSET]
+        kinds = [node.op_type for node in model.graph.node]
+        layers = 1 if spec.layers else n_layers * spec.name.startswith(PREFIXES)
+        assert kinds.count("Attention") == layers, spec.name
+        assert not {"Softmax", "Shape", "Range"} & set(kinds), spec.name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_can_be_had_back(fused: Fused, name: str) -> None:
+    """Biases that were dropped or moved make no difference, those of the keys included."""
+    sample = fused(name)
+    restored = restore(Bundle.open(sample.bundle))
+    batch = random_batch(sample.model.config, [5, 1, 11], seed=5)
+    expected, found = (
+        oracle_output(model, batch.input_ids, batch.cu_seqlens, batch.token_type_ids)
+        for model in (sample.model, restored)
+    )
+    np.testing.assert_array_equal(found.depths, expected.depths)
+    np.testing.assert_allclose(found.output, expected.output, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_norms_and_scores_are_float32_inside(precision: Precision, tmp_path: Path) -> None:
+    """Read off the graphs: a run on the CPU would not show it."""
+    model = random_model(CONFIGS["all-embedding"][0].replace(n_layers=2, thresholds=()), seed=3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.key.bias.normal_()
+            block.attention.value.bias.normal_()
+    config = ExportConfig(precision=precision, attention="fused")
+    export(Checkpoint(model=model), tmp_path / "bundle", config)
+    seen = 0
+    for spec in Bundle.open(tmp_path / "bundle").manifest.graphs.values():
+        proto = onnx.load(str(tmp_path / "bundle" / spec.file), load_external_data=False)
+        graph = onnx.shape_inference.infer_shapes(proto, check_type=True).graph
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            types[value.name] = value.type.tensor_type.elem_type
+        for node in graph.node:
+            if node.op_type == "LayerNormalization":
+                stash = {a.name: a.i for a in node.attribute}.get("stash_type", FLOAT)
+                assert stash == FLOAT, f"{spec.name}: {node.name}"
+                seen += 1
+            elif node.op_type in ("Sigmoid", "Tanh", "ReduceSum", "Sqrt", "Pow", "Clip"):
+                used = {types[name] for name in (*node.input, *node.output) if name}
+                assert not used & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+        for tensor in spec.outputs:
+            if tensor.name in ("scores", "output"):
+                assert types[tensor.name] == FLOAT
+    assert seen >= 3 * 2 * 2  # stages, dense, masked: two layers with two norms
