@@ -19,6 +19,14 @@ class SelectionChoice(StrEnum):
     capacity = "capacity"
 
 
+class RoutingChoice(StrEnum):
+    """When tokens are scored, and what those do that a layer does not take."""
+
+    once = "once"
+    exit = "exit"
+    skip = "skip"
+
+
 class LevelsChoice(StrEnum):
     """Which depths thresholds allow."""
 

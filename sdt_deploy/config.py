@@ -264,11 +264,6 @@ class ModelConfig:
         return self.routing == "once" and self.selection == "threshold"
 
     @property
-    def capacities(self) -> tuple[float, ...]:
-        """Share of the tokens that each layer takes (selection ``capacity`` only)."""
-        return tuple(1.0 - threshold for threshold in self.thresholds)
-
-    @property
     def output_width(self) -> int:
         """Length of one output row."""
         widths = {"lm": self.vocab_size, "classify": self.head.n_classes}

@@ -25,6 +25,7 @@ LEVELS = (
     "external_data",
     "forking",
     "config",
+    "combinations",
     "buckets",
     "gpu",
     "engines",

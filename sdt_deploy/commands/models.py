@@ -17,6 +17,7 @@ from sdt_deploy.choices import (
     LevelsChoice,
     PrecisionChoice,
     QuantizationChoice,
+    RoutingChoice,
     SelectionChoice,
 )
 from sdt_deploy.commands.options import Json, Overwrite, Quiet
@@ -60,6 +61,10 @@ def convert(
         SelectionChoice | None,
         typer.Option(help="capacity: each layer takes a fixed share of each text's tokens."),
     ] = None,
+    routing: Annotated[
+        RoutingChoice | None,
+        typer.Option(help="exit, skip: a probe for each layer; a token leaves, or sits one out."),
+    ] = None,
     context: Annotated[
         ContextChoice | None, typer.Option(help="What active tokens see; default: as in SOURCE.")
     ] = None,
@@ -99,11 +104,13 @@ def convert(
             levels=(levels or LevelsChoice.graded).value,
             importance=(importance or ImportanceChoice.attention).value,
             selection=(selection or SelectionChoice.threshold).value,
+            routing="once" if routing in (None, RoutingChoice.once) else "per_layer",
+            leaving="skip" if routing is RoutingChoice.skip else "exit",
         )
-    elif any(option is not None for option in (target_depth, levels, importance, selection)):
+    elif any(x is not None for x in (target_depth, levels, importance, selection, routing)):
         raise InputError(
-            "--target-depth, --levels, --importance and --selection need --texts to fit a probe "
-            "on, and no --adapter, which brings its own"
+            "--target-depth, --levels, --importance, --selection and --routing need --texts to fit "
+            "a probe on, and no --adapter, which brings its own"
         )
     with progress_bar("fit the probe") as advance:
         checkpoint, report = convert_model(

@@ -22,10 +22,10 @@ from sdt_deploy.bundle import (
     list_files,
     write_manifest,
 )
+from sdt_deploy.combinations import knows_single_file
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.exporters.baselines import MaskedGraph
-from sdt_deploy.exporters.combinations import knows_single_file
 from sdt_deploy.exporters.onnx import WeightsWriter, graph_hash, parameters_of, save, trace
 from sdt_deploy.exporters.partition import GraphPart, partition
 from sdt_deploy.exporters.quantization import quantize

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec
+from sdt_deploy.combinations import check_combination
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.baselines import DenseGraph, MaskedGraph
-from sdt_deploy.exporters.combinations import check_combination
 from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,

@@ -91,7 +91,10 @@ def depth_histogram(
     """
     histogram = np.zeros(model.config.n_layers + 1, dtype=np.int64)
     for ids, mask in padded_batches(sample, max_tokens):
-        depths = model.depths(model.scorer(ids, model.embed(ids)), mask)[mask]
+        if model.config.routing == "per_layer":
+            depths = model(ids, mask).depths[mask]
+        else:
+            depths = model.depths(model.scorer(ids, model.embed(ids)), mask)[mask]
         histogram += np.bincount(depths.numpy(), minlength=len(histogram))
     return tuple(int(count) for count in histogram)
 
@@ -103,6 +106,7 @@ def token_features(
     importance: Importance,
     *,
     max_tokens: int,
+    layer: int = 0,
     progress: Callable[[int], None] = lambda n_tokens: None,
 ) -> TokenFeatures:
     """Run the dense model over ``sample`` and measure the importance of every unpinned token.
@@ -112,6 +116,8 @@ def token_features(
     layers, heads and queries; ``rarity`` the negative log frequency of its id in ``sample``;
     ``random`` a draw. Each is brought to mean 0 and variance 1 within its sequence: what counts is
     which tokens of a sequence go deeper, wherever they stand and however long it is.
+
+    ``embedded`` are the states that come into ``layer``; into the first one, the embeddings.
     """
     pinned = torch.tensor(model.config.pinned_token_ids, dtype=torch.long)
     counts = np.bincount(sample.input_ids, minlength=model.config.vocab_size)
@@ -129,6 +135,8 @@ def token_features(
             value = torch.rand(ids.shape, generator=generator)
         else:
             value = _dense_importance(model, embedded, mask, importance)
+        for block in model.blocks[:layer]:
+            embedded = block(embedded, mask)
         embedded_parts.append(embedded[free])
         position_parts.append(torch.arange(ids.shape[1]).expand_as(ids)[free])
         importance_parts.append(_standardised(value, free)[free])
@@ -301,11 +309,11 @@ def set_thresholds(
     shares = depth_shares(n_layers, min(free_mean, n_layers), levels, shallow_depth=shallow_depth)
     below = np.cumsum(shares)[:-1]
     ordered = np.sort(scores)
-    cuts = [0.0, *(_cut(ordered, share) for share in below)]
+    cuts = [0.0, *(widest_gap(ordered, share) for share in below)]
     return tuple(float(cut) for cut in np.maximum.accumulate(cuts))
 
 
-def _cut(ordered: npt.NDArray[np.float32], share: float) -> float:
+def widest_gap(ordered: npt.NDArray[np.float32], share: float) -> float:
     """Return the middle of the widest gap near the place below which ``share`` of scores lie."""
     n = len(ordered)
     place = share * n

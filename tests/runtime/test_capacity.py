@@ -125,7 +125,6 @@ def test_target_depth_and_expectations() -> None:
             )
             assert result.layer_usage.mean_depth == pytest.approx(depth, abs=0.05)
     assert expected_mean_depth(bundle.manifest) == pytest.approx(1 + 0.6 + 0.25)
-    assert CONFIG.capacities == pytest.approx((1.0, 0.6, 0.25))
 
 
 def test_exported(tmp_path: Path) -> None:
@@ -172,7 +171,7 @@ def test_converted(tmp_path: Path) -> None:
     config = checkpoints.load(tmp_path / "model").model.config
     assert config == checkpoint.model.config
     assert config.selection == "capacity"
-    assert sum(config.capacities) == pytest.approx(2.5)
+    assert sum(1 - threshold for threshold in config.thresholds) == pytest.approx(2.5)
     assert report is not None
     assert report.mean_depth == pytest.approx(2.5, abs=0.2)  # counts are rounded in each text
 

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from sdt_deploy.bench.run import BenchOptions, run_bench
 from sdt_deploy.bundle import Bundle
-from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
+from sdt_deploy.config import BuildConfig, ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.costs import thresholds_for_depth
 from sdt_deploy.errors import BackendError, ConfigError, RunCancelledError
 from sdt_deploy.exporters.export import export
+from sdt_deploy.exporters.tensorrt import build_engines
+from sdt_deploy.model import checkpoints
 from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.model.conversion import ProbeFit, convert, with_probe
 from sdt_deploy.model.inference import PackedOutput, oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.batch import TokenBatch
@@ -28,7 +31,7 @@ from sdt_deploy.runtime.routing import capacity_counts
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import PartLimits
 from sdt_deploy.runtime.verification import verify_bundle
-from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
+from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, StageCall, memory_bundle
 from tests.samples import (
     CONFIGS,
     TOLERANCE,
@@ -38,6 +41,7 @@ from tests.samples import (
     random_model,
     seeds,
 )
+from tests.textmodels import save_teacher, texts
 
 EXIT = CONFIGS["all-embedding"][0].replace(routing="per_layer", thresholds=(0.3, 0.5, 0.4))
 SKIP = CONFIGS["active-lm"][0].replace(
@@ -284,11 +288,38 @@ def test_a_run_stops_between_stages() -> None:
     model = random_model(EXIT, 5)
     bundle = memory_bundle(model)
     backend, event = OracleBackend(bundle, model), threading.Event()
-    append = backend.calls.append
-    backend.calls.append = lambda call: (append(call), event.set())  # type: ignore
+
+    class Calls(list[StageCall]):
+        def append(self, call: StageCall) -> None:
+            super().append(call)
+            event.set()
+
+    backend.calls = Calls()
     with Session(bundle, backend) as session, pytest.raises(RunCancelledError):
         session.run([3, 4, 5], [0, 3], path="sparse", thresholds=[-1] * 3, cancel=event)
     assert len(backend.calls) == 1
+
+
+@pytest.mark.parametrize(("leaving", "selection"), WAYS)
+def test_converted(leaving: str, selection: str, tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    fit = ProbeFit(
+        texts=texts(150),
+        target_depth=2.5,
+        routing="per_layer",
+        leaving=leaving,  # type: ignore[arg-type]
+        selection=selection,  # type: ignore[arg-type]
+    )
+    _, report = convert(tmp_path / "teacher", tmp_path / "model", fit=fit)
+    checkpoint = checkpoints.load(tmp_path / "model")
+    config = checkpoint.model.config
+    assert (config.routing, config.leaving, config.selection) == ("per_layer", leaving, selection)
+    assert checkpoint.score_quantiles is None
+    assert report is not None
+    assert report.mean_depth == pytest.approx(2.5, abs=0.4)  # on other texts
+    again = ProbeFit(texts=texts(150))
+    plain, _ = with_probe(checkpoint, again)  # back to one score
+    assert plain.model.config.scored_once
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
@@ -315,6 +346,13 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "one score, rising": (lambda: EXIT.replace(routing="once"), "must not fall"),
     "no probe": (lambda: EXIT.replace(probe="none", pinned_token_ids=()), "need scores"),
     "unknown": (lambda: EXIT.replace(routing="twice"), "routing must be one of"),
+    "engines": (
+        lambda: build_engines(
+            memory_bundle(random_model(EXIT, 0)),
+            BuildConfig(flavour="tensorrt-rtx", compute_capabilities=("8.9",)),
+        ),
+        "route by thresholds on one score",
+    ),
     "depth": (
         lambda: thresholds_for_depth(EXIT, 2.0, score_quantiles=None, pinned_share=0.0),
         "do not follow",
