@@ -105,6 +105,7 @@ class BackendChoice(StrEnum):
     onnxruntime_cuda = "onnxruntime-cuda"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
+    torch = "torch"
 
 
 class ProbeTrainingChoice(StrEnum):

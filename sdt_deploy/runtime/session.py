@@ -96,8 +96,8 @@ class Session:
 
         Args:
             bundle: its directory, or an opened one.
-            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, or, if the bundle has engines for
-                this GPU, ``tensorrt`` or ``tensorrt-rtx``.
+            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, ``torch``, or, if the bundle has
+                engines for this GPU, ``tensorrt`` or ``tensorrt-rtx``.
             n_threads: threads of the pool that all sessions of the process share; see
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
