@@ -27,6 +27,7 @@ from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.padded import run_padded
 from sdt_deploy.runtime.result import PathName, RunResult
+from sdt_deploy.runtime.routing import RouteRules
 from sdt_deploy.runtime.sparse import Graphs, run_sparse
 from sdt_deploy.runtime.splitting import PartLimits, merge, select, split_batch
 from sdt_deploy.runtime.statistics import MAX_DEPTH_DRIFT, DepthMonitor, SessionStatistics
@@ -72,6 +73,7 @@ class Session:
         self._monitor = DepthMonitor(bundle.manifest, max_depth_drift)
         self.bundle = bundle
         self.backend = backend
+        self._rules = RouteRules.of(bundle.manifest)
         self._calibration_lock = fork_safe_lock()
         self._buffers = BufferPool(backend, bundle.manifest.graphs["entry"].outputs[0])
         self._tokenizer: TextTokenizer | None = None
@@ -313,7 +315,14 @@ class Session:
                 if graphs is None:
                     raise BackendError("the session is closed")
                 return run_sparse(
-                    self.manifest, self.backend, graphs, self._buffers, batch, thresholds, check
+                    self.manifest.model,
+                    self._rules,
+                    self.backend,
+                    graphs,
+                    self._buffers,
+                    batch,
+                    thresholds,
+                    check,
                 )
             graph = self.backend.graph(path)
             return run_padded(self.manifest.model, graph, batch, thresholds, path)

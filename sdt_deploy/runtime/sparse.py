@@ -8,7 +8,8 @@ from time import perf_counter
 
 import numpy as np
 
-from sdt_deploy.bundle import GraphSpec, Manifest
+from sdt_deploy.bundle import GraphSpec
+from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Array, Backend, Graph
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
@@ -23,7 +24,8 @@ Graphs = tuple[Graph, list[tuple[GraphSpec, Graph]], Graph]
 
 
 def run_sparse(
-    manifest: Manifest,
+    config: ModelConfig,
+    rules: RouteRules,
     backend: Backend,
     graphs: Graphs,
     buffers: BufferPool,
@@ -40,7 +42,6 @@ def run_sparse(
         BackendError: if the engine fails or the session is closed.
     """
     start = perf_counter()
-    config, rules = manifest.model, RouteRules.of(manifest)
     n_tokens = batch.n_tokens
     entry, stages, head = graphs
     probes = (config.n_layers,) if config.routing == "per_layer" else ()
