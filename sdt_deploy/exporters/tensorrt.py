@@ -91,6 +91,11 @@ def build_engines(
             f"max_seqlen = {limits.max_seqlen} exceeds the model's {manifest.model.max_positions} "
             "positions"
         )
+    if not manifest.model.scored_once:
+        raise ConfigError(
+            "engines run on GPUs, which route by thresholds on one score, and this model has "
+            f"routing {manifest.model.routing!r} and selection {manifest.model.selection!r}"
+        )
     version = trt.checked_version(chosen)
     features = trt.features(chosen, version)
     if manifest.export.precision not in features.precisions:

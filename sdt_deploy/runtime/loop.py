@@ -86,6 +86,7 @@ def bind_stages(
     states: Array,
     other: Array,
     stages: Sequence[tuple[GraphSpec, Graph]],
+    scores: Array | None = None,
 ) -> BoundStages:
     """Prepare all stages of ``plan``, so that nothing is left to do between them.
 
@@ -94,6 +95,7 @@ def bind_stages(
         states: ``[n_tokens, d_model]``, the entry's hidden states by row.
         other: of the same shape, to work with.
         stages: spec and opened graph of every stage.
+        scores: ``[n_tokens, n_layers]`` float32, where stages that score write those of their rows.
     """
     calls: list[tuple[Call, tuple[Array, Array] | None]] = []
     n_tokens = len(states)
@@ -105,7 +107,10 @@ def bind_stages(
         inputs["hidden_states"] = active
         if step.context is not None:
             inputs["context_states"] = states
-        call = graph.bind(inputs, {"updated_states": updated})
+        outputs = {"updated_states": updated}
+        if len(spec.outputs) > 1 and scores is not None:
+            outputs["scores"] = scores[:n]
+        call = graph.bind(inputs, outputs)
         if 2 * n < n_tokens:
             calls.append((call, (active, updated)))
         else:
