@@ -54,8 +54,9 @@ def run_padded(
     output, scores = outputs["output"], None
     if not config.head.per_sequence:
         output = batch.packed(output)
-    depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
-    if path != "dense":
+    if path == "dense":
+        depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
+    else:
         scores = batch.packed(outputs["scores"])
         depths = depths_from_scores(scores, thresholds)
     return RunResult(
