@@ -44,6 +44,7 @@ LEVELS = (
     "explain",
     "profiling",
     "testing",
+    "hf",
     "__init__",
     "choices",
     "console",
