@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from sdt_deploy.combinations import check_combination
 from sdt_deploy.config import MAX_SIZE, ExportConfig, ModelConfig, is_integer, is_number, shown
 from sdt_deploy.engines import EngineSet
 from sdt_deploy.errors import BundleFormatError, BundleIntegrityError, ConfigError
@@ -221,8 +222,8 @@ class Manifest:
             _check_entry(name, entry)
         for tool, version in self.created_by.items():
             _check_text(f"created_by: {tool}", version)
-        missing = {"entry", "head", "dense", "masked"} - self.graphs.keys()
-        if missing:
+        check_combination(self.model, self.export, single_file="single" in self.graphs)
+        if missing := {"entry", "head", "dense", "masked"} - self.graphs.keys():
             raise ConfigError(f"graphs are missing: {', '.join(sorted(missing))}")
         for spec in self.graphs.values():
             if spec.file not in self.files:
@@ -267,8 +268,7 @@ class Manifest:
         if len({engines.name for engines in self.engines}) != len(self.engines):
             raise ConfigError("two engine sets are for the same GPUs")
         for engines in self.engines:
-            unknown = engines.engines.keys() - self.graphs.keys()
-            if unknown:
+            if unknown := engines.engines.keys() - self.graphs.keys():
                 raise ConfigError(f"engines of no graph: {', '.join(map(shown, unknown))}")
         if self.score_quantiles is not None and (
             len(self.score_quantiles) != 101 or not all(map(is_number, self.score_quantiles))

@@ -12,6 +12,21 @@ class ContextChoice(StrEnum):
     all = "all"
 
 
+class SelectionChoice(StrEnum):
+    """What decides which tokens a layer takes."""
+
+    threshold = "threshold"
+    capacity = "capacity"
+
+
+class RoutingChoice(StrEnum):
+    """When tokens are scored, and what those do that a layer does not take."""
+
+    once = "once"
+    exit = "exit"
+    skip = "skip"
+
+
 class LevelsChoice(StrEnum):
     """Which depths thresholds allow."""
 
@@ -99,6 +114,7 @@ class BackendChoice(StrEnum):
     onnxruntime_cuda = "onnxruntime-cuda"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
+    torch = "torch"
 
 
 class ProbeTrainingChoice(StrEnum):

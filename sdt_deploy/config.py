@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -16,6 +16,9 @@ Activation = Literal["relu", "gelu"]
 NormPlacement = Literal["pre", "post"]
 Context = Literal["active", "all"]
 ProbeKind = Literal["linear", "none"]
+Selection = Literal["threshold", "capacity"]
+Routing = Literal["once", "per_layer"]
+Leaving = Literal["exit", "skip"]
 HeadKind = Literal["hidden", "lm", "embedding", "classify"]
 Pooling = Literal["mean", "cls"]
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -93,8 +96,8 @@ def _check_flag(name: str, value: object) -> None:
     _check(isinstance(value, bool), f"{name} must be true or false, not {shown(value)}")
 
 
-def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
-    """Check that ``thresholds`` are ``n_layers`` finite, nondecreasing numbers.
+def check_thresholds(thresholds: tuple[float, ...], n_layers: int, routing: Routing) -> None:
+    """Check that ``thresholds`` are ``n_layers`` finite numbers, nondecreasing for one score.
 
     Raises:
         ConfigError: if they are not.
@@ -107,7 +110,7 @@ def check_thresholds(thresholds: tuple[float, ...], n_layers: int) -> None:
         _check(is_number(value), f"thresholds[{i}] must be a finite number, not {shown(value)}")
     for i, (low, high) in enumerate(pairwise(thresholds)):
         _check(
-            low <= high,
+            low <= high or routing == "per_layer",
             f"thresholds must not fall, or the sets of active tokens would not be nested: "
             f"thresholds[{i}] = {low} > thresholds[{i + 1}] = {high}",
         )
@@ -184,8 +187,18 @@ class ModelConfig:
     """Which tokens the active ones see: ``active`` (each other) or ``all`` (finished ones too)."""
     probe: ProbeKind = "linear"
     """``linear``: score = sigmoid(probe(embedding)). ``none``: a dense model, every score is 1."""
+    routing: Routing = "once"
+    """``once``: a token is scored on its embedding, for all layers. ``per_layer``: each layer has a
+    probe of its own, on the states that come into it."""
+    leaving: Leaving = "exit"
+    """What a token does that a layer does not take (``per_layer`` only): ``exit``: it has left for
+    good; ``skip``: it sits out this layer."""
+    selection: Selection = "threshold"
+    """``threshold``: the scores decide. ``capacity``: each layer takes the top share of the tokens
+    of a sequence; what is compared with the thresholds is a token's standing among them."""
     thresholds: tuple[float, ...] = ()
-    """Layer ``i`` runs for tokens with ``score > thresholds[i]``. Empty: ``i / n_layers``."""
+    """Layer ``i`` runs for tokens with ``score > thresholds[i]``, or with ``capacity`` for those
+    whose standing is above it: a share of ``1 - thresholds[i]``. Empty: ``i / n_layers``."""
     pinned_token_ids: tuple[int, ...] = ()
     """Tokens that always pass through all layers; their score is 1."""
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -210,6 +223,9 @@ class ModelConfig:
         check_choice("norm_placement", self.norm_placement, NormPlacement)
         check_choice("context", self.context, Context)
         check_choice("probe", self.probe, ProbeKind)
+        check_choice("selection", self.selection, Selection)
+        check_choice("routing", self.routing, Routing)
+        check_choice("leaving", self.leaving, Leaving)
         _check(
             isinstance(self.eps, float) and 0.0 < self.eps < 1.0,
             f"eps must lie between 0 and 1, not {shown(self.eps)}",
@@ -217,9 +233,9 @@ class ModelConfig:
         if not self.thresholds:
             even = tuple(i / self.n_layers for i in range(self.n_layers))
             object.__setattr__(self, "thresholds", even)
-        check_thresholds(self.thresholds, self.n_layers)
+        check_thresholds(self.thresholds, self.n_layers, self.routing)
         _check(
-            self.thresholds[0] >= 0.0 and self.thresholds[-1] < 1.0,
+            min(self.thresholds) >= 0.0 and max(self.thresholds) < 1.0,
             "thresholds must be at least 0 and below 1, the score of pinned tokens; "
             f"given: {self.thresholds}",
         )
@@ -227,12 +243,25 @@ class ModelConfig:
             self.probe != "none" or not self.pinned_token_ids,
             "pinned_token_ids have no meaning without a probe: every token goes to full depth",
         )
+        _check(
+            self.probe != "none" or self.scored_once,
+            "capacities and routing per layer need scores; probe 'none' gives all the same",
+        )
+        _check(
+            self.leaving == "exit" or self.routing == "per_layer",
+            "leaving 'skip' needs routing 'per_layer': by one score a token that has left stays so",
+        )
         for token_id in self.pinned_token_ids:
             _check(
                 is_integer(token_id, 0, self.vocab_size - 1),
                 f"pinned_token_ids must lie in the vocabulary of {self.vocab_size}: "
                 f"{shown(token_id)}",
             )
+
+    @property
+    def scored_once(self) -> bool:
+        """Whether one score a token, compared with thresholds, decides: what GPUs route by."""
+        return self.routing == "once" and self.selection == "threshold"
 
     @property
     def output_width(self) -> int:
@@ -282,6 +311,8 @@ class ExportConfig:
 
     layers_per_stage: int = 1
     """Consecutive layers in one stage graph."""
+    stages: tuple[int, ...] = ()
+    """Layers of each stage, in order, where they differ; empty: ``layers_per_stage`` each."""
     precision: Precision = "float32"
     """Type of products and of the states between graphs. Scores, norms, softmax, residual sums and
     outputs are float32 in all; with fused attention, see there."""
@@ -296,10 +327,20 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _check_positive("layers_per_stage", self.layers_per_stage)
-        check_choice("attention", self.attention, Attention)
+        listed = isinstance(self.stages, list | tuple)
         _check(
-            self.attention == "decomposed"
-            or (self.layers_per_stage == 1 and self.quantization == "none"),
+            listed and all(is_integer(size, 1, MAX_LAYERS) for size in self.stages),
+            f"stages must be a list of positive integers, not {shown(self.stages)}",
+        )
+        object.__setattr__(self, "stages", tuple(self.stages))
+        _check(
+            not self.stages or self.layers_per_stage == 1,
+            "stages and layers_per_stage contradict each other; give one of them",
+        )
+        check_choice("attention", self.attention, Attention)
+        grouped = self.layers_per_stage > 1 or any(size > 1 for size in self.stages)
+        _check(
+            self.attention == "decomposed" or not (grouped or self.quantization != "none"),
             "fused attention needs one layer per stage and no quantization",
         )
         check_choice("precision", self.precision, Precision)
@@ -321,7 +362,16 @@ class ExportConfig:
         return self.precision if self.quantization == "none" else self.quantization
 
     def stage_layers(self, n_layers: int) -> tuple[tuple[int, int], ...]:
-        """Return ``(first layer, one past the last)`` of every stage."""
+        """Return ``(first layer, one past the last)`` of every stage.
+
+        Raises:
+            ConfigError: if ``stages`` are for another number of layers.
+        """
+        if self.stages:
+            total = sum(self.stages)
+            _check(total == n_layers, f"stages have {total} layers, the model {n_layers}")
+            stops = tuple(accumulate(self.stages))
+            return tuple(zip((0, *stops[:-1]), stops, strict=True))
         size = self.layers_per_stage
         return tuple((i, min(i + size, n_layers)) for i in range(0, n_layers, size))
 

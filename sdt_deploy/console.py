@@ -242,7 +242,7 @@ def print_engines(engines: Any) -> None:
                 f"{spec.size_bytes / 1e6:.1f}",
                 f"{spec.build_s:.2f} s",
                 scratch,
-                "" if spec.n_layers is None else str(spec.n_layers),
+                "" if spec.layers is None else str(len(spec.layers)),
                 spec.sha256[:8],
             )
         console.print(table)

@@ -102,8 +102,11 @@ def scratch_bytes_per_sequence(config: ModelConfig, length: int) -> float:
 def active_shares(manifest: Manifest, thresholds: Sequence[float]) -> tuple[float, ...]:
     """Return the share of tokens above each threshold, from the manifest's score quantiles.
 
-    Without quantiles the scores are taken to be uniform; without a probe all of them are 1.
+    Without quantiles the scores are taken to be uniform; without a probe all of them are 1. With
+    selection ``capacity`` the shares are given, up to rounding in each sequence.
     """
+    if manifest.model.selection == "capacity":
+        return tuple(min(1.0, max(0.0, 1.0 - threshold)) for threshold in thresholds)
     if manifest.model.probe == "none":
         return tuple(float(threshold < 1.0) for threshold in thresholds)
     return _shares(manifest.score_quantiles, manifest.pinned_share, tuple(thresholds))
@@ -141,6 +144,13 @@ def thresholds_for_depth(
         ConfigError: if there are no quantiles, or the depth cannot be reached.
     """
     quantiles, pinned, n_layers = score_quantiles, pinned_share, config.n_layers
+    if config.selection == "capacity":
+        quantiles, pinned = tuple(np.linspace(0.0, 1.0, 101)), 0.0
+    if config.routing == "per_layer":
+        raise ConfigError(
+            "with routing 'per_layer' depths do not follow from the scores of the embeddings. Pass "
+            "thresholds instead of a target depth"
+        )
     if config.probe == "none" or quantiles is None:
         raise ConfigError(
             "a target depth needs score quantiles, and this model has none: it came without a "

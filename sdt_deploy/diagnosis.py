@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from sdt_deploy import trt
@@ -32,6 +33,7 @@ def diagnose() -> tuple[Diagnosis, ...]:
         _onnxruntime("onnxruntime-cpu", "CPUExecutionProvider", "cpu", None),
         _onnxruntime("onnxruntime-cuda", "CUDAExecutionProvider", "gpu", here),
         *(_tensorrt(each, here) for each in trt.FLAVOURS.values()),
+        _torch(here),
     )
 
 
@@ -55,6 +57,20 @@ def _onnxruntime(name: str, provider: str, extra: str, needed: Driver | None) ->
             problems.append(needed.problem)
     return Diagnosis(
         backend=name, version=found, builds=None, runs=not problems, remark="; ".join(problems)
+    )
+
+
+def _torch(here: Driver) -> Diagnosis:
+    found = version("torch") if find_spec("torch") is not None else None
+    problems = []
+    if found is None:
+        problems.append('torch is not installed: pip install "sdt-deploy[gpu]"')
+    elif found.endswith("+cpu"):
+        problems.append(f"torch {found} is built without CUDA: install torch from PyPI")
+    if here.problem is not None:
+        problems.append(here.problem)
+    return Diagnosis(
+        backend="torch", version=found, builds=None, runs=not problems, remark="; ".join(problems)
     )
 
 

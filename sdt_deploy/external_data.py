@@ -45,6 +45,9 @@ class ExternalTensor:
     """A tensor whose values lie in another file."""
 
     name: str
+    dims: tuple[int, ...]
+    data_type: int
+    """Element type, by its number in ``TensorProto.DataType``."""
     location: str
     """Path relative to the graph, as written."""
     offset: int
@@ -107,8 +110,14 @@ def _tensors(message: memoryview, kind: str, depth: int) -> Iterator[ExternalTen
 
 def _external(tensor: memoryview) -> Iterator[ExternalTensor]:
     name, is_external, places = "", False, []
+    dims: list[int] = []
+    data_type = 0
     for number, value in _fields(tensor):
-        if number == 8 and isinstance(value, memoryview):
+        if number == 1:
+            dims += [value] if isinstance(value, int) else _varints(value)
+        elif number == 2 and isinstance(value, int):
+            data_type = value
+        elif number == 8 and isinstance(value, memoryview):
             name = str(value, "utf-8")
         elif number == 14:
             is_external = value == _EXTERNAL
@@ -125,6 +134,8 @@ def _external(tensor: memoryview) -> Iterator[ExternalTensor]:
         raise ValueError(f"tensor {name!r} lies at {sizes}, which are no sizes in bytes")
     yield ExternalTensor(
         name=name,
+        dims=tuple(dims),
+        data_type=data_type,
         location=found["location"],
         offset=int(found["offset"]),
         length=int(found["length"]),
@@ -153,6 +164,15 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             raise ValueError("it ends in the middle of a field")
         yield number, message[at : at + size]
         at += size
+
+
+def _varints(message: memoryview) -> list[int]:
+    """Read integers that lie one after the other, as repeated ones do."""
+    found, at = [], 0
+    while at < len(message):
+        value, at = _varint(message, at)
+        found.append(value)
+    return found
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:

@@ -6,7 +6,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +193,45 @@ def assert_parity(
     return result
 
 
+def deviation(
+    model: SparseDepthTransformer, batch: TokenBatch, found: RunResult
+) -> tuple[float, int]:
+    """How far a run is from the oracle at the run's own depths, and how many depths differ.
+
+    The largest error is relative to the root mean square of what is expected.
+    """
+    oracle = model.as_dense() if found.path == "dense" else model
+    args = (batch.input_ids, batch.cu_seqlens, batch.token_type_ids)
+    expected = oracle_output(oracle, *args, depths=found.depths).output
+    scale = np.sqrt(np.mean(expected**2))
+    flips = (found.depths != oracle_output(oracle, *args).depths).sum()
+    return float(np.abs(found.output - expected).max() / scale), int(flips)
+
+
+def in_threads(n_threads: int, work: Callable[[int], None]) -> None:
+    """Call ``work(0)``, ``work(1)``, … at once, and raise what one of them raises."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(work, range(n_threads)))
+
+
 def quantile_thresholds(
     model: SparseDepthTransformer, batch: TokenBatch, wanted: list[float]
 ) -> tuple[float, ...]:
     """Thresholds for ``batch`` at the given quantiles of its scores."""
     found = oracle_output(model, batch.input_ids, batch.cu_seqlens, batch.token_type_ids)
     return separated_thresholds(found.scores, np.sort(wanted))
+
+
+def capacity_thresholds(
+    model: SparseDepthTransformer, batch: TokenBatch, wanted: list[float]
+) -> tuple[float, ...] | None:
+    """Thresholds on standings; None if rounding could swap the ranks of two tokens."""
+    found = oracle_output(model, batch.input_ids, batch.cu_seqlens, batch.token_type_ids)
+    for scores in np.split(found.scores, batch.cu_seqlens[1:-1]):
+        gaps = np.diff(np.sort(scores))
+        if ((gaps > 0) & (gaps < 1e-5)).any():
+            return None
+    return tuple(sorted(wanted))
 
 
 def rules(stage_layers: Sequence[tuple[int, int]], context: str, n_heads: int) -> RouteRules:
@@ -220,7 +255,9 @@ def cut_points(n_layers: int) -> st.SearchStrategy[list[float]]:
 
 
 @st.composite
-def model_configs(draw: st.DrawFn) -> tuple[ModelConfig, ExportConfig]:
+def model_configs(
+    draw: st.DrawFn, selections: Sequence[str] = ("threshold",)
+) -> tuple[ModelConfig, ExportConfig]:
     n_heads = draw(st.integers(1, 3))
     n_layers = draw(st.integers(1, 5))
     vocab_size = draw(st.integers(2, 60))
@@ -249,6 +286,10 @@ def model_configs(draw: st.DrawFn) -> tuple[ModelConfig, ExportConfig]:
         final_norm=draw(st.booleans()),
         context=draw(st.sampled_from(["active", "all"])),
         pinned_token_ids=tuple(range(draw(st.integers(0, 2)))),
+        selection=draw(st.sampled_from(selections)),
         head=head,
     )
-    return config, ExportConfig(layers_per_stage=draw(st.integers(1, n_layers)))
+    stops = sorted({*draw(st.lists(st.integers(1, n_layers), max_size=4)), n_layers})
+    sizes = tuple(b - a for a, b in pairwise([0, *stops]))
+    even = ExportConfig(layers_per_stage=draw(st.integers(1, n_layers)))
+    return config, draw(st.sampled_from([even, ExportConfig(stages=sizes)]))

@@ -67,9 +67,34 @@ def test_help_and_version() -> None:
     assert "No such command" in call("fly", code=2)
 
 
+def test_stages_that_cannot_be_cut(exported: Exported, tmp_path: Path) -> None:
+    native = exported("all-grouped").native
+    for wrong, message in (
+        (("--stages", "1,2"), "have 3 layers, the model 4"),
+        (("--stages", "auto"), "no text sample"),
+        (("--stages", "1,3", "--stage-batch", "2x9"), "for --stages auto"),
+        (("--stages", "1,3", "--layers-per-stage", 2), "contradict"),
+    ):
+        assert message in call("export", native, tmp_path / "c", *wrong, code=2)
+    assert not (tmp_path / "c").exists()
+
+
+def test_bench_beside(exported: Exported, tmp_path: Path) -> None:
+    bundle = exported("all-grouped").bundle
+    text = call(
+        "bench", bundle, "--beside", bundle, "--cases", "2x9",
+        "--budget", 0.1, "--no-memory", "--json", tmp_path / "bench.json",
+    )  # fmt: skip
+    assert "beside" in text
+    (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert case["beside_ms"] > 0
+    other = exported("active-lm").bundle
+    assert "another model" in call("bench", bundle, "--beside", other, code=2)
+
+
 def test_export_inspect_verify(exported: Exported, tmp_path: Path) -> None:
     native = exported("all-grouped").native
-    text = script("export", native, tmp_path / "bundle", "--layers-per-stage", 2)
+    text = script("export", native, tmp_path / "bundle", "--stages", "1,3")
     assert "stage-01" in text
     assert "stage-02" not in text
     assert "exists already" in call("export", native, tmp_path / "bundle", code=2)

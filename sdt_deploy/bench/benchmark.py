@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -24,8 +18,8 @@ from sdt_deploy.bench.memory import device_peak_bytes, peak_bytes
 from sdt_deploy.bench.parts import median_parts
 from sdt_deploy.bench.timing import interleave, wall_ms
 from sdt_deploy.bundle import Bundle
+from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import dense_flops
-from sdt_deploy.ort import pool_threads, usable_cores
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import needed_flops
@@ -34,9 +28,9 @@ from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import select
 
-Oracle = Callable[[TokenBatch, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Takes a batch and depths ``[n_tokens]``; returns the oracle's output at these depths, packed, and
-the depths that the oracle itself would choose."""
+Oracle = Callable[[TokenBatch, RunResult], tuple[np.ndarray, int]]
+"""Takes a batch and what the runtime made of it; returns the oracle's output, packed, with every
+token through the same layers, and how many tokens the oracle itself would route otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +56,8 @@ class CaseResult:
     sparse_ms: float
     single_ms: float | None
     """The whole sparse loop in one graph; None where the bundle holds none."""
+    beside_ms: float | None
+    """The sparse path of the other bundle; None where there is none."""
     full_depth_ms: float
     """The sparse path with every token at full depth."""
     auto_ms: float
@@ -134,6 +130,7 @@ def measure_case(
     oracle: Oracle | None,
     with_memory: bool,
     n_threads: int | None,
+    beside: Session | None = None,
 ) -> CaseResult:
     """Measure one size.
 
@@ -145,6 +142,7 @@ def measure_case(
         oracle: None leaves accuracy out.
         with_memory: start a process per path to measure its peak memory.
         n_threads: as the session was opened with.
+        beside: opened on another bundle of the same model, to time its sparse path.
     """
     manifest = session.manifest
     config = manifest.model
@@ -158,7 +156,7 @@ def measure_case(
         call_ms = (perf_counter() - start) * 1e3
         sparse_times.append(replace(timings, total_ms=call_ms))
 
-    single = {}
+    more: dict[str, Callable[[], object]] = {}
     whole: Callable[[TokenBatch, PathName], Callable[[], object]] = partial(padded_call, session)
     clock = wall_ms
     if isinstance(session.backend, DeviceMemory):
@@ -170,14 +168,17 @@ def measure_case(
 
     if "single" in manifest.graphs:
         runs = [partial(session.run_batch, batch, path="single") for batch in batches]
-        single["single"] = in_turn(runs)
+        more["single"] = in_turn(runs)
+    if beside is not None:
+        runs = [partial(beside.run_batch, batch, path="sparse") for batch in batches]
+        more["beside"] = in_turn(runs)
     auto_paths = Counter(session.run_batch(batch).path for batch in batches)
     times = interleave(
         {
             "dense": in_turn([whole(batch, "dense") for batch in batches]),
             "masked": in_turn([whole(batch, "masked") for batch in batches]),
             "sparse": in_turn([partial(sparse, batch) for batch in batches]),
-            **single,
+            **more,
             "full_depth": in_turn(
                 [
                     partial(session.run_batch, batch, path="sparse", thresholds=full)
@@ -192,19 +193,19 @@ def measure_case(
     results = [session.run_batch(batch, path="sparse") for batch in batches]
     error, flips = None, None
     if oracle is not None:
-        compared = [
-            oracle(batch, found.depths) for batch, found in zip(batches, results, strict=True)
-        ]
+        compared = [oracle(batch, found) for batch, found in zip(batches, results, strict=True)]
         pairs = list(zip(results, compared, strict=True))
         error = max(float(np.abs(found.output - output).max()) for found, (output, _) in pairs)
-        flips = sum(int((found.depths != chosen).sum()) for found, (_, chosen) in pairs)
-    usage = LayerUsage.from_depths(
-        np.concatenate([found.depths for found in results]), config.n_layers
+        flips = sum(flipped for _, flipped in compared)
+    usage = LayerUsage.of(
+        np.concatenate([found.depths for found in results]),
+        None if results[0].active is None else np.concatenate([r.active for r in results]),
+        config.n_layers,
     )
     processed = sum(sum(found.stage_rows) for found in results)
     useful = sum(usage.active_tokens) / processed if processed else None
     dense_ms, sparse_ms = times["dense"].median_ms, times["sparse"].median_ms
-    needed = sum(needed_flops(config, found.depths, found.cu_seqlens) for found in results)
+    needed = sum(routed_flops(config, found) for found in results)
     lengths = [length for batch in batches for length in batch.lengths.tolist()]
     flops_ratio = needed / dense_flops(config, lengths)
     peaks: dict[str, int | None] = {}
@@ -229,7 +230,8 @@ def measure_case(
         dense_ms=dense_ms,
         masked_ms=times["masked"].median_ms,
         sparse_ms=sparse_ms,
-        single_ms=times["single"].median_ms if single else None,
+        single_ms=times["single"].median_ms if "single" in more else None,
+        beside_ms=times["beside"].median_ms if beside is not None else None,
         full_depth_ms=times["full_depth"].median_ms,
         auto_ms=times["auto"].median_ms,
         auto_path="+".join(sorted(auto_paths)),
@@ -307,7 +309,7 @@ def measure_texts(
         budget_s=budget_s,
     )
     results = sparse(in_order)()
-    needed = sum(needed_flops(config, one.depths, one.cu_seqlens) for one in results)
+    needed = sum(routed_flops(config, one) for one in results)
     ms = {name: timed.median_ms for name, timed in times.items()}
     depth_sum = sum(int(result.depths.sum()) for result in results)
     return TextsResult(
@@ -330,6 +332,11 @@ def measure_texts(
     )
 
 
+def routed_flops(config: ModelConfig, result: RunResult) -> float:
+    """Return the operations that the route of ``result`` needs."""
+    return needed_flops(config, result.depths, result.cu_seqlens, result.active)
+
+
 def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     """Return a call that makes the next of ``calls`` each time, over and over."""
     endless = cycle(calls)
@@ -349,26 +356,6 @@ def padded_call(session: Session, batch: TokenBatch, path: PathName) -> Callable
             bound()
 
     return call
-
-
-def environment() -> dict[str, Any]:
-    """Describe what a measurement depends on."""
-    packages: dict[str, str | None] = {}
-    for name in ("sdt-deploy", "onnxruntime", "onnxruntime-gpu", "numpy", "torch"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "n_cores": usable_cores(),
-        "n_threads": pool_threads(),
-        "packages": packages,
-    }
 
 
 def document(
@@ -396,12 +383,3 @@ def document(
 
 def _batches(everything: TokenBatch, order: np.ndarray, size: int) -> list[TokenBatch]:
     return [select(everything, order[i : i + size]) for i in range(0, len(order), size)]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

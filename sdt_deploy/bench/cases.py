@@ -114,6 +114,18 @@ def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(cases)
 
 
+def parse_case(text: str) -> tuple[int, int]:
+    """Parse one case, such as ``8x64``.
+
+    Raises:
+        InputError: if it reads otherwise.
+    """
+    cases = parse_cases(text)
+    if len(cases) != 1:
+        raise InputError(f"one BATCHxSEQ is needed, not {text[:80]!r}")
+    return cases[0]
+
+
 def default_cases(max_positions: int) -> tuple[tuple[int, int], ...]:
     """Return the default grid as far as the positions reach."""
     return tuple((b, s) for b in GRID_BATCH for s in GRID_SEQ if s <= max_positions)

@@ -14,11 +14,12 @@ from sdt_deploy.files import write_file
 
 
 def table(cases: Sequence[CaseResult]) -> Table:
-    """Lay out the results; ``ratio`` and ``single`` are times over that of dense."""
+    """Lay out the results; ``ratio``, ``beside`` and ``single`` are times over that of dense."""
     title = "sparse against dense: median ms; µs of the runtime per stage"
     result = Table(title=title, padding=(0, 0, 0, 1))
-    columns = "case", "dense", "sparse", "ratio", "single", "FLOPs", "full", "auto", "µs", "depth"
-    for name in (*columns, "error"):
+    two = any(case.beside_ms is not None for case in cases)
+    columns = ["case", "dense", "sparse", "ratio", *["beside"] * two, "single", "FLOPs", "full"]
+    for name in (*columns, "auto", "µs", "depth", "error"):
         result.add_column(name, justify="right", no_wrap=True)
     for case in cases:
         flips = f" +{case.routing_flips} flips" if case.routing_flips else ""
@@ -29,7 +30,8 @@ def table(cases: Sequence[CaseResult]) -> Table:
             f"{case.dense_ms:.2f}",
             f"{case.sparse_ms:.2f}",
             f"[{style}]{case.ratio:.2f}[/{style}]",
-            "-" if case.single_ms is None else f"{case.single_ms / case.dense_ms:.2f}",
+            *([_ratio(case.beside_ms, case.dense_ms)] * two),
+            _ratio(case.single_ms, case.dense_ms),
             f"{case.flops_ratio:.2f}",
             f"{case.full_depth_ms / case.dense_ms:.2f}",
             f"{case.auto_ratio:.2f}",
@@ -38,6 +40,10 @@ def table(cases: Sequence[CaseResult]) -> Table:
             error,
         )
     return result
+
+
+def _ratio(part_ms: float | None, dense_ms: float) -> str:
+    return "-" if part_ms is None else f"{part_ms / dense_ms:.2f}"
 
 
 def remarks(cases: Sequence[CaseResult], texts: TextsResult | None) -> list[str]:

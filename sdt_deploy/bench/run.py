@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from sdt_deploy.bench.benchmark import (
     Oracle,
     TextsResult,
     document,
-    environment,
     measure_case,
     measure_texts,
 )
 from sdt_deploy.bench.cases import check_cases, default_cases, parse_cases, token_source
+from sdt_deploy.bench.environment import environment
 from sdt_deploy.bench.html import report_page
 from sdt_deploy.bench.report import plot, remarks, table
 from sdt_deploy.bundle import Bundle
@@ -29,6 +30,7 @@ from sdt_deploy.extras import require
 from sdt_deploy.files import write_file
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_loop import for_devices
+from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.tokenization import read_lines
 
@@ -49,6 +51,8 @@ class BenchOptions:
     plot_file: Path | None = None
     report_file: Path | None = None
     """One HTML file with everything, see :mod:`sdt_deploy.bench.html`."""
+    beside: Path | None = None
+    """Another bundle of the same model, whose stages are timed as well."""
     budget_s: float = 4.0
     """Seconds of timing per case, at least seven rounds."""
     with_memory: bool = True
@@ -82,6 +86,12 @@ def run_bench(
         SdtDeployError: if the bundle, a case or a target cannot be used.
     """
     bundle = Bundle.open(bundle_path)
+    other = None if options.beside is None else Bundle.open(options.beside)
+    if other is not None and other.manifest.model != bundle.manifest.model:
+        raise ConfigError(
+            f"{other.path} holds another model than {bundle.path}; bundles to be timed beside each "
+            "other differ in their export only"
+        )
     if options.with_memory and options.backend != "onnxruntime-cpu" and not for_devices(bundle):
         raise ConfigError(
             "memory is measured on the CPU, and on a GPU for bundles with fused attention; pass "
@@ -97,9 +107,15 @@ def run_bench(
     oracle = _oracle(bundle) if options.with_accuracy else None
     results: list[CaseResult] = []
     texts_result = None
-    with Session.open(
-        bundle, backend=options.backend, n_threads=options.n_threads, check_files=False
-    ) as session:
+    with contextlib.ExitStack() as opened:
+
+        def open_session(which: Bundle) -> Session:
+            return opened.enter_context(
+                Session.open(which, backend=options.backend, n_threads=options.n_threads)
+            )
+
+        session = open_session(bundle)
+        beside = None if other is None else open_session(other)
         texts = None
         if options.texts is not None:
             lines = read_lines(options.texts)
@@ -121,6 +137,7 @@ def run_bench(
                     oracle=oracle,
                     with_memory=options.with_memory,
                     n_threads=options.n_threads,
+                    beside=beside,
                 )
             )
         if texts is not None:
@@ -161,11 +178,14 @@ def _oracle(bundle: Bundle) -> Oracle | None:
 
     model = restore(bundle)
 
-    def evaluate(batch: TokenBatch, depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(batch: TokenBatch, result: RunResult) -> tuple[np.ndarray, int]:
         found = oracle_output(model, batch.input_ids, batch.cu_seqlens)
-        if (found.depths == depths).all():
-            return found.output, found.depths
-        same = oracle_output(model, batch.input_ids, batch.cu_seqlens, depths=depths)
-        return same.output, found.depths
+        active = result.active
+        if active is None:
+            active = result.depths[:, None] > np.arange(found.active.shape[1])
+        flips = int((found.active != active).any(axis=1).sum())
+        if flips:
+            found = oracle_output(model, batch.input_ids, batch.cu_seqlens, active=active)
+        return found.output, flips
 
     return evaluate

@@ -49,6 +49,8 @@ def inspect(
         f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
         "head": config.head.kind,
         "context": config.context,
+        "routing": " ".join([config.routing, config.selection])
+        + (f" {config.leaving}" if config.routing == "per_layer" else ""),
         "numbers": manifest.export.numbers,
         "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
         "source": manifest.provenance.get("source", "unknown"),
@@ -166,6 +168,9 @@ def bench(
     ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
+    beside: Annotated[
+        Path | None, typer.Option(help="Bundle of the same model, cut otherwise, to time as well.")
+    ] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
     backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
@@ -190,6 +195,7 @@ def bench(
         plot_file=plot_file,
         report_file=report_file,
         budget_s=budget,
+        beside=beside,
         with_memory=memory,
         backend=backend.value,
         n_threads=n_threads,

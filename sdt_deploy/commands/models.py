@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from sdt_deploy.choices import (
     LevelsChoice,
     PrecisionChoice,
     QuantizationChoice,
+    RoutingChoice,
+    SelectionChoice,
 )
 from sdt_deploy.commands.options import Json, Overwrite, Quiet
 from sdt_deploy.console import (
@@ -53,6 +56,14 @@ def convert(
     importance: Annotated[
         ImportanceChoice | None,
         typer.Option(help="What the probe is fitted to; default: attention."),
+    ] = None,
+    selection: Annotated[
+        SelectionChoice | None,
+        typer.Option(help="capacity: each layer takes a fixed share of each text's tokens."),
+    ] = None,
+    routing: Annotated[
+        RoutingChoice | None,
+        typer.Option(help="exit, skip: a probe for each layer; a token leaves, or sits one out."),
     ] = None,
     context: Annotated[
         ContextChoice | None, typer.Option(help="What active tokens see; default: as in SOURCE.")
@@ -92,11 +103,14 @@ def convert(
             target_depth=target_depth,
             levels=(levels or LevelsChoice.graded).value,
             importance=(importance or ImportanceChoice.attention).value,
+            selection=(selection or SelectionChoice.threshold).value,
+            routing="once" if routing in (None, RoutingChoice.once) else "per_layer",
+            leaving="skip" if routing is RoutingChoice.skip else "exit",
         )
-    elif target_depth is not None or levels is not None or importance is not None:
+    elif any(x is not None for x in (target_depth, levels, importance, selection, routing)):
         raise InputError(
-            "--target-depth, --levels and --importance need --texts to fit a probe on, and no "
-            "--adapter, which brings its own"
+            "--target-depth, --levels, --importance, --selection and --routing need --texts to fit "
+            "a probe on, and no --adapter, which brings its own"
         )
     with progress_bar("fit the probe") as advance:
         checkpoint, report = convert_model(
@@ -141,6 +155,16 @@ def export(
         float | None, typer.Option(help="Mean layers per token; default: as the model was set.")
     ] = None,
     layers_per_stage: Annotated[int, typer.Option(min=1, help="Layers in one graph.")] = 1,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of each graph in order (1,3,2), or auto: planned from the depths on the "
+            "model's text sample and from times measured here."
+        ),
+    ] = None,
+    stage_batch: Annotated[
+        str | None, typer.Option(help="BATCHxSEQ that --stages auto plans for; default: 8x128.")
+    ] = None,
     quantize: Annotated[
         QuantizationChoice,
         typer.Option(help="int8: faster on CPUs, outputs depend a little on the batch."),
@@ -170,6 +194,7 @@ def export(
 
         sdt-deploy export model bundle
         sdt-deploy export model bundle-deep --target-depth 4.5
+        sdt-deploy export model bundle-short --stages auto --stage-batch 2x20
         sdt-deploy export model bundle-int8 --quantize int8 --overwrite
         sdt-deploy export model bundle-gpu --precision float16 --attention fused
     """
@@ -183,20 +208,37 @@ def export(
     from sdt_deploy.exporters.export import export as export_model
     from sdt_deploy.model.checkpoints import load
     from sdt_deploy.model.conversion import at_depth
+    from sdt_deploy.stages import parse_stages
 
     checkpoint = load(model)
     if target_depth is not None:
         checkpoint = at_depth(checkpoint, target_depth)
+    planned = stages == "auto"
+    if stage_batch is not None and not planned:
+        raise InputError("--stage-batch is for --stages auto")
+    config = ExportConfig(
+        layers_per_stage=layers_per_stage,
+        stages=() if planned or stages is None else parse_stages(stages),
+        precision=precision.value,
+        quantization=quantize.value,
+        attention=attention.value,
+    )
     with progress_bar("export") as advance:
+        if planned:
+            from sdt_deploy.bench.cases import parse_case
+            from sdt_deploy.bench.stage_costs import auto_stages
+
+            sizes = auto_stages(
+                checkpoint,
+                config,
+                batch=None if stage_batch is None else parse_case(stage_batch),
+                progress=lambda what, done, total: advance(f"measure: {what}", done, total),
+            )
+            config = dataclasses.replace(config, stages=sizes)
         manifest = export_model(
             checkpoint,
             bundle,
-            ExportConfig(
-                layers_per_stage=layers_per_stage,
-                precision=precision.value,
-                quantization=quantize.value,
-                attention=attention.value,
-            ),
+            config,
             single_file=single_file,
             overwrite=overwrite,
             progress=advance,
@@ -208,11 +250,14 @@ def export(
                 "n_files": len(manifest.files),
                 "precision": precision,
                 "checked_with": CHECKED_WITH[precision],
+                "stages": [stop - first for first, stop in manifest.stage_layers],
                 "graphs": list(manifest.graphs.values()),
             }
         )
         return
     print_graphs(manifest.graphs.values())
+    if planned:
+        console.print(f"stages of {', '.join(map(str, config.stages))} layers", highlight=False)
     console.print(
         f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files, {precision.value}, "
         f"checked with {CHECKED_WITH[precision]}"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sdt_deploy.exporters.layers import FusedLayer, HeadLayout, Mask, PackedLayer, key_bias
-from sdt_deploy.exporters.modules import GraphModule, PackedHead, float32, int32
+from sdt_deploy.exporters.modules import GraphModule, PackedHead, float32, int32, scores_of
+from sdt_deploy.model.blocks import standings
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 
@@ -107,8 +108,11 @@ class MaskedGraph(_PaddedGraph):
         super().__init__(model, layers, head)
         self.scorer = model.scorer
         self.context = model.config.context
+        self.by_capacity = model.config.selection == "capacity"
+        self.per_layer = model.config.routing == "per_layer"
+        self.exits = model.config.leaving == "exit"
         self.inputs = (*self.inputs, float32("thresholds", model.config.n_layers))
-        self.outputs = (*self.outputs, float32("scores", "batch", "seq"))
+        self.outputs = (*self.outputs, scores_of(model.config, "batch", "seq"))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, *rest: Tensor
@@ -118,14 +122,27 @@ class MaskedGraph(_PaddedGraph):
         mask = attention_mask > 0
         embedded = self.embed(input_ids, mask, types[0] if types else None)
         ids = input_ids if self.fused else input_ids.reshape(-1)
-        scores = self.scorer(ids, embedded).reshape(input_ids.shape)
         states = embedded.to(self.head.dtype)
         see = self.sight(mask, states.dtype)
+        scores = self.scorer(ids, embedded).reshape(*input_ids.shape, *self.outputs[-1].axes[2:])
+        standing = standings(scores, mask) if self.by_capacity and not self.per_layer else scores
+        candidates, found = mask, [scores]
         for i, layer in enumerate(self.layers):
-            active = mask & (scores > thresholds[i])
+            if self.per_layer:
+                if i:
+                    scores = self.scorer(ids, states).reshape(found[0].shape)
+                standing = scores[..., i]
+                found.append(standing)
+                if self.by_capacity:
+                    standing = standings(torch.where(candidates, standing, -1.0), mask)
+            active = candidates & (standing > thresholds[i])
+            if self.per_layer and self.exits:
+                candidates = active
             if self.context == "active":
                 see = self.sight(active, states.dtype, scattered=True)
             updated = self.through(layer, states, see)
             rows = active.unsqueeze(-1) if self.fused else active.reshape(-1, 1)
             states = torch.where(rows, updated, states)
+        if self.per_layer:
+            scores = torch.stack(found[1:], dim=-1)
         return self.finish(states, mask), scores

@@ -11,19 +11,18 @@ import numpy as np
 import onnx
 
 from sdt_deploy.bundle import (
-    ATTENTION_LAYOUTS,
     FORMAT,
-    FORMAT_VERSION,
     MANIFEST,
     REFERENCE,
     SAMPLE,
     TOKENIZER,
     WEIGHTS,
-    GraphSpec,
+    Bundle,
     Manifest,
     list_files,
     write_manifest,
 )
+from sdt_deploy.combinations import knows_single_file
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.exporters.baselines import MaskedGraph
@@ -56,36 +55,28 @@ def export(
         checkpoint: the model with its tokenizer and provenance.
         target: directory to make.
         config: how to cut the model; default: one layer per stage, float32.
-        single_file: write the whole loop as one graph too; None: in decomposed float32, which alone
-            it knows.
+        single_file: write the whole loop as one graph too; None: in decomposed float32 with
+            routing ``once``, which alone it knows.
         overwrite: replace ``target`` if it exists.
         progress: see :data:`Progress`.
 
     Raises:
-        ConfigError: if a single file is asked for in other numbers than float32.
+        ConfigError: if a single file is asked for in other numbers than float32, or ``config``
+            does not fit the model.
         ExportError: if a graph cannot be exported, or a weight is beyond the precision's range.
         VerificationError: if a graph disagrees with the model.
         OutputError: if ``target`` exists or cannot be written.
     """
     config = config or ExportConfig()
-    possible = config.numbers == "float32" and config.attention == "decomposed"
     if single_file is None:
-        single_file = possible
-    if single_file and not possible:
+        single_file = knows_single_file(checkpoint.model.config, config)
+    if single_file and (config.numbers != "float32" or config.attention != "decomposed"):
         raise ConfigError(
             "the single file is float32 only, with decomposed attention, not "
             f"{config.numbers} with {config.attention}; export with --no-single-file"
         )
-    layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
     model = checkpoint.model.eval()
     parts = list(partition(model, config, single_file=single_file))
-    layers = dict(
-        zip(
-            [part.name for part in parts if part.name.startswith("stage-")],
-            config.stage_layers(model.config.n_layers),
-            strict=True,
-        )
-    )
     with new_directory(target, marker=(MANIFEST, FORMAT), overwrite=overwrite) as directory:
         hashes = _write_graphs(parts, model.config, directory, config, progress)
         graphs = {}
@@ -94,15 +85,10 @@ def export(
             path = directory / f"{part.name}.onnx"
             specs = [*part.module.inputs, *part.module.outputs]
             assert_dynamic(path, {spec.name: spec.axes for spec in specs})
-            graphs[part.name] = GraphSpec(
-                name=part.name,
-                file=path.name,
-                inputs=part.module.inputs,
-                outputs=part.module.outputs,
+            graphs[part.name] = part.spec(
+                config,
                 graph_sha256=hashes[part.name],
-                max_abs_error=verify_graph(path, part.name, layers.get(part.name), model, config),
-                attention_layout=layout if part.name in layers else None,
-                layers=layers.get(part.name),
+                max_abs_error=verify_graph(path, part.name, part.layers, model, config),
             )
         progress("write manifest", 2 * len(parts), 2 * len(parts))
         arrays: dict[str, Any] = reference_arrays(model, checkpoint.sample)
@@ -125,6 +111,23 @@ def export(
         )
         write_manifest(directory, manifest)
     return manifest
+
+
+def export_stages(
+    model: SparseDepthTransformer, directory: Path, config: ExportConfig, progress: Progress
+) -> Bundle:
+    """Write entry, stages and head into an existing directory, unchecked, to be timed.
+
+    What comes back describes them, and is no bundle to keep: it has no baselines and no manifest.
+    """
+    parts = [part for part in partition(model, config) if part.name not in ("dense", "masked")]
+    hashes = _write_graphs(parts, model.config, directory, config, progress)
+    graphs = {part.name: part.spec(config, graph_sha256=hashes[part.name]) for part in parts}
+    files = list_files(directory)
+    manifest = Manifest(
+        model=model.config, export=config, graphs=graphs, files=files, created_by={}
+    )
+    return Bundle(path=directory, manifest=manifest)
 
 
 def _write_graphs(

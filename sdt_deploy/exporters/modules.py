@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdt_deploy.bundle import TensorSpec
-from sdt_deploy.config import Precision
+from sdt_deploy.config import ModelConfig, Precision
 from sdt_deploy.exporters.layers import PackedLinear
 from sdt_deploy.model.blocks import Head
 
@@ -31,6 +31,12 @@ def float32(name: str, *axes: str | int) -> TensorSpec:
 def states_of(name: str, *axes: str | int, precision: Precision) -> TensorSpec:
     """Return states, in the precision of the export."""
     return TensorSpec(name=name, axes=axes, dtype=precision)
+
+
+def scores_of(config: ModelConfig, *axes: str) -> TensorSpec:
+    """Return the scores of rows; with a probe for each layer there is one more axis."""
+    probes = (config.n_layers,) if config.routing == "per_layer" else ()
+    return float32("scores", *axes, *probes)
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:

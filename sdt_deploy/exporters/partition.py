@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdt_deploy.bundle import TensorSpec
+from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec
+from sdt_deploy.combinations import check_combination
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.baselines import DenseGraph, MaskedGraph
 from sdt_deploy.exporters.layers import (
@@ -33,9 +34,11 @@ from sdt_deploy.exporters.modules import (
     PackedHead,
     float32,
     int32,
+    scores_of,
     states_of,
     torch_dtype,
 )
+from sdt_deploy.model.blocks import Scorer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 
@@ -65,7 +68,7 @@ class EntryGraph(GraphModule):
         self.inputs = tuple(int32(name, *axes) for name in names)
         self.outputs = (
             states_of("hidden_states", *axes, config.d_model, precision=precision),
-            float32("scores", *axes),
+            scores_of(config, *axes),
         )
 
     def forward(
@@ -76,24 +79,57 @@ class EntryGraph(GraphModule):
         return embedded.to(self.dtype), self.scorer(input_ids, embedded)
 
 
-class ActiveStageGraph(GraphModule):
-    """A run of layers with ``context="active"``: active tokens see each other only."""
+class Probes(nn.Module):
+    """The probes of all layers, ``sigmoid(states · weight + bias)`` in float32, without pins."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.weight, self.bias = scorer.weight, scorer.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Score ``states [n_tokens, d_model]``: ``[n_tokens, n_layers]``."""
+        return torch.sigmoid(states.float() @ self.weight + self.bias)
+
+
+class StageGraph(GraphModule):
+    """A run of layers; with ``scorer`` it also scores its rows, for the layers that follow."""
 
     def __init__(
-        self, layers: Sequence[PackedLayer], config: ModelConfig, precision: Precision
+        self,
+        layers: Sequence[PackedLayer],
+        config: ModelConfig,
+        precision: Precision,
+        scorer: Scorer | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.n_heads = config.n_heads
+        self.scorer = None if scorer is None else Probes(scorer)
+        states = states_of("updated_states", "n_tokens", config.d_model, precision=precision)
+        self.outputs = (states, *(scores_of(config, "n_tokens"),) * (scorer is not None))
+
+    def scored(self, states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the outputs."""
+        return states if self.scorer is None else (states, self.scorer(states))
+
+
+class ActiveStageGraph(StageGraph):
+    """A run of layers with ``context="active"``: active tokens see each other only."""
+
+    def __init__(
+        self,
+        layers: Sequence[PackedLayer],
+        config: ModelConfig,
+        precision: Precision,
+        scorer: Scorer | None = None,
+    ) -> None:
+        super().__init__(layers, config, precision, scorer)
         grouped = len(layers) > 1
         self.inputs = (
             states_of("hidden_states", "n_tokens", config.d_model, precision=precision),
             *_layout(config, "max_seqlen"),
             _bias(config, "max_seqlen", *(len(layers),) * grouped),
             *(int32("remaining_depth", "n_tokens"),) * grouped,
-        )
-        self.outputs = (
-            states_of("updated_states", "n_tokens", config.d_model, precision=precision),
         )
 
     def forward(
@@ -103,27 +139,29 @@ class ActiveStageGraph(GraphModule):
         scatter_index: Tensor,
         key_bias: Tensor,
         remaining_depth: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, bias = hidden_states, narrowed(key_bias, hidden_states.dtype)
         layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
         if remaining_depth is None:
-            return self.layers[0](states, layout, states, layout, bias)
+            return self.scored(self.layers[0](states, layout, states, layout, bias))
         for i, layer in enumerate(self.layers):
             updated = layer(states, layout, states, layout, bias[i])
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
-        return states
+        return self.scored(states)
 
 
-class AllStageGraph(GraphModule):
+class AllStageGraph(StageGraph):
     """A run of layers with ``context="all"``: active tokens also see others' last states."""
 
     def __init__(
-        self, layers: Sequence[PackedLayer], config: ModelConfig, precision: Precision
+        self,
+        layers: Sequence[PackedLayer],
+        config: ModelConfig,
+        precision: Precision,
+        scorer: Scorer | None = None,
     ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.n_heads = config.n_heads
+        super().__init__(layers, config, precision, scorer)
         grouped = len(layers) > 1
         self.inputs = (
             states_of("hidden_states", "n_tokens", config.d_model, precision=precision),
@@ -133,9 +171,6 @@ class AllStageGraph(GraphModule):
             _bias(config, "max_context_seqlen"),
             *(int32("remaining_depth", "n_tokens"),) * grouped,
             *(int32("refresh_index", "n_context"),) * grouped,
-        )
-        self.outputs = (
-            states_of("updated_states", "n_tokens", config.d_model, precision=precision),
         )
 
     def forward(
@@ -148,7 +183,7 @@ class AllStageGraph(GraphModule):
         key_bias: Tensor,
         remaining_depth: Tensor | None = None,
         refresh_index: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, context = hidden_states, context_states
         bias = narrowed(key_bias, states.dtype)
@@ -161,7 +196,7 @@ class AllStageGraph(GraphModule):
             context = gather_rows(torch.cat([context_states, states]), refresh_index)
             updated = layer(states, layout, context, context_layout, bias)
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
-        return states
+        return self.scored(states)
 
 
 class FusedStageGraph(GraphModule):
@@ -248,6 +283,24 @@ class GraphPart:
     module: GraphModule
     topology: str
     """Parts of equal topology differ in their weights only, and are traced once."""
+    layers: tuple[int, int] | None = None
+    """First layer and one past the last (stages only)."""
+
+    def spec(
+        self, config: ExportConfig, *, graph_sha256: str, max_abs_error: float = 0.0
+    ) -> GraphSpec:
+        """Describe the graph, which is to lie in ``{name}.onnx``."""
+        layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
+        return GraphSpec(
+            name=self.name,
+            file=f"{self.name}.onnx",
+            inputs=self.module.inputs,
+            outputs=self.module.outputs,
+            graph_sha256=graph_sha256,
+            max_abs_error=max_abs_error,
+            attention_layout=None if self.layers is None else layout,
+            layers=self.layers,
+        )
 
 
 def partition(
@@ -257,7 +310,11 @@ def partition(
 
     With ``single_file`` the whole loop in one graph follows. It has the function and the weights of
     ``masked``; :mod:`sdt_deploy.exporters.single` builds it instead of tracing it.
+
+    Raises:
+        ConfigError: if nothing could run such a bundle.
     """
+    check_combination(model.config, config, single_file=single_file)
     precision, dtype = config.precision, torch_dtype(config.precision)
     head = PackedHead(model.head, dtype)
     fused = [FusedLayer(layer, dtype) for layer in model.blocks if config.attention == "fused"]
@@ -270,8 +327,13 @@ def partition(
         if fused:
             module = FusedStageGraph(fused[first], model.config, precision)
         else:
-            module = stage(packed[first:stop], model.config, precision)
-        yield GraphPart(name=f"stage-{i:02d}", module=module, topology=f"stage of {stop - first}")
+            scores = model.config.routing == "per_layer" and stop < model.config.n_layers
+            scorer = model.scorer if scores else None
+            module = stage(packed[first:stop], model.config, precision, scorer)
+        name, topology = f"stage-{i:02d}", f"stage of {stop - first}"
+        if len(module.outputs) > 1:
+            topology = f"{topology}, scored"
+        yield GraphPart(name=name, module=module, topology=topology, layers=(first, stop))
     last = (FusedHeadGraph if fused else HeadGraph)(head, model.config, precision)
     yield GraphPart(name="head", module=last, topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):

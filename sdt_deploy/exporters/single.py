@@ -146,6 +146,8 @@ class _SingleGraph:
         is_token = add("Cast", "attention_mask", to=_BOOL)
         scores = add("Where", is_token, "scores", add.constant(-math.inf, "float32"))
         seq = add("Shape", scores, start=1, end=2)
+        if self.config.selection == "capacity":
+            scores = self.standings(scores, is_token, seq)
         # Rows: tokens by falling score, those of equal score in their order, padding last.
         flat = add("Reshape", scores, self.flat)
         _, order = add.several(2, "TopK", flat, add("Shape", flat), axis=0)
@@ -189,6 +191,21 @@ class _SingleGraph:
             key_bias=key_bias,
             context_index=context_index,
         )
+
+    def standings(self, scores: str, is_token: str, seq: str) -> str:
+        """Rank the tokens of each sequence, see :func:`sdt_deploy.model.blocks.standings`."""
+        add = self.add
+        half, whole = (add.constant(x, "float32") for x in (0.5, 1.0))
+        _, order = add.several(
+            2, "TopK", scores, seq, axis=1
+        )  # of equal ones the first comes first
+        places = add("Range", add.constant(0), add("Squeeze", seq), self.one)
+        places = add("Expand", places, add("Shape", scores))
+        rank = add("Cast", add("ScatterElements", order, order, places, axis=1), to=_FLOAT)
+        lengths = add("ReduceSum", add("Cast", is_token, to=_FLOAT), add.constant([1]), keepdims=1)
+        standing = add("Sub", whole, add("Div", add("Add", rank, half), lengths))
+        standing = add("Where", add("Less", rank, half), whole, standing)
+        return add("Where", is_token, standing, add.constant(-math.inf, "float32"))
 
     def key_bias(self, grid: str, n_rows: str) -> str:
         """Hide the places whose row is not among the first ``n_rows``."""

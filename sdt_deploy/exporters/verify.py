@@ -260,11 +260,23 @@ def _dense_case(
 def _masked_case(
     model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
-    batch = _Padded(model.config, lengths, rng)
-    ids, mask, types = batch.torch()
-    scores = model.scorer(ids, model.embed(ids, types))
-    thresholds = _thresholds_in_gaps(scores[mask].numpy(), model.config.n_layers, rng)
-    found = model(ids, mask, types, thresholds=thresholds)
+    n_layers = model.config.n_layers
+    for _ in range(20):  # ranks, unlike thresholds, cannot be placed in gaps between the scores
+        batch = _Padded(model.config, lengths, rng)
+        ids, mask, types = batch.torch()
+        if model.config.routing == "once":
+            scores = model.scorer(ids, model.embed(ids, types))[mask].numpy()
+            thresholds = _thresholds_in_gaps(scores, n_layers, rng)
+        else:
+            thresholds = ()
+            for i in range(n_layers):  # what comes into a layer follows from the ones before
+                so_far = (*thresholds, *(0.0,) * (n_layers - i))
+                scores = model(ids, mask, types, thresholds=so_far).scores[mask].numpy()
+                thresholds = (*thresholds, *_thresholds_in_gaps(scores[:, i], 1, rng))
+        found = model(ids, mask, types, thresholds=thresholds)
+        gaps = np.diff(np.sort(found.scores[mask].numpy(), axis=0), axis=0)
+        if model.config.selection == "threshold" or not ((gaps > 0) & (gaps < 1e-5)).any():
+            break
     inputs = _padded_inputs(batch)
     inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
     return inputs, {"output": found.output, "scores": found.scores}
@@ -339,6 +351,8 @@ def _stage_case(
         updated = layer(hidden, turn if config.context == "active" else present)
         hidden = torch.where(turn[..., None], updated, hidden)
     expected = {"updated_states": hidden[torch.from_numpy(active)]}
+    if config.routing == "per_layer" and stop < config.n_layers:
+        expected["scores"] = torch.sigmoid(model.scorer.logits(expected["updated_states"]))
     if attention == "fused":
         inputs["hidden_states"] = inputs["hidden_states"][None]
         expected = {name: states[None] for name, states in expected.items()}

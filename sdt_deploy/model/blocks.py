@@ -50,9 +50,11 @@ class Embeddings(nn.Module):
 
 
 class Scorer(nn.Module):
-    """Scores tokens with a linear probe: ``sigmoid(weight · embedding + bias)``, in float32.
+    """Scores tokens with a linear probe: ``sigmoid(weight · state + bias)``, in float32.
 
-    Pinned tokens score 1, and so does every token of a model without a probe.
+    Pinned tokens score 1, and so does every token of a model without a probe. With routing
+    ``per_layer`` there is a probe for each layer, and scores and logits have one more axis, as long
+    as there are layers.
     """
 
     pinned_token_ids: Tensor
@@ -62,8 +64,9 @@ class Scorer(nn.Module):
         self.linear = config.probe == "linear"
         self.pins = bool(config.pinned_token_ids)
         if self.linear:
-            self.weight = nn.Parameter(torch.empty(config.d_model))
-            self.bias = nn.Parameter(torch.zeros(()))
+            probes = (config.n_layers,) if config.routing == "per_layer" else ()
+            self.weight = nn.Parameter(torch.empty(config.d_model, *probes))
+            self.bias = nn.Parameter(torch.zeros(probes))
             nn.init.normal_(self.weight, std=1 / math.sqrt(config.d_model))
         pinned = torch.tensor(config.pinned_token_ids, dtype=torch.int32)
         self.register_buffer("pinned_token_ids", pinned, persistent=False)
@@ -73,6 +76,7 @@ class Scorer(nn.Module):
 
         A multiplication and a sum over the last axis rather than a matrix product: its rounding
         does not depend on how many tokens are scored together, so neither does a token's depth.
+        Several probes are a matrix product: states of inner layers depend on that anyway.
         """
         if not self.linear:
             # All ones; a graph that asked for a shape could not be captured on a GPU.
@@ -81,12 +85,37 @@ class Scorer(nn.Module):
         if not self.pins:
             return scores
         pinned = (input_ids.unsqueeze(-1).int() == self.pinned_token_ids).any(dim=-1)
+        if self.weight.ndim == 2:
+            pinned = pinned.unsqueeze(-1)
         return torch.where(pinned, 1.0, scores)
 
     def logits(self, embedded: Tensor) -> Tensor:
         """Return ``weight · embedding + bias``, ``[...]`` float32, whatever the token."""
+        if self.weight.ndim == 2:
+            return embedded.float() @ self.weight.float() + self.bias.float()
         product = embedded.float() * self.weight.float()
         return product.sum(dim=-1) + self.bias.float()
+
+
+def standings(scores: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return where each token stands among those of its sequence, ``[batch, seq]`` float32.
+
+    The token of rank ``r`` (from 0, by falling score, ties by position) among ``n`` stands at
+    ``1 - (r + 1/2) / n``, the first at 1. So a share ``c`` of the tokens, rounded and at least one
+    of them, stands above ``1 - c`` (expert-choice routing of Mixture-of-Depths, Raposo et al.,
+    2024, with one score for all layers).
+
+    Args:
+        scores: ``[batch, seq]`` float32.
+        attention_mask: ``[batch, seq]`` bool, True for tokens; padding has no standing.
+    """
+    mine, others = scores.unsqueeze(2), scores.unsqueeze(1)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    before = (places.unsqueeze(0) < places.unsqueeze(1)).unsqueeze(0)
+    ahead = ((others > mine) | ((others == mine) & before)) & attention_mask.unsqueeze(1)
+    rank = ahead.to(torch.int32).sum(dim=2).float()
+    n_tokens = attention_mask.to(torch.int32).sum(dim=1, keepdim=True).float()
+    return torch.where(rank > 0, 1.0 - (rank + 0.5) / n_tokens, 1.0)
 
 
 class Attention(nn.Module):

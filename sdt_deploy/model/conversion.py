@@ -10,20 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdt_deploy.config import Context
+from sdt_deploy.config import Context, Leaving, Routing, Selection
 from sdt_deploy.costs import thresholds_for_depth
 from sdt_deploy.errors import CheckpointError, ConfigError
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.adapters import merged, read_adapter
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.huggingface import load_huggingface
+from sdt_deploy.model.layer_probes import with_layer_probes
 from sdt_deploy.model.original import load_original
 from sdt_deploy.model.probe import (
     Importance,
     Levels,
+    capacity_thresholds,
+    depth_histogram,
+    depth_shares,
     fit_probe,
     joined,
-    padded_batches,
     quantiles,
     set_thresholds,
     token_features,
@@ -46,6 +49,9 @@ class ProbeFit:
     """Layers per token, pinned tokens included; None: 60 % of the layers."""
     levels: Levels = "graded"
     importance: Importance = "attention"
+    selection: Selection = "threshold"
+    routing: Routing = "once"
+    leaving: Leaving = "exit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,13 +171,24 @@ def with_probe(
     """Return ``checkpoint`` with a fitted probe, thresholds, score quantiles and a text sample.
 
     The special tokens that the tokenizer puts around a text are pinned to full depth.
+
+    With routing ``per_layer`` the probes of the other layers follow, see
+    :func:`sdt_deploy.model.layer_probes.with_layer_probes`; there are no score quantiles then.
     """
     if checkpoint.tokenizer is None:
         raise CheckpointError("a probe is fitted on texts, and this checkpoint has no tokenizer")
     tokenizer = TextTokenizer(checkpoint.tokenizer)
     before, after = tokenizer.ends()
     pinned = tuple(sorted({*before, *after}))
-    model = rebuilt(checkpoint.model, pinned_token_ids=pinned, probe="linear")
+    model = rebuilt(
+        checkpoint.model,
+        pinned_token_ids=pinned,
+        probe="linear",
+        selection=fit.selection,
+        routing="once",
+        leaving="exit",
+        thresholds=(),
+    )
     n_layers = model.config.n_layers
     held_out = fit.texts[::HELD_OUT_EVERY]
     fitted = [text for i, text in enumerate(fit.texts) if i % HELD_OUT_EVERY]
@@ -199,48 +216,65 @@ def with_probe(
         ids = torch.full(features.embedded.shape[:1], -1)
         scores = model.scorer(ids, features.embedded).numpy()
     target_depth = 0.6 * n_layers if fit.target_depth is None else fit.target_depth
-    thresholds = set_thresholds(
-        scores, features.pinned_share, model.config, target_depth, fit.levels
-    )
+    if fit.selection == "capacity":
+        thresholds = capacity_thresholds(n_layers, target_depth, fit.levels)
+    else:
+        thresholds = set_thresholds(
+            scores, features.pinned_share, model.config, target_depth, fit.levels
+        )
     model = rebuilt(model, thresholds=thresholds)
-    made = {
+    made: dict[str, object] = {
         "importance": fit.importance,
         "levels": fit.levels,
+        "selection": fit.selection,
+        "routing": fit.routing,
         "target_depth": target_depth,
         "n_tokens": len(scores),
     }
+    per_layer = fit.routing == "per_layer"
+    if per_layer:
+        model = with_layer_probes(
+            model,
+            fit_sample,
+            importance=fit.importance,
+            shares=depth_shares(n_layers, min(target_depth, n_layers), fit.levels),
+            leaving=fit.leaving,
+            progress=progress,
+        )
+        made["leaving"] = fit.leaving
     fitted_checkpoint = dataclasses.replace(
         checkpoint,
         model=model,
         provenance={**checkpoint.provenance, "probe": made},
-        score_quantiles=quantiles(scores),
+        score_quantiles=None if per_layer else quantiles(scores),
         pinned_share=features.pinned_share,
         sample=_head_of(held_sample, SAMPLE_TOKENS),
     )
     return fitted_checkpoint, _report(model, held_sample, len(scores))
 
 
-@torch.no_grad()
 def _report(model: SparseDepthTransformer, held_out: TokenSample, n_fit: int) -> FitReport:
-    n_layers = model.config.n_layers
-    limits = torch.tensor(model.config.thresholds)
-    histogram = np.zeros(n_layers + 1, dtype=np.int64)
-    for ids, mask in padded_batches(held_out, FIT_TOKENS):
-        scores = model.scorer(ids, model.embed(ids))[mask]
-        depths = (scores[:, None] > limits).sum(dim=1).numpy()
-        histogram += np.bincount(depths, minlength=n_layers + 1)
+    histogram = depth_histogram(model, held_out)
+    n_tokens = sum(histogram)
     return FitReport(
         n_fit_tokens=n_fit,
-        n_held_out_tokens=int(histogram.sum()),
-        mean_depth=float(histogram @ np.arange(n_layers + 1) / histogram.sum()),
-        depth_histogram=tuple(int(count) for count in histogram),
+        n_held_out_tokens=n_tokens,
+        mean_depth=sum(depth * count for depth, count in enumerate(histogram)) / n_tokens,
+        depth_histogram=histogram,
     )
 
 
 def rebuilt(model: SparseDepthTransformer, **changes: object) -> SparseDepthTransformer:
-    """Return a model whose config has ``changes`` and that holds the same weights."""
+    """Return a model whose config has ``changes`` and that holds the same weights.
+
+    Probes of another number are not kept.
+    """
     rebuilt = SparseDepthTransformer(model.config.replace(**changes))
-    rebuilt.load_state_dict({**rebuilt.state_dict(), **model.state_dict()})
+    weights, fresh = model.state_dict(), rebuilt.state_dict()
+    for name in ("scorer.weight", "scorer.bias"):
+        if name in weights and name in fresh and weights[name].shape != fresh[name].shape:
+            weights[name] = fresh[name]
+    rebuilt.load_state_dict({**fresh, **weights})
     return rebuilt.eval()
 
 

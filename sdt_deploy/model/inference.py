@@ -20,9 +20,11 @@ class PackedOutput:
     output: npt.NDArray[np.float32]
     """``[n_tokens, width]``, or ``[batch, width]`` for heads per sequence."""
     scores: npt.NDArray[np.float32]
-    """``[n_tokens]``"""
+    """``[n_tokens]``, or ``[n_tokens, n_layers]`` with routing ``per_layer``."""
     depths: npt.NDArray[np.int32]
     """``[n_tokens]``"""
+    active: npt.NDArray[np.bool_]
+    """``[n_tokens, n_layers]``, which layers took a token."""
 
 
 @torch.no_grad()
@@ -34,6 +36,7 @@ def oracle_output(
     *,
     thresholds: Sequence[float] | None = None,
     depths: npt.NDArray[np.int32] | None = None,
+    active: npt.NDArray[np.bool_] | None = None,
 ) -> PackedOutput:
     """Run the sparse or the dense oracle on packed ids.
 
@@ -44,6 +47,7 @@ def oracle_output(
         token_type_ids: ``[n_tokens]``, or None for zeros.
         thresholds: instead of the model's.
         depths: ``[n_tokens]``, instead of what the scores say.
+        active: ``[n_tokens, n_layers]``, the same where a depth does not say which layers.
     """
     lengths = torch.from_numpy(np.diff(cu_seqlens)).long()
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -58,11 +62,18 @@ def oracle_output(
     ids, types = padded(input_ids), padded(token_type_ids)
     assert ids is not None
     if isinstance(model, SparseDepthTransformer):
-        found = model(ids, mask, types, thresholds=thresholds, depths=padded(depths))
+        took = None
+        if active is not None:
+            took = torch.zeros(*mask.shape, active.shape[1], dtype=torch.bool)
+            took[mask] = torch.from_numpy(active)
+        found = model(ids, mask, types, thresholds=thresholds, depths=padded(depths), active=took)
     else:
         found = model(ids, mask, types)
     per_sequence = model.config.head.per_sequence
     output = found.output if per_sequence else found.output[mask]
     return PackedOutput(
-        output=output.numpy(), scores=found.scores[mask].numpy(), depths=found.depths[mask].numpy()
+        output=output.numpy(),
+        scores=found.scores[mask].numpy(),
+        depths=found.depths[mask].numpy(),
+        active=found.active[mask].numpy(),
     )

@@ -79,12 +79,34 @@ def padded_batches(
 
 
 @torch.no_grad()
+def depth_histogram(
+    model: SparseDepthTransformer, sample: TokenSample, max_tokens: int = 60_000
+) -> tuple[int, ...]:
+    """Return how many tokens of ``sample`` pass through 0, 1, …, n_layers layers.
+
+    Args:
+        model: with its own thresholds.
+        sample: packed sequences.
+        max_tokens: see :func:`padded_batches`.
+    """
+    histogram = np.zeros(model.config.n_layers + 1, dtype=np.int64)
+    for ids, mask in padded_batches(sample, max_tokens):
+        if model.config.routing == "per_layer":
+            depths = model(ids, mask).depths[mask]
+        else:
+            depths = model.depths(model.scorer(ids, model.embed(ids)), mask)[mask]
+        histogram += np.bincount(depths.numpy(), minlength=len(histogram))
+    return tuple(int(count) for count in histogram)
+
+
+@torch.no_grad()
 def token_features(
     model: SparseDepthTransformer,
     sample: TokenSample,
     importance: Importance,
     *,
     max_tokens: int,
+    layer: int = 0,
     progress: Callable[[int], None] = lambda n_tokens: None,
 ) -> TokenFeatures:
     """Run the dense model over ``sample`` and measure the importance of every unpinned token.
@@ -94,6 +116,8 @@ def token_features(
     layers, heads and queries; ``rarity`` the negative log frequency of its id in ``sample``;
     ``random`` a draw. Each is brought to mean 0 and variance 1 within its sequence: what counts is
     which tokens of a sequence go deeper, wherever they stand and however long it is.
+
+    ``embedded`` are the states that come into ``layer``; into the first one, the embeddings.
     """
     pinned = torch.tensor(model.config.pinned_token_ids, dtype=torch.long)
     counts = np.bincount(sample.input_ids, minlength=model.config.vocab_size)
@@ -111,6 +135,8 @@ def token_features(
             value = torch.rand(ids.shape, generator=generator)
         else:
             value = _dense_importance(model, embedded, mask, importance)
+        for block in model.blocks[:layer]:
+            embedded = block(embedded, mask)
         embedded_parts.append(embedded[free])
         position_parts.append(torch.arange(ids.shape[1]).expand_as(ids)[free])
         importance_parts.append(_standardised(value, free)[free])
@@ -242,6 +268,16 @@ def depth_shares(
     return shares
 
 
+def capacity_thresholds(n_layers: int, target_depth: float, levels: Levels) -> tuple[float, ...]:
+    """Return thresholds on standings, so 1 minus capacities, for a mean depth; see `depth_shares`.
+
+    Raises:
+        ConfigError: if the depth cannot be reached.
+    """
+    below = np.cumsum(depth_shares(n_layers, target_depth, levels))[:-1]
+    return (0.0, *(float(share) for share in below))
+
+
 def set_thresholds(
     scores: npt.NDArray[np.float32],
     pinned_share: float,
@@ -273,11 +309,11 @@ def set_thresholds(
     shares = depth_shares(n_layers, min(free_mean, n_layers), levels, shallow_depth=shallow_depth)
     below = np.cumsum(shares)[:-1]
     ordered = np.sort(scores)
-    cuts = [0.0, *(_cut(ordered, share) for share in below)]
+    cuts = [0.0, *(widest_gap(ordered, share) for share in below)]
     return tuple(float(cut) for cut in np.maximum.accumulate(cuts))
 
 
-def _cut(ordered: npt.NDArray[np.float32], share: float) -> float:
+def widest_gap(ordered: npt.NDArray[np.float32], share: float) -> float:
     """Return the middle of the widest gap near the place below which ``share`` of scores lie."""
     n = len(ordered)
     place = share * n

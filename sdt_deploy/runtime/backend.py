@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from sdt_deploy.buckets import OptimizationProfile
-from sdt_deploy.runtime.routing import RoutePlan, RouteRules, depths_from_scores, plan_route
+from sdt_deploy.runtime.routing import RoutePlan, RouteRules, depths_of, plan_route
 
 Array: TypeAlias = Any
 """``[rows, …]``: a NumPy array, or an array in a GPU's memory with the same indexing. ``empty``
@@ -121,7 +121,8 @@ class HostMemory:
         rules: RouteRules,
     ) -> RoutePlan:
         """See :meth:`Backend.plan`."""
-        return plan_route(depths_from_scores(scores, thresholds), cu_seqlens, rules)
+        depths = depths_of(scores, thresholds, cu_seqlens, rules.selection)
+        return plan_route(depths, cu_seqlens, rules)
 
     def fetch(self, *arrays: Array) -> tuple[HostArray, ...]:
         """See :meth:`Backend.fetch`; they are the same."""

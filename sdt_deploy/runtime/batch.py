@@ -38,7 +38,7 @@ class TokenBatch:
     @property
     def position_ids(self) -> Int32:
         """``[n_tokens]``, the place of each token in its sequence, from 0."""
-        starts = np.repeat(self.cu_seqlens[:-1], self.lengths)
+        starts = self.cu_seqlens[:-1].repeat(self.lengths)
         return np.arange(self.n_tokens, dtype=np.int32) - starts
 
     @property

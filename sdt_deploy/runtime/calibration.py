@@ -34,6 +34,6 @@ def measure_costs(
         milliseconds = min(one.timings.total_ms for one in runs[1:])
         if path == "masked":
             return padded_flops(config, lengths), milliseconds
-        return needed_flops(config, runs[0].depths, batch.cu_seqlens), milliseconds
+        return needed_flops(config, runs[0].depths, batch.cu_seqlens, runs[0].active), milliseconds
 
     return calibrate(config, paths, measure, n_large=n_large)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sdt_deploy.config import ModelConfig
+from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.routing import (
     HIDDEN,
@@ -35,6 +37,20 @@ class Transfers(Protocol):
 
     def fetch(self, *arrays: Array) -> tuple[HostArray, ...]:
         """Copy to the host, and wait."""
+
+
+def check_routing(config: ModelConfig, backend: str) -> None:
+    """Check that plans on a GPU can route a model.
+
+    Raises:
+        BackendError: if they cannot.
+    """
+    if not config.scored_once:
+        raise BackendError(
+            f"{backend} routes by thresholds on one score, and this model has routing "
+            f"{config.routing!r} and selection {config.selection!r}: open the bundle with "
+            'backend="onnxruntime-cpu"'
+        )
 
 
 def plan_on_device(

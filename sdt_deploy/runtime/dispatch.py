@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import dense_flops, head_flops, layer_flops, score_flops, sparse_flops
@@ -107,11 +108,20 @@ def expected_flops(
     return total
 
 
-def needed_flops(config: ModelConfig, depths: Int32, cu_seqlens: Int32) -> float:
-    """Return the operations with skipping at ``depths [n_tokens]``."""
-    starts = cu_seqlens[:-1]
-    active = [np.add.reduceat(depths > i, starts).tolist() for i in range(config.n_layers)]
-    return sparse_flops(config, np.diff(cu_seqlens).tolist(), active)
+def needed_flops(
+    config: ModelConfig,
+    depths: Int32,
+    cu_seqlens: Int32,
+    active: npt.NDArray[np.bool_] | None = None,
+) -> float:
+    """Return the operations with skipping at ``depths [n_tokens]``.
+
+    ``active [n_tokens, n_layers]`` says which layers these are, if not the first ones.
+    """
+    if active is None:
+        active = depths[:, None] > np.arange(config.n_layers)
+    counts = np.add.reduceat(active, cu_seqlens[:-1], axis=0, dtype=np.int64).T.tolist()
+    return sparse_flops(config, np.diff(cu_seqlens).tolist(), counts)
 
 
 def calibrate(

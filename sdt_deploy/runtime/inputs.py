@@ -57,11 +57,12 @@ def read_batch(
     raise InputError("pass cu_seqlens with packed ids or attention_mask with padded ones")
 
 
-def read_thresholds(values: object, n_layers: int) -> tuple[float, ...]:
+def read_thresholds(values: object, config: ModelConfig) -> tuple[float, ...]:
     """Check thresholds that were given for one run.
 
     Raises:
-        ConfigError: if they are not one per layer, nondecreasing and within float32.
+        ConfigError: if they are not one per layer and within float32, and, unless layers score
+            for themselves, nondecreasing.
     """
     try:
         if isinstance(values, str | bytes):
@@ -70,8 +71,8 @@ def read_thresholds(values: object, n_layers: int) -> tuple[float, ...]:
         if any(abs(value) > float(np.finfo(np.float32).max) for value in thresholds):
             raise OverflowError("they are compared in float32, and one is beyond its range")
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"thresholds must be {n_layers} numbers: {error}") from error
-    check_thresholds(thresholds, n_layers)
+        raise ConfigError(f"thresholds must be {config.n_layers} numbers: {error}") from error
+    check_thresholds(thresholds, config.n_layers, config.routing)
     return thresholds
 
 

@@ -86,6 +86,7 @@ def bind_stages(
     states: Array,
     other: Array,
     stages: Sequence[tuple[GraphSpec, Graph]],
+    scores: Array | None = None,
 ) -> BoundStages:
     """Prepare all stages of ``plan``, so that nothing is left to do between them.
 
@@ -94,6 +95,7 @@ def bind_stages(
         states: ``[n_tokens, d_model]``, the entry's hidden states by row.
         other: of the same shape, to work with.
         stages: spec and opened graph of every stage.
+        scores: ``[n_tokens, n_layers]`` float32, where stages that score write those of their rows.
     """
     calls: list[tuple[Call, tuple[Array, Array] | None]] = []
     n_tokens = len(states)
@@ -105,7 +107,10 @@ def bind_stages(
         inputs["hidden_states"] = active
         if step.context is not None:
             inputs["context_states"] = states
-        call = graph.bind(inputs, {"updated_states": updated})
+        outputs = {"updated_states": updated}
+        if len(spec.outputs) > 1 and scores is not None:
+            outputs["scores"] = scores[:n]
+        call = graph.bind(inputs, outputs)
         if 2 * n < n_tokens:
             calls.append((call, (active, updated)))
         else:
@@ -142,15 +147,12 @@ def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, Array]:
     if context is not None:
         available["context_gather_index"] = context.gather_index
         available["context_lengths"] = context.lengths
-    named = {}
-    for tensor in spec.inputs:
-        name = tensor.name
-        if name in STATES:
-            continue
-        if available.get(name) is None:
+    names = [tensor.name for tensor in spec.inputs if tensor.name not in STATES]
+    named = {name: available.get(name) for name in names}
+    for name, array in named.items():
+        if array is None:
             raise BundleFormatError(
                 f"graph {spec.name} takes {shown(name)}, which no stage of this kind has; "
                 "export again"
             )
-        named[name] = available[name]
     return named

@@ -10,8 +10,9 @@ import numpy as np
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Array, Graph
 from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.layer_routing import taken_by_layer
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
-from sdt_deploy.runtime.routing import depths_from_scores
+from sdt_deploy.runtime.routing import depths_of
 
 
 def padded_arrays(
@@ -32,7 +33,8 @@ def padded_arrays(
     outputs = {"output": np.empty((*rows, config.output_width), dtype=np.float32)}
     if path != "dense":
         inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
-        outputs["scores"] = np.empty(shape, dtype=np.float32)
+        probes = (config.n_layers,) if config.routing == "per_layer" else ()
+        outputs["scores"] = np.empty((*shape, *probes), dtype=np.float32)
     return inputs, outputs
 
 
@@ -51,20 +53,31 @@ def run_padded(
     start = perf_counter()
     inputs, outputs = padded_arrays(config, batch, thresholds, path)
     graph.bind(inputs, outputs)()
-    output, scores = outputs["output"], None
+    output, scores, active = outputs["output"], None, None
     if not config.head.per_sequence:
         output = batch.packed(output)
     depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
     if path != "dense":
         scores = batch.packed(outputs["scores"])
-        depths = depths_from_scores(scores, thresholds)
+        if config.routing == "per_layer":
+            active = taken_by_layer(
+                scores,
+                thresholds,
+                batch.cu_seqlens,
+                leaving=config.leaving,
+                selection=config.selection,
+            )
+            depths = active.sum(axis=1, dtype=np.int32)
+        else:
+            depths = depths_of(scores, thresholds, batch.cu_seqlens, config.selection)
     return RunResult(
         output=output,
         depths=depths,
         scores=scores,
         input_ids=batch.input_ids.copy(),
         cu_seqlens=batch.cu_seqlens.copy(),
-        layer_usage=LayerUsage.from_depths(depths, config.n_layers),
+        active=active if config.leaving == "skip" else None,
+        layer_usage=LayerUsage.of(depths, active, config.n_layers),
         timings=Timings(total_ms=(perf_counter() - start) * 1e3),
         path=path,
     )

@@ -21,29 +21,39 @@ class LayerUsage:
 
     depth_histogram: tuple[int, ...]
     """Tokens that passed through 0, 1, …, n_layers layers."""
+    active_tokens: tuple[int, ...]
+    """Active tokens of every layer."""
+
+    @classmethod
+    def of(cls, depths: Int32, active: npt.NDArray[np.bool_] | None, n_layers: int) -> LayerUsage:
+        """Count ``depths [n_tokens]`` and ``active [n_tokens, n_layers]``.
+
+        ``active`` may be None where a token passes through the first layers up to its depth.
+        """
+        counts = tuple(int(n) for n in np.bincount(depths, minlength=n_layers + 1))
+        if active is not None:
+            return cls(depth_histogram=counts, active_tokens=tuple(active.sum(axis=0).tolist()))
+        deeper = np.cumsum(counts[::-1])[::-1]
+        return cls(depth_histogram=counts, active_tokens=tuple(deeper[1:].tolist()))
 
     @classmethod
     def from_depths(cls, depths: Int32, n_layers: int) -> LayerUsage:
         """Count ``depths [n_tokens]``."""
-        counts = np.bincount(depths, minlength=n_layers + 1)
-        return cls(depth_histogram=tuple(counts.tolist()))
+        return cls.of(depths, None, n_layers)
 
     @classmethod
     def from_active(cls, n_tokens: int, active_tokens: Sequence[int]) -> LayerUsage:
-        """Take the active tokens of every layer, of ``n_tokens``."""
+        """Take the active tokens of every layer, of ``n_tokens``; the sets are nested."""
         reached = (n_tokens, *active_tokens, 0)
-        return cls(depth_histogram=tuple(a - b for a, b in pairwise(reached)))
+        return cls(
+            depth_histogram=tuple(a - b for a, b in pairwise(reached)),
+            active_tokens=tuple(active_tokens),
+        )
 
     @property
     def n_tokens(self) -> int:
         """All tokens."""
         return sum(self.depth_histogram)
-
-    @property
-    def active_tokens(self) -> tuple[int, ...]:
-        """Active tokens of every layer."""
-        deeper = np.cumsum(self.depth_histogram[::-1])[::-1]
-        return tuple(int(count) for count in deeper[1:])
 
     @property
     def mean_depth(self) -> float:
@@ -91,7 +101,8 @@ class RunResult:
     depths: Int32
     """``[n_tokens]``, layers each token passed through."""
     scores: npt.NDArray[np.float32] | None
-    """``[n_tokens]``; None on the dense path, which does not score."""
+    """``[n_tokens]``, with routing ``per_layer`` ``[n_tokens, n_layers]``, of the state that came
+    into each layer; None on the dense path, which does not score."""
     input_ids: Int32
     """``[n_tokens]``, the ids that were run, packed."""
     cu_seqlens: Int32
@@ -100,6 +111,9 @@ class RunResult:
     timings: Timings
     path: PathName
     """The path that computed the result."""
+    active: npt.NDArray[np.bool_] | None = None
+    """``[n_tokens, n_layers]``, the layers that each token passed through; None where they are the
+    first ones, as many as ``depths`` says."""
     stage_rows: tuple[int, ...] = ()
     """Rows that each stage call processed where these are padded to buckets, on a GPU; else none:
     a stage then processes its active tokens."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.bundle import Manifest
-from sdt_deploy.config import Context, Pooling
+from sdt_deploy.config import Context, Leaving, Pooling, Selection
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -129,6 +129,8 @@ class RouteRules:
     n_heads: int
     pooling: Pooling | None
     """How the head makes one row of a sequence; None: it does not."""
+    selection: Selection = "threshold"
+    leaving: Leaving = "exit"
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -139,6 +141,8 @@ class RouteRules:
             context=model.context,
             n_heads=model.n_heads,
             pooling=model.head.pooling,
+            selection=model.selection,
+            leaving=model.leaving,
         )
 
 
@@ -148,7 +152,54 @@ def depths_from_scores(scores: npt.NDArray[np.float32], thresholds: Sequence[flo
     ``thresholds`` must not fall. They are compared in float32, as the graphs do.
     """
     limits = np.asarray(thresholds, dtype=np.float32)
-    return np.searchsorted(limits, scores, side="left").astype(np.int32)
+    return limits.searchsorted(scores, side="left").astype(np.int32)
+
+
+def standings(scores: Float32, cu_seqlens: Int32) -> Float32:
+    """Return where each token stands among those of its sequence, ``[n_tokens]`` float32.
+
+    The token of rank ``r`` (from 0, by falling score, ties by position) among ``n`` stands at
+    ``1 - (r + 1/2) / n``, the first at 1; see the oracle, ``sdt_deploy.model.blocks.standings``.
+
+    Args:
+        scores: ``[n_tokens]``.
+        cu_seqlens: ``[batch + 1]``.
+    """
+    lengths = np.diff(cu_seqlens)
+    n_tokens = np.repeat(lengths, lengths).astype(np.float32)
+    order = np.lexsort((-scores, np.repeat(np.arange(len(lengths)), lengths)))
+    rank = np.empty_like(n_tokens)
+    rank[order] = np.arange(len(scores)) - np.repeat(cu_seqlens[:-1], lengths)
+    standing = np.float32(1) - (rank + np.float32(0.5)) / n_tokens
+    standing[rank == 0] = 1.0
+    return standing
+
+
+def depths_of(
+    scores: Float32, thresholds: Sequence[float], cu_seqlens: Int32, selection: Selection
+) -> Int32:
+    """Return ``[n_tokens]`` int32, the layers that each token passes through.
+
+    Args:
+        scores: ``[n_tokens]`` float32.
+        thresholds: one per layer, nondecreasing.
+        cu_seqlens: ``[batch + 1]``.
+        selection: what is compared with the thresholds.
+    """
+    compared = standings(scores, cu_seqlens) if selection == "capacity" else scores
+    return depths_from_scores(compared, thresholds)
+
+
+def capacity_counts(lengths: Sequence[int], thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Return ``[n_layers, batch]``, the tokens that each layer takes by selection ``capacity``.
+
+    They depend on the lengths alone: no score is needed.
+    """
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    anyone = np.zeros(cu_seqlens[-1], dtype=np.float32)
+    depths = depths_of(anyone, thresholds, cu_seqlens, "capacity")
+    layers = np.arange(len(thresholds))[:, None]
+    return np.add.reduceat(depths > layers, cu_seqlens[:-1], axis=1, dtype=np.int64)
 
 
 def padded_rows(rows: Int32, lengths: Int32) -> Int32:
@@ -188,7 +239,7 @@ def head_layouts(
     """
     seen = np.add.accumulate(members, 1, np.int32)  # members up to each token
     ends = seen.take(cu_seqlens[1:] - 1, axis=1)
-    before = np.zeros_like(ends)
+    before = np.zeros(ends.shape, dtype=np.int32)
     before[:, 1:] = ends[:, :-1]
     counts = ends - before
     longest = np.maximum.reduce(counts, 1, keepdims=True)
@@ -242,13 +293,16 @@ def head_layouts(
     return layouts
 
 
-def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan:
+def plan_route(
+    depths: Int32, cu_seqlens: Int32, rules: RouteRules, *, first_stage: int = 0
+) -> RoutePlan:
     """Plan the compaction and the attention layouts of every stage.
 
     Args:
         depths: ``[n_tokens]`` int32, layers each token passes through.
         cu_seqlens: ``[batch + 1]`` int32, cumulative sequence lengths.
         rules: of the bundle.
+        first_stage: number of the first stage in ``rules``.
     """
     stage_layers, context, n_heads = rules.stage_layers, rules.context, rules.n_heads
     n_tokens = len(depths)
@@ -266,12 +320,15 @@ def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan
     queries: list[HeadLayout] = []
     around: list[HeadLayout] = []
     if new:
-        members = depths > np.array([stage_layers[i][0] for i in new])[:, None]
+        firsts = np.array([stage_layers[i][0] for i in new])[:, None]
+        members = depths > firsts
         if context == "all":
             alive = np.logical_or.reduceat(members, cu_seqlens[:-1], axis=1)
             if alive[-1].all():  # then all stages see the same rows
-                alive = alive[-1:]
-            members = np.concatenate([members, np.repeat(alive, lengths, axis=1)])
+                members = np.ones((len(new) + 1, n_tokens), dtype=np.bool_)
+                np.greater(depths, firsts, members[:-1])
+            else:
+                members = np.concatenate([members, alive.repeat(lengths, axis=1)])
         layouts = head_layouts(
             members,
             order,
@@ -306,7 +363,7 @@ def plan_route(depths: Int32, cu_seqlens: Int32, rules: RouteRules) -> RoutePlan
                     layer_bias.reshape(-1)[layout.scatter_index[remaining <= i]] = HIDDEN
         steps.append(
             RouteStep(
-                stage=stage,
+                stage=first_stage + stage,
                 n_active=n_rows,
                 queries=layout,
                 context=seen,

@@ -5,31 +5,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Literal, NoReturn, Self, get_args
 
-import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.bundle import TOKENIZER, Bundle, GraphSpec, Manifest
+from sdt_deploy.bundle import TOKENIZER, Bundle, Manifest
 from sdt_deploy.config import shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.runtime import dispatch
-from sdt_deploy.runtime.backend import Backend, Graph
+from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
+from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs, random_batch
 from sdt_deploy.runtime.device_loop import DeviceLoop, device_loop
+from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
-from sdt_deploy.runtime.loop import bind_stages, timed
 from sdt_deploy.runtime.padded import run_padded
-from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
+from sdt_deploy.runtime.result import PathName, RunResult
 from sdt_deploy.runtime.routing import RouteRules
+from sdt_deploy.runtime.sparse import Graphs, run_sparse
 from sdt_deploy.runtime.splitting import PartLimits, merge, select, split_batch
 from sdt_deploy.runtime.statistics import MAX_DEPTH_DRIFT, DepthMonitor, SessionStatistics
 from sdt_deploy.runtime.stopping import StopCheck, stop_check
@@ -38,8 +37,6 @@ from sdt_deploy.tokenization import Overflow, TextTokenizer
 
 PathChoice = Literal["auto", "sparse", "single", "masked", "dense"]
 PATHS = get_args(PathChoice)
-Graphs = tuple[Graph, list[tuple[GraphSpec, Graph]], Graph]
-"""Entry, stages and head."""
 
 
 class Session:
@@ -65,6 +62,8 @@ class Session:
         part_limits: PartLimits | None = None,
         max_depth_drift: float | None = MAX_DEPTH_DRIFT,
     ) -> None:
+        if isinstance(backend, DeviceMemory):
+            check_routing(bundle.manifest.model, backend.name)
         self._device_loop = device_loop(bundle, backend)
         self._part_limits = replace(
             part_limits or PartLimits(),
@@ -99,8 +98,8 @@ class Session:
 
         Args:
             bundle: its directory, or an opened one.
-            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, or, if the bundle has engines for
-                this GPU, ``tensorrt`` or ``tensorrt-rtx``.
+            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, ``torch``, or, if the bundle has
+                engines for this GPU, ``tensorrt`` or ``tensorrt-rtx``.
             n_threads: threads of the pool that all sessions of the process share; see
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
@@ -218,7 +217,8 @@ class Session:
                 :func:`sdt_deploy.costs.thresholds_for_depth`.
             path: ``sparse`` compacts between stages; ``single`` does so inside one graph, in one
                 call; ``masked`` computes the same function without compaction; ``auto`` picks the
-                fastest of them by a cost model that is calibrated when it is first needed;
+                fastest of them by a cost model that is calibrated when it is first needed
+                (``sparse`` with routing ``per_layer``);
                 ``dense`` is the baseline, every token through every layer.
             timeout_s: seconds after which the run stops; None: no limit.
             cancel: set from another thread, it stops the run.
@@ -278,7 +278,7 @@ class Session:
         config = self.manifest.model
         limits = config.thresholds
         if thresholds is not None:
-            limits = read_thresholds(thresholds, config.n_layers)
+            limits = read_thresholds(thresholds, config)
         if check is not None:
             check()
         if path == "dense":
@@ -289,6 +289,8 @@ class Session:
                 'export it with --single-file, for ONNX Runtime, or take path="auto"'
             )
         groups = split_batch(batch.lengths, config, self._part_limits)
+        if path == "auto" and config.routing == "per_layer":
+            path = "sparse"  # how many tokens go on is not known beforehand
         parts = [select(batch, group) for group in groups] if groups else [batch]
         if path == "auto":
             shares = active_shares(self.manifest, limits)
@@ -314,7 +316,19 @@ class Session:
             return self._device_loop.run(batch, thresholds, path, check)
         with self.backend.running():
             if path == "sparse":
-                return self._run_sparse(batch, thresholds, check)
+                graphs = self._graphs
+                if graphs is None:
+                    raise BackendError("the session is closed")
+                return run_sparse(
+                    self.manifest.model,
+                    self._rules,
+                    self.backend,
+                    graphs,
+                    self._buffers,
+                    batch,
+                    thresholds,
+                    check,
+                )
             graph = self.backend.graph(path)
             return run_padded(self.manifest.model, graph, batch, thresholds, path)
 
@@ -361,56 +375,3 @@ class Session:
                     n_large=128 if self.on_device else 4,
                 )
             return costs
-
-    def _run_sparse(
-        self, batch: TokenBatch, thresholds: tuple[float, ...], check: StopCheck | None
-    ) -> RunResult:
-        start = perf_counter()
-        config, backend = self.manifest.model, self.backend
-        n_tokens = batch.n_tokens
-        graphs = self._graphs
-        if graphs is None:
-            raise BackendError("the session is closed")
-        entry, stages, head = graphs
-        with self._buffers.lend(n_tokens) as (states, other):
-            scores = backend.empty((n_tokens,), "float32")
-            ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-            if config.n_token_types:
-                ids["token_type_ids"] = batch.types
-            entry_ms = timed(entry.bind(ids, {"hidden_states": states, "scores": scores}))
-            entered = perf_counter()
-            plan = backend.plan(scores, thresholds, batch.cu_seqlens, self._rules)
-            sort_ms = 0.0
-            if plan.order is not None:
-                sort_ms = timed(partial(backend.take, states, plan.order, other))
-                states, other = other, states
-            bound = bind_stages(plan, states, other, stages)
-            rows = len(batch.lengths) if config.head.per_sequence else n_tokens
-            output = np.empty((rows, config.output_width), dtype=np.float32)
-            in_order = config.head.per_sequence or plan.order is None
-            last = bound.states if in_order else bound.other
-            call_head = head.bind({"hidden_states": last, **plan.head}, {"output": output})
-            route_ms = (perf_counter() - entered) * 1e3 - sort_ms
-            stage_ms, move_ms = bound.run(check)
-            if not in_order:
-                move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
-            head_ms = timed(call_head)
-            depths, scores = backend.fetch(plan.depths, scores)
-        return RunResult(
-            output=output,
-            depths=depths,
-            scores=scores,
-            input_ids=batch.input_ids.copy(),
-            cu_seqlens=batch.cu_seqlens.copy(),
-            layer_usage=LayerUsage.from_active(n_tokens, plan.active_tokens),
-            timings=Timings(
-                total_ms=(perf_counter() - start) * 1e3,
-                entry_ms=entry_ms,
-                route_ms=route_ms,
-                stage_ms=tuple(stage_ms),
-                stages=tuple(step.stage for step in plan.steps),
-                move_ms=sort_ms + move_ms,
-                head_ms=head_ms,
-            ),
-            path="sparse",
-        )

@@ -122,10 +122,13 @@ def merge(
     output[places] = np.concatenate([part.output for part in parts])
     depths = np.empty(batch.n_tokens, dtype=np.int32)
     depths[rows] = np.concatenate([part.depths for part in parts])
-    scores = None
+    scores, active = None, None
     if first.scores is not None:
-        scores = np.empty(batch.n_tokens, dtype=np.float32)
+        scores = np.empty((batch.n_tokens, *first.scores.shape[1:]), dtype=np.float32)
         scores[rows] = np.concatenate([part.scores for part in parts if part.scores is not None])
+    if first.active is not None:
+        active = np.empty((batch.n_tokens, first.active.shape[1]), dtype=bool)
+        active[rows] = np.concatenate([part.active for part in parts if part.active is not None])
     times = [part.timings for part in parts]
     return RunResult(
         output=output,
@@ -133,7 +136,8 @@ def merge(
         scores=scores,
         input_ids=batch.input_ids.copy(),
         cu_seqlens=batch.cu_seqlens.copy(),
-        layer_usage=LayerUsage.from_depths(depths, len(first.layer_usage.active_tokens)),
+        active=active,
+        layer_usage=LayerUsage.of(depths, active, len(first.layer_usage.active_tokens)),
         timings=Timings(
             total_ms=sum(one.total_ms for one in times),
             entry_ms=sum(one.entry_ms for one in times),

@@ -60,7 +60,9 @@ class SessionStatistics:
 
 def expected_mean_depth(manifest: Manifest) -> float | None:
     """Return the mean depth on the calibration text at the model's own thresholds, if known."""
-    if manifest.score_quantiles is None:
+    config = manifest.model
+    unknown = manifest.score_quantiles is None and config.selection == "threshold"
+    if unknown or config.routing == "per_layer":
         return None
     return sum(active_shares(manifest, manifest.model.thresholds))
 

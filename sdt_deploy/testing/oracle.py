@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, Bundle, GraphSpec, Manifest
+from sdt_deploy.bundle import Bundle, GraphSpec, Manifest
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.exporters.partition import partition
 from sdt_deploy.model.blocks import TransformerLayer
@@ -35,20 +35,8 @@ class StageCall:
 def memory_bundle(model: SparseDepthTransformer, config: ExportConfig | None = None) -> Bundle:
     """Make a bundle that exists in memory only: a manifest for ``model``, without any file."""
     config = config or ExportConfig()
-    layout = ATTENTION_LAYOUTS[FORMAT_VERSION][config.attention]
-    stage_layers = iter(config.stage_layers(model.config.n_layers))
     graphs = {
-        part.name: GraphSpec(
-            name=part.name,
-            file=f"{part.name}.onnx",
-            inputs=part.module.inputs,
-            outputs=part.module.outputs,
-            graph_sha256="0" * 64,
-            max_abs_error=0.0,
-            attention_layout=layout if part.name.startswith("stage-") else None,
-            layers=next(stage_layers) if part.name.startswith("stage-") else None,
-        )
-        for part in partition(model, config)
+        part.name: part.spec(config, graph_sha256="0" * 64) for part in partition(model, config)
     }
     manifest = Manifest(model=model.config, export=config, graphs=graphs, files={}, created_by={})
     return Bundle(path=Path("memory"), manifest=manifest)
@@ -182,7 +170,9 @@ class _OracleGraph:
             mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
             updated = layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
             states = torch.where(active[:, None], updated, states)
-        return {"updated_states": states}
+        if len(self._spec.outputs) == 1:
+            return {"updated_states": states}
+        return {"updated_states": states, "scores": self._model.scorer.logits(states).sigmoid()}
 
     def _fused(self, layer: TransformerLayer, inputs: Mapping[str, Array]) -> Tensor:
         gather, scatter = _long(inputs["gather_index"]), _long(inputs["scatter_index"])

@@ -120,6 +120,11 @@ def distill(
     dense = load_any(teacher)
     if dense.tokenizer is None:
         raise CheckpointError(f"{teacher} has no tokenizer, and texts are to be read")
+    if not dense.model.config.scored_once:
+        raise ConfigError(
+            f"{teacher} routes by capacities or layer by layer, and a distillation trains routing "
+            "by thresholds on one score: give the dense model"
+        )
     n_layers = dense.model.config.n_layers
     if not 0 < config.target_depth <= n_layers:
         raise ConfigError(f"target depth must lie in (0, {n_layers}], not {config.target_depth}")

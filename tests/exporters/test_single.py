@@ -25,6 +25,7 @@ from sdt_deploy.runtime.padded import padded_arrays
 from tests.samples import (
     CONFIGS,
     TOLERANCE,
+    capacity_thresholds,
     cut_points,
     lengths_lists,
     model_configs,
@@ -57,7 +58,11 @@ def opened(proto: onnx.ModelProto) -> Any:
 
 
 @given(
-    data=st.data(), drawn=model_configs(), lengths=lengths_lists, seed=seeds, dense=st.booleans()
+    data=st.data(),
+    drawn=model_configs(selections=("threshold", "capacity")),
+    lengths=lengths_lists,
+    seed=seeds,
+    dense=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
 def test_any_model(
@@ -70,13 +75,17 @@ def test_any_model(
     config, _ = drawn
     assume(config.d_model >= 8)  # norms of two values magnify rounding without bounds
     if dense:
-        config = config.replace(probe="none", pinned_token_ids=())
+        config = config.replace(probe="none", pinned_token_ids=(), selection="threshold")
     model = random_model(config, seed % 10_000)
     session = opened(built(model))
     batch = random_batch(config, lengths, seed)
     everyone, nobody = [0.0] * config.n_layers, [1.0] * config.n_layers
     for wanted in (everyone, nobody, data.draw(cut_points(config.n_layers))):
-        thresholds = quantile_thresholds(model, batch, wanted)
+        thresholds: tuple[float, ...] | None = quantile_thresholds(model, batch, wanted)
+        if config.selection == "capacity":
+            thresholds = capacity_thresholds(model, batch, wanted)
+        assume(thresholds is not None)
+        assert thresholds is not None
         inputs, _ = padded_arrays(config, batch, thresholds, "single")
         output, scores = session.run(None, inputs)
         expected = oracle_output(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.session import Session
-from tests.samples import CONFIGS, quantile_thresholds, random_batch, random_model
+from tests.samples import CONFIGS, in_threads, quantile_thresholds, random_batch, random_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,7 +129,6 @@ def test_triton_routes_as_torch_does() -> None:
 def test_streams_threads_and_two_sessions(made: Made) -> None:
     torch = pytest.importorskip("torch")
     model, path = made
-    wrong: list[Exception] = []
     with open_session(path) as one, open_session(path) as other:
         lengths = [[9, 29, 4, 17], [3], [12, 12]]
         batches = [random_batch(model.config, each, seed=i) for i, each in enumerate(lengths)]
@@ -138,18 +136,10 @@ def test_streams_threads_and_two_sessions(made: Made) -> None:
 
         def work(seed: int) -> None:
             session = (one, other)[seed % 2]
-            try:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    for turn in range(30):
-                        i = (seed + turn) % len(batches)
-                        found = session.run_batch(batches[i], path="sparse")
-                        np.testing.assert_allclose(found.output, expected[i], rtol=0, atol=1e-3)
-            except Exception as error:
-                wrong.append(error)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for turn in range(30):
+                    i = (seed + turn) % len(batches)
+                    found = session.run_batch(batches[i], path="sparse")
+                    np.testing.assert_allclose(found.output, expected[i], rtol=0, atol=1e-3)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong, wrong[0]
+        in_threads(6, work)

@@ -30,8 +30,13 @@ from tests.samples import (
 Exported = Callable[[str], ExportedModel]
 
 
-@given(data=st.data(), drawn=model_configs(), lengths=lengths_lists, seed=seeds)
-@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    drawn=model_configs(selections=("threshold", "capacity")),
+    lengths=lengths_lists,
+    seed=seeds,
+)
+@settings(max_examples=250, deadline=None)
 def test_any_model_on_the_oracle_backend(
     data: st.DataObject,
     drawn: tuple[ModelConfig, ExportConfig],
@@ -45,7 +50,11 @@ def test_any_model_on_the_oracle_backend(
     backend = OracleBackend(bundle, model)
     session = Session(bundle, backend)
     batch = random_batch(config, lengths, seed)
-    thresholds = quantile_thresholds(model, batch, data.draw(cut_points(config.n_layers)))
+    wanted = data.draw(cut_points(config.n_layers))
+    if config.selection == "capacity":
+        thresholds = tuple(sorted(wanted))
+    else:
+        thresholds = quantile_thresholds(model, batch, wanted)
     result = assert_parity(session, model, batch, thresholds)
     expected = [int((result.depths > first).sum()) for first, _ in bundle.manifest.stage_layers]
     assert [call.n_rows for call in backend.calls] == [n for n in expected if n]

@@ -7,7 +7,7 @@ from sdt_deploy.errors import BackendError
 from sdt_deploy.ort import usable_cores
 from sdt_deploy.runtime.backend import Backend
 
-BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch")
 
 
 def open_backend(name: str, bundle: Bundle, *, n_threads: int | None = None) -> Backend:
@@ -27,6 +27,10 @@ def open_backend(name: str, bundle: Bundle, *, n_threads: int | None = None) -> 
         from sdt_deploy.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
         return OnnxRuntimeCudaBackend(bundle)
+    if name == "torch":
+        from sdt_deploy.runtime.backends.torch_backend import TorchBackend
+
+        return TorchBackend(bundle)
     if name in ("tensorrt", "tensorrt-rtx"):
         from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
 

@@ -7,8 +7,8 @@ stream still uses them are reused in stream order only, so nothing has to wait.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,18 @@ class DeviceMemory:
     def running(self) -> AbstractContextManager[None]:
         """See :meth:`sdt_deploy.runtime.backend.Backend.running`."""
         return nullcontext()
+
+    @contextmanager
+    def within(self, stream: Any) -> Iterator[None]:
+        """Select a stream that waits for the caller's, which waits for it in turn afterwards."""
+        cuda = self._torch.cuda
+        outer = cuda.current_stream(self.device)
+        stream.wait_stream(outer)
+        try:
+            with cuda.stream(stream):
+                yield
+        finally:
+            outer.wait_stream(stream)
 
     def plan(
         self,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from sdt_deploy.buckets import OptimizationProfile
@@ -77,17 +77,9 @@ class OnnxRuntimeCudaBackend(DeviceMemory):
         self._opening = threading.Lock()
         self._closed = False
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """See :meth:`sdt_deploy.runtime.backend.Backend.running`."""
-        cuda = self._torch.cuda
-        outer = cuda.current_stream(self.device)
-        self._own_stream.wait_stream(outer)
-        try:
-            with cuda.stream(self._own_stream):
-                yield
-        finally:
-            outer.wait_stream(self._own_stream)
+        return self.within(self._own_stream)
 
     def has(self, name: str) -> bool:
         """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""

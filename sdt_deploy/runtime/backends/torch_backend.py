@@ -1,0 +1,156 @@
+"""torch on an NVIDIA GPU: the graphs of a bundle as torch functions, with its flash attention."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from sdt_deploy.buckets import OptimizationProfile
+from sdt_deploy.bundle import WEIGHTS, Bundle, GraphSpec
+from sdt_deploy.errors import BackendError, BundleIntegrityError
+from sdt_deploy.external_data import MAX_GRAPH_BYTES, external_tensors
+from sdt_deploy.files import read_bytes
+from sdt_deploy.runtime.backend import Array, Call, Graph
+from sdt_deploy.runtime.backends.device import DeviceMemory
+
+_TYPES = {1: "float32", 6: "int32", 10: "float16", 16: "bfloat16"}
+"""By number in ONNX's TensorProto."""
+Function = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+class TorchGraph:
+    """One graph of a bundle."""
+
+    def __init__(
+        self, backend: TorchBackend, function: Function, dtypes: Mapping[str, str]
+    ) -> None:
+        self._backend = backend
+        self._function = function
+        self._dtypes = dtypes
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """See :meth:`sdt_deploy.runtime.backend.Graph.bind`.
+
+        The call waits for the GPU only if outputs are NumPy arrays.
+        """
+        there, results, fetch = self._backend.on_device(inputs, outputs, self._dtypes)
+
+        def call() -> None:
+            with self._backend.torch.inference_mode():
+                for name, found in self._function(there).items():
+                    results[name].copy_(found)
+            fetch()
+
+        return call
+
+
+class TorchBackend(DeviceMemory):
+    """Runs bundles with fused attention by torch, on a stream of its own.
+
+    It needs no engine: torch's flash attention and cuBLAS do the work. It is a yardstick for the
+    others, and serves where they cannot be installed.
+
+    Args:
+        bundle: the opened bundle.
+        device: see :class:`DeviceMemory`.
+        compiled: fuse what lies between a layer's products by ``torch.compile``, for sizes of all
+            kinds; the first run of each kind of graph waits for it. None: on a GPU.
+
+    Raises:
+        BackendError: if torch finds no GPU, or the bundle has decomposed attention.
+        MissingExtraError: if torch is not installed.
+    """
+
+    name = "torch"
+    profiles: tuple[OptimizationProfile, ...] = ()
+
+    def __init__(
+        self, bundle: Bundle, *, device: str = "cuda", compiled: bool | None = None
+    ) -> None:
+        super().__init__(device)
+        if bundle.manifest.export.attention != "fused":
+            raise BackendError(
+                f"{bundle.path} has decomposed attention, and the backend torch runs fused "
+                "attention only; export it with --attention fused"
+            )
+        self._bundle = bundle
+        self._compiled = self.device.type == "cuda" if compiled is None else compiled
+        self._own_stream: Any = None  # captures need one that is not the default
+        if self.device.type == "cuda":
+            self._own_stream = self._torch.cuda.Stream(self.device)
+        self._opening = threading.Lock()
+        self._closed = False
+
+    def running(self) -> AbstractContextManager[None]:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.running`."""
+        return super().running() if self._own_stream is None else self.within(self._own_stream)
+
+    def has(self, name: str) -> bool:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
+        return name in self._bundle.manifest.graphs
+
+    def graph(self, name: str) -> Graph:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
+        with self._opening:
+            if self._closed:
+                raise BackendError("the session is closed")
+            model = self._model
+        spec = self._bundle.manifest.graphs[name]
+        if spec.layers is not None:
+            function: Function = partial(model.run_stage, spec.layers[0])
+        else:
+            function = getattr(model, f"run_{name}")
+        dtypes = {tensor.name: tensor.dtype for tensor in spec.outputs}
+        return TorchGraph(self, function, dtypes)
+
+    def close(self) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
+        with self._opening:
+            self._closed = True
+            self.__dict__.pop("_model", None)
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        from sdt_deploy.runtime.backends.torch_model import TorchModel, update
+
+        manifest = self._bundle.manifest
+        stages = [_without_number(self._parameters(spec)) for spec in manifest.stages]
+        for stage in stages:
+            pair = stage.pop("key.weight"), stage.pop("value.weight")
+            stage["key_value.weight"] = self._torch.cat(pair, dim=1)
+        return TorchModel(
+            config=manifest.model,
+            dtype=getattr(self._torch, manifest.export.precision),
+            entry=self._parameters(manifest.graphs["entry"]),
+            layers=tuple(stages),
+            head=self._parameters(manifest.graphs["head"]),
+            layer=self._torch.compile(update, dynamic=True) if self._compiled else update,
+        )
+
+    def _parameters(self, spec: GraphSpec) -> dict[str, Any]:
+        """Load the parameters of a graph, by name."""
+        path = self._bundle.file(spec.file)
+        try:
+            weights = np.memmap(self._bundle.file(WEIGHTS), dtype=np.uint8, mode="r")
+            found = {}
+            for tensor in external_tensors(read_bytes(path, max_bytes=MAX_GRAPH_BYTES)):
+                values = weights[tensor.offset : tensor.offset + tensor.length].copy()
+                dtype = getattr(self._torch, _TYPES[tensor.data_type])
+                typed = self._torch.from_numpy(values).view(dtype).view(tensor.dims)
+                found[tensor.name] = typed.to(self.device)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise BundleIntegrityError(
+                f"{path} does not describe its parameters: {error}; export the bundle again"
+            ) from error
+        return found
+
+
+def _without_number(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a layer without ``layers.0.`` in front of their names."""
+    return {name.removeprefix("layers.0."): tensor for name, tensor in parameters.items()}

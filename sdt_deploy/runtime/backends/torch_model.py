@@ -1,0 +1,260 @@
+"""The graphs of a bundle with fused attention, as functions of torch tensors.
+
+What each takes and returns is in the section on fused attention of ``docs/bundle-format.md``.
+Parameters are named as there, without the number of their layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+from sdt_deploy.config import ModelConfig
+
+Parameters = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What the layers of a model have in common besides their sizes."""
+
+    n_heads: int
+    pre_norm: bool
+    relu: bool
+    eps: float
+
+
+def update(
+    p: Parameters,
+    form: LayerForm,
+    states: Tensor,
+    places: tuple[Tensor, Tensor] | None,
+    context: Tensor | None,
+    seen: Tensor,
+) -> Tensor:
+    """Apply a layer.
+
+    Args:
+        p: its parameters.
+        form: of the model.
+        states: ``[1, n_tokens, d_model]`` with ``places``, else ``[batch, seq, d_model]``.
+        places: ``gather_index [batch, max_seqlen]`` and ``scatter_index [n_tokens]``.
+        context: ``[batch, max_context_seqlen, d_model]``, what is seen; None: the states.
+        seen: how many keys of each sequence are, ``[batch]``; or which, ``[batch, seq]`` bool.
+
+    Returns:
+        States of the same shape.
+    """
+    queries = _norm(p, "attention_norm", states, form.eps) if form.pre_norm else states
+    keys, spread = queries, places
+    if context is not None:
+        keys = _norm(p, "attention_norm", context, form.eps) if form.pre_norm else context
+        spread = None
+    query = _spread(_linear(p, "query", queries), places)
+    key, value = _spread(keys @ p["key_value.weight"], spread).chunk(2, dim=-1)
+    mixed = _attend(query, key, value, form.n_heads, seen)
+    if places is not None:
+        mixed = mixed.flatten(0, 1).index_select(0, places[1])[None]
+    mixed = _linear(p, "output", mixed)
+    if form.pre_norm:
+        states = states + mixed
+        normed = _norm(p, "feed_forward_norm", states, form.eps)
+        return states + _feed_forward(p, normed, relu=form.relu)
+    states = _norm(p, "attention_norm", states + mixed, form.eps)
+    inner = _feed_forward(p, states, relu=form.relu)
+    return _norm(p, "feed_forward_norm", states + inner, form.eps)
+
+
+LayerFunction = Callable[
+    [Parameters, LayerForm, Tensor, tuple[Tensor, Tensor] | None, Tensor | None, Tensor], Tensor
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchModel:
+    """A model's parameters, and its graphs.
+
+    All parameters lie on one device. ``layers[i]`` holds besides ``key_value.weight
+    [d_model, 2 · d_model]``, the weights of keys and values side by side: one product for both.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    """Of states and products."""
+    entry: Parameters
+    layers: tuple[Parameters, ...]
+    head: Parameters
+    layer: LayerFunction
+    """:func:`update`, or the same compiled."""
+
+    def run_entry(self, inputs: Tensors) -> dict[str, Tensor]:
+        """Embed and score the places of a padded batch."""
+        embedded = self._embed(inputs, inputs["position_ids"])
+        return {
+            "hidden_states": embedded.to(self.dtype),
+            "scores": self._scores(inputs["input_ids"], embedded),
+        }
+
+    def run_stage(self, layer: int, inputs: Tensors) -> dict[str, Tensor]:
+        """Update the active rows."""
+        places = inputs["gather_index"], inputs["scatter_index"]
+        states = inputs["hidden_states"]
+        context = inputs.get("context_states")
+        return {
+            "updated_states": self._layer(layer, states, places, context, inputs["key_lengths"])
+        }
+
+    def run_head(self, inputs: Tensors) -> dict[str, Tensor]:
+        """Compute outputs from the last states of a padded batch."""
+        mask = inputs.get("attention_mask")
+        return {"output": self._outputs(inputs["hidden_states"], mask)}
+
+    def run_dense(self, inputs: Tensors) -> dict[str, Tensor]:
+        """Run every token through every layer."""
+        mask = inputs["attention_mask"]
+        states = self._embed(inputs, _positions(mask)).to(self.dtype)
+        lengths = mask.sum(dim=1)
+        for layer in range(len(self.layers)):
+            states = self._layer(layer, states, None, None, lengths)
+        return {"output": self._outputs(states, mask)}
+
+    def run_masked(self, inputs: Tensors) -> dict[str, Tensor]:
+        """Run every token through every layer, and keep what is active."""
+        mask, thresholds = inputs["attention_mask"], inputs["thresholds"]
+        embedded = self._embed(inputs, _positions(mask))
+        scores = self._scores(inputs["input_ids"], embedded)
+        states = embedded.to(self.dtype)
+        sees_all = self.config.context == "all"
+        lengths = mask.sum(dim=1)
+        for layer in range(len(self.layers)):
+            active = (mask > 0) & (scores > thresholds[layer])
+            seen = lengths if sees_all else active
+            updated = self._layer(layer, states, None, None, seen)
+            states = torch.where(active[..., None], updated, states)
+        return {"output": self._outputs(states, mask), "scores": scores}
+
+    def _embed(self, inputs: Tensors, positions: Tensor) -> Tensor:
+        p = self.entry
+        states = functional.embedding(inputs["input_ids"], p["embeddings.token.weight"])
+        positions = positions + self.config.position_offset
+        states = states + functional.embedding(positions, p["embeddings.position.weight"])
+        if self.config.n_token_types:
+            types = inputs["token_type_ids"]
+            states = states + functional.embedding(types, p["embeddings.token_type.weight"])
+        return self._norm(p, "embeddings.norm", states) if self.config.embedding_norm else states
+
+    def _scores(self, ids: Tensor, embedded: Tensor) -> Tensor:
+        p = self.entry
+        if self.config.probe == "none":
+            return torch.ones_like(ids, dtype=torch.float32)
+        scores = torch.sigmoid((embedded * p["scorer.weight"]).sum(dim=-1) + p["scorer.bias"])
+        if not self.config.pinned_token_ids:
+            return scores
+        pinned = (ids[..., None] == p["scorer.pinned_token_ids"]).any(dim=-1)
+        return torch.where(pinned, 1.0, scores)
+
+    def _norm(self, p: Parameters, name: str, states: Tensor) -> Tensor:
+        return _norm(p, name, states, self.config.eps)
+
+    def _layer(
+        self,
+        layer: int,
+        states: Tensor,
+        places: tuple[Tensor, Tensor] | None,
+        context: Tensor | None,
+        seen: Tensor,
+    ) -> Tensor:
+        form = LayerForm(
+            n_heads=self.config.n_heads,
+            pre_norm=self.config.norm_placement == "pre",
+            relu=self.config.activation == "relu",
+            eps=self.config.eps,
+        )
+        return self.layer(self.layers[layer], form, states, places, context, seen)
+
+    def _outputs(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        p, head = self.head, self.config.head
+        rows = states.float()
+        if self.config.final_norm:
+            rows = self._norm(p, "head.norm", rows)
+        if head.pooling == "cls":
+            rows = rows[:, 0]
+        elif head.pooling == "mean":
+            assert mask is not None
+            weight = mask[..., None].float()
+            rows = (rows * weight).sum(dim=1) / weight.sum(dim=1)
+        if head.dense_tanh:
+            rows = torch.tanh(_linear(p, "head.dense", rows.to(self.dtype)).float())
+        if "head.projection.weight" in p:
+            rows = _linear(p, "head.projection", rows.to(self.dtype)).float()
+        return functional.normalize(rows, dim=-1, eps=1e-12) if head.normalize else rows
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+
+
+def _norm(p: Parameters, name: str, states: Tensor, eps: float) -> Tensor:
+    weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
+    return functional.layer_norm(states, weight.shape, weight, bias, eps)
+
+
+def _feed_forward(p: Parameters, states: Tensor, *, relu: bool) -> Tensor:
+    inner = _linear(p, "feed_forward.up", states)
+    inner = functional.relu(inner) if relu else functional.gelu(inner)
+    return _linear(p, "feed_forward.down", inner)
+
+
+def _linear(p: Parameters, name: str, rows: Tensor) -> Tensor:
+    bias = p.get(f"{name}.bias")
+    return functional.linear(rows, p[f"{name}.weight"].T, bias)
+
+
+def _spread(rows: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Lay ``rows [1, n_tokens, width]`` out as ``[batch, max_seqlen, width]``."""
+    if places is None:
+        return rows
+    index = places[0]
+    return rows[0].index_select(0, index.flatten()).view(*index.shape, -1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, n_heads: int, seen: Tensor) -> Tensor:
+    """Return attention ``[batch, max_seqlen, d_model]``.
+
+    Flash attention where the keys are the first ones of each sequence and the type is a half one
+    on a GPU; torch's own choice otherwise.
+    """
+    batch, n_queries, d_model = query.shape
+    n_keys = key.shape[1]
+    if query.is_cuda and query.dtype != torch.float32 and seen.ndim == 1:
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
+        mixed = varlen_attn(
+            query.reshape(-1, n_heads, d_model // n_heads),
+            key.reshape(-1, n_heads, d_model // n_heads),
+            value.reshape(-1, n_heads, d_model // n_heads),
+            starts * n_queries,
+            starts * n_keys,
+            n_queries,
+            n_keys,
+            seqused_k=seen.int(),
+        )
+        assert isinstance(mixed, Tensor)
+        return mixed.view(batch, n_queries, d_model)
+    if seen.ndim == 1:
+        seen = torch.arange(n_keys, device=query.device) < seen[:, None]
+    query, key, value = (
+        states.view(batch, -1, n_heads, d_model // n_heads).transpose(1, 2)
+        for states in (query, key, value)
+    )
+    mask = seen[:, None, None]
+    return (
+        functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        .transpose(1, 2)
+        .flatten(2)
+    )

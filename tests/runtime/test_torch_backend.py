@@ -1,0 +1,103 @@
+"""The torch backend on the CPU: all of it but flash attention and captures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdt_deploy.bundle import WEIGHTS, Bundle
+from sdt_deploy.config import ExportConfig
+from sdt_deploy.errors import BackendError, BundleIntegrityError
+from sdt_deploy.exporters.export import export
+from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.runtime.backends import open_backend
+from sdt_deploy.runtime.backends.torch_backend import TorchBackend
+from sdt_deploy.runtime.session import Session
+from tests.samples import (
+    CONFIGS,
+    ExportedModel,
+    assert_parity,
+    quantile_thresholds,
+    random_batch,
+    random_model,
+)
+
+Exported = Callable[[str], ExportedModel]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parity(fused: Exported, name: str) -> None:
+    sample = fused(name)
+    bundle = Bundle.open(sample.bundle)
+    config = sample.model.config
+    rng = np.random.default_rng(11)
+    with Session(bundle, TorchBackend(bundle, device="cpu")) as session:
+        for seed in range(12):
+            lengths = rng.integers(1, config.max_positions + 1, rng.integers(1, 7)).tolist()
+            batch = random_batch(config, lengths, seed)
+            cuts = sorted(rng.random(config.n_layers).tolist())
+            thresholds = None
+            if config.probe != "none":
+                thresholds = quantile_thresholds(sample.model, batch, cuts)
+            result = assert_parity(session, sample.model, batch, thresholds)
+            active = [n for n in result.layer_usage.active_tokens if n]
+            assert len(result.stage_rows) == len(active)
+            assert all(n <= m for n, m in zip(active, result.stage_rows, strict=True))
+            assert_parity(session, sample.model, batch, thresholds, "masked")
+            assert_parity(session, sample.model, batch, None, "dense")
+
+
+def test_keys_and_values_with_biases_that_matter(tmp_path: Path) -> None:
+    """In float32 and bfloat16; the latter differs from the oracle by rounding only."""
+    model = random_model(CONFIGS["all-embedding"][0], seed=3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.key.bias.normal_()
+            block.attention.value.bias.normal_()
+    batch = random_batch(model.config, [17, 3, 40], seed=2)
+    outputs = []
+    for precision in ("float32", "bfloat16"):
+        path = tmp_path / precision
+        export(Checkpoint(model=model), path, ExportConfig(attention="fused", precision=precision))
+        bundle = Bundle.open(path)
+        with Session(bundle, TorchBackend(bundle, device="cpu")) as session:
+            if precision == "float32":
+                assert_parity(session, model, batch)
+            outputs.append(session.run_batch(batch, path="sparse"))
+    exact, rounded = outputs
+    np.testing.assert_array_equal(exact.depths, rounded.depths)
+    difference = np.abs(exact.output - rounded.output).max()
+    assert 0 < difference < 0.03
+
+
+def test_decomposed_bundles_are_refused(exported: Exported) -> None:
+    bundle = Bundle.open(exported("active-lm").bundle)
+    with pytest.raises(BackendError, match="--attention fused"):
+        TorchBackend(bundle, device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(fused: Exported) -> None:
+    with pytest.raises(BackendError, match="finds no GPU"):
+        open_backend("torch", Bundle.open(fused("active-lm").bundle))
+
+
+def test_weights_that_are_cut_are_an_error(fused: Exported, tmp_path: Path) -> None:
+    path = shutil.copytree(fused("active-lm").bundle, tmp_path / "bundle")
+    bundle = Bundle.open(path)
+    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:4096])
+    with pytest.raises(BundleIntegrityError, match="export the bundle again"):
+        TorchBackend(bundle, device="cpu").graph("entry")
+
+
+def test_a_closed_backend_opens_nothing(fused: Exported) -> None:
+    backend = TorchBackend(Bundle.open(fused("active-lm").bundle), device="cpu")
+    backend.graph("entry")
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.graph("entry")
