@@ -46,6 +46,7 @@ LEVELS = (
     "explain",
     "profiling",
     "testing",
+    "hf",
     "__init__",
     "choices",
     "console",
