@@ -352,7 +352,8 @@ class Session:
             batch = random_batch(config, one)
             self.run_batch(batch, thresholds=config.thresholds)  # given, so they are not counted
             if self._device_loop is not None:
-                for group in split_batch(batch.lengths, config, self._part_limits):
+                groups = split_batch(batch.lengths, config, self._part_limits)
+                for group in groups or [slice(None)]:
                     self._device_loop.warmup(batch.lengths[group].tolist(), shares)
 
     def statistics(self) -> SessionStatistics:
