@@ -346,7 +346,9 @@ class Session:
         if graphs is None:
             raise BackendError("the session is closed")
         entry, stages, head = graphs
-        with self._buffers.lend(n_tokens) as (states, other):
+        buffers = self._buffers.take()
+        try:
+            states, other = buffers.reserve(n_tokens)
             scores = backend.empty((n_tokens,), "float32")
             ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
             if config.n_token_types:
@@ -370,6 +372,8 @@ class Session:
                 move_ms += timed(partial(backend.take, bound.states, plan.row_of, bound.other))
             head_ms = timed(call_head)
             depths, scores = backend.fetch(plan.depths, scores)
+        finally:
+            self._buffers.give_back(buffers)
         return RunResult(
             output=output,
             depths=depths,
