@@ -353,8 +353,9 @@ class Session:
             self.run_batch(batch, thresholds=config.thresholds)  # given, so they are not counted
             if self._device_loop is not None:
                 groups = split_batch(batch.lengths, config, self._part_limits)
-                for group in groups or [slice(None)]:
-                    self._device_loop.warmup(batch.lengths[group].tolist(), shares)
+                parts = [batch.lengths[group] for group in groups] or [batch.lengths]
+                for part in parts:
+                    self._device_loop.warmup(part.tolist(), shares)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""
