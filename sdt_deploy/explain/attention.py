@@ -1,4 +1,4 @@
-"""Attention weights of the oracle, at the depths that a bundle chose."""
+"""Attention weights of the oracle, in the layers that a bundle chose."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def attention_weights(
 
     Args:
         model: the oracle of the bundle that ``text`` was run on.
-        text: one text; its depths are used, not those that the oracle would choose.
+        text: one text; its route is used, not the one that the oracle would choose.
 
     Returns:
         ``[n_layers, n_heads, n_tokens, n_tokens]``, queries before keys. Rows of queries that a
@@ -61,11 +61,10 @@ def attention_weights(
     hooks = [block.attention.register_forward_pre_hook(keep) for block in model.blocks]
     try:
         ids = torch.from_numpy(text.input_ids).long()[None]
-        depths = torch.from_numpy(text.depths)[None]
-        model(ids, torch.ones_like(ids, dtype=torch.bool), depths=depths)
+        active = torch.from_numpy(text.active)[None]
+        model(ids, torch.ones_like(ids, dtype=torch.bool), active=active)
     finally:
         for hook in hooks:
             hook.remove()
     weights = torch.stack(found).numpy()
-    active = text.activity(model.config.n_layers).T
-    return np.where(active[:, None, :, None], weights, np.float32(np.nan))
+    return np.where(text.active.T[:, None, :, None], weights, np.float32(np.nan))
