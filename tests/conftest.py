@@ -124,7 +124,7 @@ def blocks_of(document: Path) -> list[tuple[str, str]]:
 
 
 def commands_of(text: str) -> list[str]:
-    """The commands of a block for bash, continued lines joined; without what fetches or installs."""
+    """The commands of a block, continued lines joined; without what fetches or installs."""
     lines = text.replace("\\\n", "").splitlines()
     return [" ".join(line.split()) for line in lines if line and not line.startswith(SET_UP)]
 
