@@ -77,6 +77,7 @@ class HeadChoice(StrEnum):
     """What is computed from the last hidden states."""
 
     hidden = "hidden"
+    lm = "lm"
     embedding = "embedding"
     classify = "classify"
 

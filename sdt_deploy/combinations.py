@@ -14,6 +14,14 @@ def check_combination(
     Raises:
         ConfigError: if nothing could run it.
     """
+    if model.causal and (
+        config.attention == "fused" or config.precision != "float32" or single_file
+    ):
+        raise ConfigError(
+            "causal attention needs rows in the order of the tokens, which single files and the "
+            "GPU loop do not keep: export in float32 or int8, with decomposed attention and "
+            "--no-single-file"
+        )
     how = f"routing {model.routing!r} and selection {model.selection!r}"
     if not model.scored_once and (config.attention == "fused" or config.precision != "float32"):
         raise ConfigError(
@@ -42,4 +50,4 @@ def check_combination(
 def knows_single_file(model: ModelConfig, config: ExportConfig) -> bool:
     """Tell whether the whole loop can be one graph."""
     plain = config.numbers == "float32" and config.attention == "decomposed"
-    return plain and model.routing == "once"
+    return plain and model.routing == "once" and not model.causal

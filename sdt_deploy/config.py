@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from sdt_deploy.errors import ConfigError
 
-Activation = Literal["relu", "gelu"]
+Activation = Literal["relu", "gelu", "gelu_tanh"]
 NormPlacement = Literal["pre", "post"]
 Context = Literal["active", "all"]
 ProbeKind = Literal["linear", "none"]
@@ -185,6 +185,8 @@ class ModelConfig:
     """Epsilon of every LayerNorm."""
     context: Context = "all"
     """Which tokens the active ones see: ``active`` (each other) or ``all`` (finished ones too)."""
+    causal: bool = False
+    """Whether tokens see only themselves and those before them."""
     probe: ProbeKind = "linear"
     """``linear``: score = sigmoid(probe(embedding)). ``none``: a dense model, every score is 1."""
     routing: Routing = "once"
@@ -213,7 +215,7 @@ class ModelConfig:
                 is_integer(value, 0),
                 f"{name} must be a non-negative integer up to {MAX_SIZE}, not {shown(value)}",
             )
-        for name in ("embedding_norm", "final_norm"):
+        for name in ("embedding_norm", "final_norm", "causal"):
             _check_flag(name, getattr(self, name))
         _check(
             self.d_model % self.n_heads == 0,

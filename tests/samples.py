@@ -256,7 +256,7 @@ def cut_points(n_layers: int) -> st.SearchStrategy[list[float]]:
 
 @st.composite
 def model_configs(
-    draw: st.DrawFn, selections: Sequence[str] = ("threshold",)
+    draw: st.DrawFn, selections: Sequence[str] = ("threshold",), causal: bool = False
 ) -> tuple[ModelConfig, ExportConfig]:
     n_heads = draw(st.integers(1, 3))
     n_layers = draw(st.integers(1, 5))
@@ -280,13 +280,14 @@ def model_configs(
         max_positions=29,
         position_offset=draw(st.integers(0, 2)),
         n_token_types=draw(st.integers(0, 2)),
-        activation=draw(st.sampled_from(["relu", "gelu"])),
+        activation=draw(st.sampled_from(["relu", "gelu", "gelu_tanh"])),
         norm_placement=draw(st.sampled_from(["pre", "post"])),
         embedding_norm=draw(st.booleans()),
         final_norm=draw(st.booleans()),
         context=draw(st.sampled_from(["active", "all"])),
         pinned_token_ids=tuple(range(draw(st.integers(0, 2)))),
         selection=draw(st.sampled_from(selections)),
+        causal=causal and draw(st.booleans()),
         head=head,
     )
     stops = sorted({*draw(st.lists(st.integers(1, n_layers), max_size=4)), n_layers})

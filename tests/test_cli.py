@@ -17,8 +17,10 @@ import pytest
 from sdt_deploy import cli
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.console import console, messages
+from sdt_deploy.model import checkpoints
 from sdt_deploy.runtime.session import Session
 from tests.samples import ExportedModel
+from tests.textmodels import save_teacher, texts
 
 Exported = Callable[[str], ExportedModel]
 SCRIPT = Path(sys.executable).with_name("sdt-deploy")
@@ -65,6 +67,22 @@ def test_help_and_version() -> None:
         assert "Examples:" in call(command, "--help")
     assert script("--version").startswith("sdt-deploy 0.")
     assert "No such command" in call("fly", code=2)
+
+
+def test_convert_chooses_how_to_route(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    (tmp_path / "texts.txt").write_text("\n".join(texts(60)))
+    source = "convert", tmp_path / "teacher", tmp_path / "model"
+    for options, expected in (
+        ((), ("once", "exit", "threshold")),
+        (("--selection", "capacity"), ("once", "exit", "capacity")),
+        (("--routing", "exit"), ("per_layer", "exit", "threshold")),
+        (("--routing", "skip", "--selection", "capacity"), ("per_layer", "skip", "capacity")),
+    ):
+        call(*source, "--texts", tmp_path / "texts.txt", "--overwrite", *options)
+        config = checkpoints.load(tmp_path / "model").model.config
+        assert (config.routing, config.leaving, config.selection) == expected
+    assert "need --texts" in call(*source, "--overwrite", "--routing", "exit", code=2)
 
 
 def test_stages_that_cannot_be_cut(exported: Exported, tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sdt_deploy.exporters.layers import FusedLayer, HeadLayout, Mask, PackedLayer, key_bias
+from sdt_deploy.exporters.layers import (
+    FusedLayer,
+    HeadLayout,
+    Mask,
+    PackedLayer,
+    key_bias,
+    not_later,
+)
 from sdt_deploy.exporters.modules import GraphModule, PackedHead, float32, int32, scores_of
 from sdt_deploy.model.blocks import standings
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -29,6 +36,7 @@ class _PaddedGraph(GraphModule):
         self.head = head
         config = model.config
         self.n_heads = config.n_heads
+        self.causal = config.causal
         names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.n_token_types > 0)
         self.inputs = tuple(int32(name, "batch", "seq") for name in names)
         axes = ("batch",) if config.head.per_sequence else ("batch", "seq")
@@ -65,7 +73,8 @@ class _PaddedGraph(GraphModule):
             return layer(states, None, None, see)
         assert isinstance(see, Tensor)
         layout = HeadLayout(self.n_heads, batch=see.shape[0])
-        return layer(states, layout, states, layout, see)
+        causal = not_later(see.shape[-2]) if self.causal else None
+        return layer(states, layout, states, layout, see, causal)
 
     def finish(self, states: Tensor, mask: Tensor) -> Tensor:
         if self.fused:

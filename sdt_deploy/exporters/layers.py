@@ -89,6 +89,18 @@ def key_bias(visible: Tensor, n_heads: int, dtype: torch.dtype) -> Tensor:
     return bias.expand(-1, n_heads, -1, -1)
 
 
+def not_later(n_keys: int, places: Tensor | None = None) -> Tensor:
+    """Return bool, broadcast to ``[batch, n_heads, n_queries, n_keys]``: keys at or before a query.
+
+    ``places [batch, n_queries]`` int32 says at which key's place each query stands; None: queries
+    and keys are the same.
+    """
+    keys = torch.arange(n_keys, dtype=torch.int32)
+    if places is None:
+        return keys[None, :] <= keys[:, None]
+    return keys <= places[:, None, :, None]
+
+
 def narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn a float32 bias into ``dtype``, again with half of its smallest number."""
     if bias.dtype == dtype:
@@ -131,6 +143,9 @@ class PackedFeedForward(nn.Module):
         inner = self.up(rows)
         if self.activation == "relu":
             return self.down(torch.relu(inner))
+        if self.activation == "gelu_tanh":
+            cubic = (inner * inner * inner * 0.044715 + inner) * math.sqrt(2 / math.pi)
+            return self.down(inner * (torch.tanh(cubic) + 1.0) * 0.5)
         return self.down(inner * (torch.erf(inner / math.sqrt(2)) + 1.0) * 0.5)
 
 
@@ -160,6 +175,7 @@ class PackedLayer(nn.Module):
         context: Tensor,
         context_layout: HeadLayout,
         bias: Tensor,
+        causal: Tensor | None,
     ) -> Tensor:
         """Attention from ``states`` (normed, packed) to ``context`` (normed, packed)."""
         query = layout.spread(self.query(states))
@@ -172,6 +188,8 @@ class PackedLayer(nn.Module):
         query = functional.pad(query, (0, 1), value=1.0) * scale
         key = torch.cat([key, bias], -1)
         logits = query @ key.transpose(-1, -2)
+        if causal is not None:
+            logits = torch.where(causal, logits, torch.finfo(logits.dtype).min / 2)
         weights = logits.float().softmax(dim=-1).to(value.dtype)
         return self.output(layout.collect(weights @ value))
 
@@ -182,12 +200,13 @@ class PackedLayer(nn.Module):
         context: Tensor,
         context_layout: HeadLayout,
         bias: Tensor,
+        causal: Tensor | None = None,
     ) -> Tensor:
         """Update ``states [n_tokens, d_model]``.
 
         Keys and values come from ``context [n_context, d_model]``, hidden where ``bias``, its
         :func:`key_bias`, says so. Pass the same tensor and layout twice where every token that is
-        seen is also updated.
+        seen is also updated. ``causal``: :func:`not_later`, where later keys are hidden as well.
         """
         dtype, wide = states.dtype, states.float()
         if self.pre_norm:
@@ -195,10 +214,10 @@ class PackedLayer(nn.Module):
             keys = queries
             if context is not states:
                 keys = self.attention_norm(context.float()).to(dtype)
-            wide = wide + self.attend(queries, layout, keys, context_layout, bias).float()
+            wide = wide + self.attend(queries, layout, keys, context_layout, bias, causal).float()
             inner = self.feed_forward_norm(wide).to(dtype)
             return (wide + self.feed_forward(inner).float()).to(dtype)
-        mixed = self.attend(states, layout, context, context_layout, bias)
+        mixed = self.attend(states, layout, context, context_layout, bias, causal)
         wide = self.attention_norm(wide + mixed.float())
         return self.feed_forward_norm(wide + self.feed_forward(wide.to(dtype)).float()).to(dtype)
 

@@ -27,6 +27,7 @@ from sdt_deploy.exporters.layers import (
     PackedLayer,
     gather_rows,
     narrowed,
+    not_later,
     within,
 )
 from sdt_deploy.exporters.modules import (
@@ -104,6 +105,7 @@ class StageGraph(GraphModule):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.n_heads = config.n_heads
+        self.causal = config.causal
         self.scorer = None if scorer is None else Probes(scorer)
         states = states_of("updated_states", "n_tokens", config.d_model, precision=precision)
         self.outputs = (states, *(scores_of(config, "n_tokens"),) * (scorer is not None))
@@ -143,10 +145,11 @@ class ActiveStageGraph(StageGraph):
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, bias = hidden_states, narrowed(key_bias, hidden_states.dtype)
         layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
+        causal = not_later(key_bias.shape[-2]) if self.causal else None
         if remaining_depth is None:
-            return self.scored(self.layers[0](states, layout, states, layout, bias))
+            return self.scored(self.layers[0](states, layout, states, layout, bias, causal))
         for i, layer in enumerate(self.layers):
-            updated = layer(states, layout, states, layout, bias[i])
+            updated = layer(states, layout, states, layout, bias[i], causal)
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
         return self.scored(states)
 
@@ -169,6 +172,7 @@ class AllStageGraph(StageGraph):
             states_of("context_states", "n_context", config.d_model, precision=precision),
             int32("context_gather_index", "batch", config.n_heads, "max_context_seqlen"),
             _bias(config, "max_context_seqlen"),
+            *(int32("query_places", "batch", "max_seqlen"),) * config.causal,
             *(int32("remaining_depth", "n_tokens"),) * grouped,
             *(int32("refresh_index", "n_context"),) * grouped,
         )
@@ -181,20 +185,21 @@ class AllStageGraph(StageGraph):
         context_states: Tensor,
         context_gather_index: Tensor,
         key_bias: Tensor,
-        remaining_depth: Tensor | None = None,
-        refresh_index: Tensor | None = None,
+        *rest: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, context = hidden_states, context_states
         bias = narrowed(key_bias, states.dtype)
+        causal = not_later(key_bias.shape[-2], rest[0]) if self.causal else None
+        remaining_depth, refresh_index = rest[-2:] if len(self.layers) > 1 else (None, None)
         layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
         context_layout = HeadLayout(self.n_heads, gather_index=context_gather_index)
         for i, layer in enumerate(self.layers):
             if i == 0 or remaining_depth is None or refresh_index is None:
-                states = layer(states, layout, context, context_layout, bias)
+                states = layer(states, layout, context, context_layout, bias, causal)
                 continue
             context = gather_rows(torch.cat([context_states, states]), refresh_index)
-            updated = layer(states, layout, context, context_layout, bias)
+            updated = layer(states, layout, context, context_layout, bias, causal)
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
         return self.scored(states)
 

@@ -243,6 +243,14 @@ class _SingleGraph:
         inner = self.linear(inner, f"{prefix}feed_forward.up")
         if config.activation == "relu":
             inner = add("Relu", inner)
+        elif config.activation == "gelu_tanh":
+            scale, weight, half = (
+                add.constant(x, "float32") for x in (math.sqrt(2 / math.pi), 0.044715, 0.5)
+            )
+            cube = add("Mul", add("Mul", add("Mul", inner, inner), inner), weight)
+            tanh = add("Tanh", add("Mul", add("Add", cube, inner), scale))
+            tanh = add("Add", tanh, add.constant(1.0, "float32"))
+            inner = add("Mul", add("Mul", inner, tanh), half)
         else:  # the form that ONNX Runtime knows as one operator
             root, half = (add.constant(x, "float32") for x in (math.sqrt(2), 0.5))
             erf = add("Add", add("Erf", add("Div", inner, root)), add.constant(1.0, "float32"))

@@ -91,6 +91,8 @@ def build_engines(
             f"max_seqlen = {limits.max_seqlen} exceeds the model's {manifest.model.max_positions} "
             "positions"
         )
+    if manifest.model.causal:
+        raise ConfigError("engines run on GPUs, where causal attention is not supported")
     if not manifest.model.scored_once:
         raise ConfigError(
             "engines run on GPUs, which route by thresholds on one score, and this model has "

@@ -180,7 +180,7 @@ def _pad_to_bucket(inputs: dict[str, np.ndarray]) -> None:
     width = inputs["gather_index"].shape[1]
     old = inputs["scatter_index"]
     inputs["scatter_index"] = (old // width * (width + 1) + old % width).astype(np.int32)
-    for name in ("gather_index", "context_gather_index"):
+    for name in ("gather_index", "context_gather_index", "query_places"):
         if name in inputs:
             inputs[name] = np.pad(inputs[name], ((0, 0), (0, 1)))
 
@@ -335,6 +335,9 @@ def _stage_case(
         context[mask] = np.arange(lengths.sum())
         inputs["context_states"] = states[mask]
         inputs["context_gather_index"] = context
+        if config.causal:
+            inputs["query_places"] = np.zeros(places.shape, dtype=np.int32)
+            inputs["query_places"][places] = np.nonzero(active)[1]
         visible = mask[None]
     if stop - first > 1:
         inputs["remaining_depth"] = depth[active].astype(np.int32)

@@ -124,32 +124,49 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
+        self.causal = config.causal
         self.query = nn.Linear(config.d_model, config.d_model)
         self.key = nn.Linear(config.d_model, config.d_model)
         self.value = nn.Linear(config.d_model, config.d_model)
         self.output = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, hidden: Tensor, visible: Tensor) -> Tensor:
+    def seen(self, visible: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return ``[batch, 1, 1 or seq, seq]`` bool, which keys each query sees.
+
+        Args:
+            visible: ``[batch, seq]`` bool, the tokens that may be seen as keys.
+            places: ``[batch, seq]``, where each token stands in its sequence; None: in order.
+        """
+        keys = visible[:, None, None, :]
+        if not self.causal:
+            return keys
+        if places is None:
+            places = torch.arange(visible.shape[1], device=visible.device).expand_as(visible)
+        return keys & (places[:, None, None, :] <= places[:, None, :, None])
+
+    def forward(self, hidden: Tensor, visible: Tensor, places: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             hidden: ``[batch, seq, d_model]``.
             visible: ``[batch, seq]`` bool, the tokens that may be seen as keys.
+            places: see :meth:`seen`.
 
         Returns:
             ``[batch, seq, d_model]``; rows of sequences without a visible token mean nothing.
         """
-        mixed = self.weights(hidden, visible) @ self._heads(self.value(hidden))
+        mixed = self.weights(hidden, visible, places) @ self._heads(self.value(hidden))
         return self.output(mixed.transpose(1, 2).flatten(-2))
 
-    def weights(self, hidden: Tensor, visible: Tensor) -> Tensor:
+    def weights(self, hidden: Tensor, visible: Tensor, places: Tensor | None = None) -> Tensor:
         """Return how much each token takes from each, ``[batch, n_heads, seq, seq]``.
 
         Queries before keys; see :meth:`forward` for the arguments.
         """
         query, key = self._heads(self.query(hidden)), self._heads(self.key(hidden))
         logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        logits = logits.masked_fill(~visible[:, None, None, :], torch.finfo(logits.dtype).min)
+        seen = self.seen(visible, places)
+        logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
         return logits.softmax(dim=-1)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -168,8 +185,10 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map ``[..., d_model]`` to ``[..., d_model]``."""
         inner = self.up(hidden)
-        inner = F.relu(inner) if self.activation == "relu" else F.gelu(inner)
-        return self.down(inner)
+        if self.activation == "relu":
+            return self.down(F.relu(inner))
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        return self.down(F.gelu(inner, approximate=approximate))
 
 
 class TransformerLayer(nn.Module):
@@ -183,12 +202,15 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.d_model, config.eps)
 
-    def forward(self, hidden: Tensor, visible: Tensor) -> Tensor:
-        """Update every token of ``hidden [batch, seq, d_model]``; keys are the ``visible`` ones."""
+    def forward(self, hidden: Tensor, visible: Tensor, places: Tensor | None = None) -> Tensor:
+        """Update every token of ``hidden [batch, seq, d_model]``; keys are the ``visible`` ones.
+
+        ``places``: see :meth:`Attention.seen`.
+        """
         if self.pre_norm:
-            hidden = hidden + self.attention(self.attention_norm(hidden), visible)
+            hidden = hidden + self.attention(self.attention_norm(hidden), visible, places)
             return hidden + self.feed_forward(self.feed_forward_norm(hidden))
-        hidden = self.attention_norm(hidden + self.attention(hidden, visible))
+        hidden = self.attention_norm(hidden + self.attention(hidden, visible, places))
         return self.feed_forward_norm(hidden + self.feed_forward(hidden))
 
 

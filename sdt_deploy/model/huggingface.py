@@ -1,4 +1,4 @@
-"""Hugging Face directories of the BERT family: BERT, MiniLM, RoBERTa.
+"""Hugging Face directories: the BERT family (BERT, MiniLM, RoBERTa) and GPT-2.
 
 Read straight from ``config.json`` and the safetensors file; transformers is not needed. A directory
 of sentence-transformers also tells the pooling and whether embeddings are normalised.
@@ -23,6 +23,7 @@ from sdt_deploy.model.checkpoints import (
     read_safetensors,
     read_tokenizer,
 )
+from sdt_deploy.model.gpt2 import gpt2_config, gpt2_names
 
 MAX_CARD_BYTES = 2**22
 _PREFIXES = ("bert.", "roberta.")
@@ -49,22 +50,23 @@ _ROBERTA_CLASSIFIER = {"classifier.dense": "head.dense", "classifier.out_proj": 
 
 
 def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
-    """Read a dense encoder.
+    """Read a dense model.
 
     Args:
         source: directory with ``config.json`` and ``model.safetensors``.
         head: ``hidden``, ``embedding`` or ``classify``; None: ``classify`` for a sequence
-            classifier, ``embedding`` where the directory names a pooling, else ``hidden``.
+            classifier, ``embedding`` where the directory names a pooling, else ``hidden``. Of
+            GPT-2 ``hidden`` or ``lm``; None: ``lm`` for a language model.
 
     Raises:
         CheckpointError: if the directory is incomplete or the architecture is not supported.
     """
     config = _read_object(source / "config.json")
     kind = config.get("model_type")
-    if kind not in ("bert", "roberta"):
+    if kind not in ("bert", "roberta", "gpt2"):
         raise CheckpointError(
-            f"{source}: model_type {kind!r} is not supported; supported are 'bert' (with MiniLM) "
-            "and 'roberta'"
+            f"{source}: model_type {kind!r} is not supported; supported are 'bert' (with MiniLM), "
+            "'roberta' and 'gpt2'"
         )
     weights = source / "model.safetensors"
     if not weights.exists():
@@ -74,12 +76,18 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
         )
     tensors = {_unprefixed(name): value for name, value in read_safetensors(weights).items()}
     try:
-        model_config = _model_config(source, config, tensors, head)
+        if kind == "gpt2":
+            model_config = gpt2_config(config, head)
+        else:
+            model_config = _model_config(source, config, tensors, head)
     except KeyError as error:
         raise CheckpointError(f"{source / 'config.json'} has no {error}") from error
     except (ConfigError, TypeError, IndexError) as error:
         raise CheckpointError(f"{source / 'config.json'}: {error}") from error
-    renamed = _rename(tensors, model_config, kind)
+    if kind == "gpt2":
+        renamed = gpt2_names(tensors, model_config)
+    else:
+        renamed = _rename(tensors, model_config, kind)
     card = _model_card(source / "README.md")
     return Checkpoint(
         model=model_with_weights(model_config, renamed, where=str(weights)),

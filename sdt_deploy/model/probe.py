@@ -195,7 +195,7 @@ def _attention_received(layer: TransformerLayer, hidden: Tensor, mask: Tensor) -
         for projection in (attention.query, attention.key)
     )
     logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
+    logits = logits.masked_fill(~attention.seen(mask), torch.finfo(logits.dtype).min)
     weights = logits.softmax(dim=-1) * mask[:, None, :, None]
     return weights.sum(dim=2).mean(dim=1)
 

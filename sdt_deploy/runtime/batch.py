@@ -57,6 +57,8 @@ class TokenBatch:
     def attention_mask(self) -> npt.NDArray[np.bool_]:
         """``[batch, seq]``, True where :meth:`padded` holds a token."""
         lengths = self.lengths
+        if self.is_even:
+            return np.ones((len(lengths), self.n_tokens // len(lengths)), dtype=np.bool_)
         return np.arange(lengths.max(), dtype=np.int32) < lengths[:, None]
 
     def padded(self, values: Int32) -> Int32:

@@ -45,6 +45,11 @@ def check_routing(config: ModelConfig, backend: str) -> None:
     Raises:
         BackendError: if they cannot.
     """
+    if config.causal:
+        raise BackendError(
+            f"{backend} does not keep the order of tokens, which causal attention needs: open the "
+            'bundle with backend="onnxruntime-cpu"'
+        )
     if not config.scored_once:
         raise BackendError(
             f"{backend} routes by thresholds on one score, and this model has routing "
@@ -159,6 +164,7 @@ def plan_on_device(
                 context=everything,
                 key_bias=key_bias,
                 remaining_depth=remaining,
+                query_places=None,
                 refresh_index=refresh,
             )
         )

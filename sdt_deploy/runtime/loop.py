@@ -142,6 +142,7 @@ def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, Array]:
         "scatter_index": layout.scatter_index,
         "key_bias": step.key_bias,
         "remaining_depth": step.remaining_depth,
+        "query_places": step.query_places,
         "refresh_index": step.refresh_index,
     }
     if context is not None:

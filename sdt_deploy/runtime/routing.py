@@ -90,6 +90,9 @@ class RouteStep:
     layers with ``context="active"``, one for each layer: ``[n_layers, batch, …]``."""
     remaining_depth: Int32 | None
     """``[n_active]``, layers each row still has to pass; None for stages of one layer."""
+    query_places: Int32 | None
+    """``[batch, max_seqlen]``, where queries stand among all tokens of their sequence; for causal
+    attention with ``context="all"``."""
     refresh_index: Int32 | None
     """With ``context="all"``, for stages of several layers: ``[n_tokens]``, for each row its place
     in the concatenation of all rows and the active ones."""
@@ -131,6 +134,7 @@ class RouteRules:
     """How the head makes one row of a sequence; None: it does not."""
     selection: Selection = "threshold"
     leaving: Leaving = "exit"
+    causal: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -143,6 +147,7 @@ class RouteRules:
             pooling=model.head.pooling,
             selection=model.selection,
             leaving=model.leaving,
+            causal=model.causal,
         )
 
 
@@ -349,7 +354,10 @@ def plan_route(
         layout, seen = queries[number], around[number] if around else None
         bias = (seen or layout).key_bias
         assert bias is not None
-        remaining = refresh = None
+        remaining = refresh = places = None
+        if rules.causal and seen is not None:
+            tokens = order[layout.gather_index[:, 0] // np.int32(n_heads)]
+            places = (rows - np.repeat(cu_seqlens[:-1], lengths))[tokens]
         first, stop = stage_layers[stage]
         if stop - first > 1:
             remaining = depths[order[:n_rows]] - np.int32(first)
@@ -369,6 +377,7 @@ def plan_route(
                 context=seen,
                 key_bias=bias,
                 remaining_depth=remaining,
+                query_places=places,
                 refresh_index=refresh,
             )
         )

@@ -294,7 +294,8 @@ class Session:
         parts = [select(batch, group) for group in groups] if groups else [batch]
         if path == "auto":
             shares = active_shares(self.manifest, limits)
-            path = self.cost_model().choose(config, [part.lengths for part in parts], shares)
+            lengths = [part.lengths.tolist() for part in parts]
+            path = self.cost_model().choose(config, lengths, shares)
         results = [self._run_one(part, limits, path, check) for part in parts]
         result = results[0]
         if groups:

@@ -165,10 +165,18 @@ class _OracleGraph:
             if sees_all:
                 keys = context[_long(inputs["context_gather_index"])[:, 0] // n_heads]
             visible = biases[min(i, len(biases) - 1), :, 0, :, 0] == 0
+            places = None
+            if layer.attention.causal:
+                own, theirs = (
+                    torch.arange(x.shape[1]).expand(x.shape[:2]) for x in (queries, keys)
+                )
+                if sees_all:
+                    own = _long(inputs["query_places"])
+                places = torch.cat([own, theirs], dim=1)
             # The oracle's layer updates all it sees: run it on queries and keys side by side.
             joined = torch.cat([queries, keys], dim=1)
             mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
-            updated = layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter]
+            updated = layer(joined, mask, places)[:, : gather.shape[1]].flatten(0, 1)[scatter]
             states = torch.where(active[:, None], updated, states)
         if len(self._spec.outputs) == 1:
             return {"updated_states": states}

@@ -32,7 +32,7 @@ Exported = Callable[[str], ExportedModel]
 
 @given(
     data=st.data(),
-    drawn=model_configs(selections=("threshold", "capacity")),
+    drawn=model_configs(selections=("threshold", "capacity"), causal=True),
     lengths=lengths_lists,
     seed=seeds,
 )

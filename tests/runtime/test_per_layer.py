@@ -178,7 +178,7 @@ def assert_same(
 
 
 @given(
-    drawn=model_configs(),
+    drawn=model_configs(causal=True),
     way=st.sampled_from(WAYS),
     lengths=lengths_lists,
     seed=seeds,
