@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,11 +55,13 @@ def attention_weights(
     """
     found: list[torch.Tensor] = []
 
-    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def keep(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         assert isinstance(module, Attention)
-        found.append(module.weights(*inputs)[0])
+        found.append(module.weights(*given, **named)[0])
 
-    hooks = [block.attention.register_forward_pre_hook(keep) for block in model.blocks]
+    hooks = [
+        block.attention.register_forward_pre_hook(keep, with_kwargs=True) for block in model.blocks
+    ]
     try:
         ids = torch.from_numpy(text.input_ids).long()[None]
         active = torch.from_numpy(text.active)[None]

@@ -83,6 +83,17 @@ def test_a_probe_for_each_layer(tmp_path: Path) -> None:
     assert [row["active"] == "active" for row in rows] == text.active.ravel().tolist()
 
 
+def test_causal_attention_looks_back_only() -> None:
+    config = CONFIGS["active-lm"][0].replace(causal=True)
+    model = random_model(config, 1)
+    bundle = memory_bundle(model)
+    with Session(bundle, OracleBackend(bundle, model)) as session:
+        (text,) = explain(session, IDS[:1] % config.vocab_size)
+    weights = np.nan_to_num(attention_weights(model, text))
+    assert (np.triu(weights, 1) == 0).all()
+    assert weights[0].sum() > 0
+
+
 @torch.no_grad()
 def test_first_layer_by_hand(exported: Exported) -> None:
     """Softmax of scaled products of the embeddings' queries and keys, head by head."""
