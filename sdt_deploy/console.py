@@ -127,9 +127,10 @@ def print_tokens(texts: Any, n_layers: int) -> None:
         return
     if not console.is_terminal:
         for number, text in enumerate(texts, 1):
-            for token, score, depth in zip(text.tokens, text.scores, text.depths, strict=True):
-                marks = "#" * int(depth) + "." * (n_layers - int(depth))
-                _write(f"{number}\t{token}\t{score:.4f}\t{depth}\t{marks}")
+            for token, score, taken in zip(text.tokens, text.scores, text.active, strict=True):
+                scores = ",".join(f"{one:.4f}" for one in score.reshape(-1))
+                marks = "".join("#" if one else "." for one in taken)
+                _write(f"{number}\t{token}\t{scores}\t{taken.sum()}\t{marks}")
         return
     legend = Text("depth ")
     for depth in range(n_layers + 1):
@@ -140,7 +141,7 @@ def print_tokens(texts: Any, n_layers: int) -> None:
         for token, depth in zip(text.tokens, text.depths, strict=True):
             shown.append(token, style=depth_colour(depth, n_layers)).append(f"·{depth} ", "dim")
         console.print(shown)
-        active = text.activity(n_layers).sum(axis=0)
+        active = text.active.sum(axis=0)
         console.print(
             f"mean depth {text.mean_depth:.2f}; active tokens of each layer: "
             f"{' '.join(map(str, active))}",

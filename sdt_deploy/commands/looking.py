@@ -84,6 +84,7 @@ def explain(
                         "input_ids": one.input_ids.tolist(),
                         "scores": one.scores.tolist(),
                         "depths": one.depths.tolist(),
+                        "active": one.active.tolist(),
                     }
                     for one in found
                 ],

@@ -1,8 +1,9 @@
-"""Attention weights of the oracle, at the depths that a bundle chose."""
+"""Attention weights of the oracle, in the layers that a bundle chose."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +47,7 @@ def attention_weights(
 
     Args:
         model: the oracle of the bundle that ``text`` was run on.
-        text: one text; its depths are used, not those that the oracle would choose.
+        text: one text; its route is used, not the one that the oracle would choose.
 
     Returns:
         ``[n_layers, n_heads, n_tokens, n_tokens]``, queries before keys. Rows of queries that a
@@ -54,18 +55,19 @@ def attention_weights(
     """
     found: list[torch.Tensor] = []
 
-    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def keep(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         assert isinstance(module, Attention)
-        found.append(module.weights(*inputs)[0])
+        found.append(module.weights(*given, **named)[0])
 
-    hooks = [block.attention.register_forward_pre_hook(keep) for block in model.blocks]
+    hooks = [
+        block.attention.register_forward_pre_hook(keep, with_kwargs=True) for block in model.blocks
+    ]
     try:
         ids = torch.from_numpy(text.input_ids).long()[None]
-        depths = torch.from_numpy(text.depths)[None]
-        model(ids, torch.ones_like(ids, dtype=torch.bool), depths=depths)
+        active = torch.from_numpy(text.active)[None]
+        model(ids, torch.ones_like(ids, dtype=torch.bool), active=active)
     finally:
         for hook in hooks:
             hook.remove()
     weights = torch.stack(found).numpy()
-    active = text.activity(model.config.n_layers).T
-    return np.where(active[:, None, :, None], weights, np.float32(np.nan))
+    return np.where(text.active.T[:, None, :, None], weights, np.float32(np.nan))

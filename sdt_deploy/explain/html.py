@@ -56,9 +56,8 @@ def explanation_page(
     )
     page.html(_STYLE)
     page.text(
-        "The colour of a token is its depth: how many layers it passes through. Its score, a "
-        "linear probe of its embedding, decides. Point at a token, or tap it, for score and "
-        "layers."
+        "The colour of a token is its depth: how many layers it passes through. Its score, from "
+        "a linear probe, decides. Point at a token, or tap it, for score and layers."
     )
     page.html(
         '<p class="tokens">depth '
@@ -81,7 +80,7 @@ def explanation_page(
             continue
         left -= size
         page.text(
-            "Attention of the PyTorch model at these depths: what each active token (row) takes "
+            "Attention of the PyTorch model on this route: what each active token (row) takes "
             "from every other (column). Rows of tokens that the layer skips are empty."
         )
         page.chart(attention_chart(text, weights(text)), says="Attention of one layer and head")
@@ -90,10 +89,11 @@ def explanation_page(
 
 def _tokens(text: ExplainedText, config: ModelConfig) -> str:
     spans = []
-    for token, score, depth in zip(text.tokens, text.scores, text.depths, strict=True):
-        marks = "".join("■" if i < depth else "□" for i in range(config.n_layers))
-        tip = f"{token}\nscore {score:.4f}, depth {depth} of {config.n_layers}\nlayers {marks}"
-        spans.append(_token(token, int(depth), config, tip))
+    for token, score, active in zip(text.tokens, text.scores, text.active, strict=True):
+        marks, depth = "".join("■" if taken else "□" for taken in active), int(active.sum())
+        shown = " ".join(f"{one:.4f}" for one in np.atleast_1d(score))
+        tip = f"{token}\nscore {shown}\ndepth {depth} of {config.n_layers}\nlayers {marks}"
+        spans.append(_token(token, depth, config, tip))
     return " ".join(spans)
 
 
@@ -118,17 +118,18 @@ def _token_axis(title: str, n_tokens: int) -> dict[str, Any]:
 
 def layers_chart(text: ExplainedText, config: ModelConfig) -> dict[str, Any]:
     """Draw tokens × layers; cells of active tokens have the colour of their score."""
+    scores = text.scores
+    if scores.ndim == 1:
+        scores = np.repeat(scores[:, None], config.n_layers, axis=1)
     rows = [
         {
             "token": i,
             "name": token,
             "layer": layer,
-            "score": round(float(score), 4),
-            "active": "active" if layer < depth else "skipped",
+            "score": round(float(scores[i, layer]), 4),
+            "active": "active" if text.active[i, layer] else "skipped",
         }
-        for i, (token, score, depth) in enumerate(
-            zip(text.tokens, text.scores, text.depths, strict=True)
-        )
+        for i, token in enumerate(text.tokens)
         for layer in range(config.n_layers)
     ]
     return {

@@ -8,22 +8,28 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sdt_deploy.bundle import TOKENIZER
 from sdt_deploy.runtime.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainedText:
-    """One sequence; all arrays are ``[n_tokens]``."""
+    """One sequence."""
 
     tokens: tuple[str, ...]
     """As written in the vocabulary, or the ids where the bundle has no tokenizer."""
     input_ids: npt.NDArray[np.int32]
+    """``[n_tokens]``"""
     scores: npt.NDArray[np.float32]
-    depths: npt.NDArray[np.int32]
+    """``[n_tokens]``, or ``[n_tokens, n_layers]`` with routing ``per_layer``."""
+    active: npt.NDArray[np.bool_]
+    """``[n_tokens, n_layers]``, whether each layer processed each token."""
 
-    def activity(self, n_layers: int) -> npt.NDArray[np.bool_]:
-        """Return ``[n_tokens, n_layers]``: whether each layer processed each token."""
-        return self.depths[:, None] > np.arange(n_layers)
+    @property
+    def depths(self) -> npt.NDArray[np.int32]:
+        """``[n_tokens]``, layers each token passed through."""
+        found: npt.NDArray[np.int32] = self.active.sum(axis=1, dtype=np.int32)
+        return found
 
     @property
     def mean_depth(self) -> float:
@@ -46,17 +52,19 @@ def explain(
     """
     result = session.run(inputs, path="sparse", overflow="truncate" if truncate else "error")
     assert result.scores is not None
-    named = session.bundle.has("tokenizer.json")
+    named = session.bundle.has(TOKENIZER)
+    active = result.active
+    if active is None:
+        active = result.depths[:, None] > np.arange(session.manifest.model.n_layers)
     parts = zip(
-        *(result.split(each) for each in (result.input_ids, result.scores, result.depths)),
-        strict=True,
+        *(result.split(each) for each in (result.input_ids, result.scores, active)), strict=True
     )
     return tuple(
         ExplainedText(
             tokens=tuple(session.tokenizer.tokens(ids) if named else map(str, ids)),
             input_ids=ids.astype(np.int32),
             scores=scores.astype(np.float32),
-            depths=depths.astype(np.int32),
+            active=taken.astype(np.bool_),
         )
-        for ids, scores, depths in parts
+        for ids, scores, taken in parts
     )

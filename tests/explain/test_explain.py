@@ -22,9 +22,10 @@ from sdt_deploy.explain.html import MAX_ATTENTION_TOKENS, explanation_page
 from sdt_deploy.explain.routing import ExplainedText, explain
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.runtime.session import Session
+from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.bench.test_html import charts
 from tests.browser import fetched, needs_browser, rendered
-from tests.samples import ExportedModel
+from tests.samples import CONFIGS, ExportedModel, random_model
 from tests.test_cli import call
 
 Exported = Callable[[str], ExportedModel]
@@ -47,8 +48,8 @@ def test_routes_and_attention_are_the_oracles(exported: Exported, name: str) -> 
         expected = oracle_output(sample.model, text.input_ids, cu_seqlens)
         np.testing.assert_array_equal(text.depths, expected.depths)
         np.testing.assert_allclose(text.scores, expected.scores, rtol=0, atol=1e-5)
-        activity = text.activity(config.n_layers)
-        np.testing.assert_array_equal(activity.sum(axis=1), text.depths)
+        activity = text.active
+        np.testing.assert_array_equal(activity, expected.active)
         weights = attention_weights(oracle_of(Bundle.open(sample.bundle)), text)
         shape = (config.n_layers, config.n_heads, len(text.tokens), len(text.tokens))
         assert weights.shape == shape
@@ -61,6 +62,36 @@ def test_routes_and_attention_are_the_oracles(exported: Exported, name: str) -> 
                 assert (rows[:, :, ~active] == 0).all()
             else:
                 assert (rows > 0).all()
+
+
+def test_a_probe_for_each_layer(tmp_path: Path) -> None:
+    """Tokens that leave and come back: the route is no depth, and every layer has a score."""
+    config, _ = CONFIGS["all-embedding"]
+    config = config.replace(routing="per_layer", leaving="skip")
+    model = random_model(config, 1)
+    bundle = memory_bundle(model)
+    with Session(bundle, OracleBackend(bundle, model)) as session:
+        (text,) = explain(session, IDS[:1] % config.vocab_size)
+    cu_seqlens = np.array([0, len(text.input_ids)], dtype=np.int32)
+    expected = oracle_output(model, text.input_ids, cu_seqlens)
+    np.testing.assert_array_equal(text.active, expected.active)
+    assert text.scores.shape == text.active.shape
+    weights = attention_weights(model, text)
+    np.testing.assert_array_equal(~np.isnan(weights[:, 0, :, 0]).T, text.active)
+    html = explanation_page("x", config, [text], lambda text: attention_weights(model, text))
+    rows = charts(html)[0]["data"]["values"]
+    assert [row["active"] == "active" for row in rows] == text.active.ravel().tolist()
+
+
+def test_causal_attention_looks_back_only() -> None:
+    config = CONFIGS["active-lm"][0].replace(causal=True)
+    model = random_model(config, 1)
+    bundle = memory_bundle(model)
+    with Session(bundle, OracleBackend(bundle, model)) as session:
+        (text,) = explain(session, IDS[:1] % config.vocab_size)
+    weights = np.nan_to_num(attention_weights(model, text))
+    assert (np.triu(weights, 1) == 0).all()
+    assert weights[0].sum() > 0
 
 
 @torch.no_grad()
@@ -110,7 +141,7 @@ def test_the_page_shows_all(exported: Exported, page: Path) -> None:
     tips = [unescape(tip) for tip in re.findall(r'data-tip="([^"]*)"', html)]
     texts = explained(sample)
     marks = [
-        (f"score {score:.4f}, depth {depth} of", "■" * depth + "□" * (config.n_layers - depth))
+        (f"score {score:.4f}\ndepth {depth} of", "■" * depth + "□" * (config.n_layers - depth))
         for text in texts
         for score, depth in zip(text.scores, text.depths, strict=True)
     ]
@@ -137,7 +168,7 @@ def test_long_texts_have_no_maps(exported: Exported) -> None:
         tokens=("x",) * n,
         input_ids=np.zeros(n, np.int32),
         scores=np.zeros(n, np.float32),
-        depths=np.zeros(n, np.int32),
+        active=np.zeros((n, config.n_layers), np.bool_),
     )
 
     def never(_: ExplainedText) -> Any:
