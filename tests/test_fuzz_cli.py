@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 from sdt_deploy.cli import main
 from tests.samples import GOLDEN, THOROUGH
 
-COMMANDS = ("convert", "export", "inspect", "verify", "run", "bench", "--version", "--help", "fly")
+COMMANDS = (
+    *("convert", "export", "inspect", "verify", "run", "bench", "explain", "profile"),
+    *("--version", "--help", "fly"),
+)
 OPTIONS = (
     *("--text", "--texts", "--ids", "--out", "--path", "--truncate", "--show-depth", "--json"),
+    *("--html", "--model", "--case", "--trace", "--top", "--report", "--json-file", "--quiet"),
     *("--n-threads", "--plot", "--no-memory", "--overwrite", "--layers-per-stage", "--help"),
     *(
         "--target-depth",
@@ -97,7 +101,9 @@ def test_any_arguments(
         arguments += part
     if command == "bench":  # at its shortest where the arguments are valid
         arguments += ["--budget", "0.1", "--cases", "1x2", "--no-memory"]
-    if command in ("run", "bench", "verify") and "--n-threads" in arguments:
+    if command == "profile":
+        arguments += ["--budget", "0.1"]
+    if command in ("run", "bench", "verify", "explain", "profile") and "--n-threads" in arguments:
         arguments = [a for a in arguments if a not in ("1", "9" * 5000)]
     code, messages = call(arguments)
     event(f"{command} {code}")

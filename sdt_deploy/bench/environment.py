@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sdt_deploy.gpu import driver
 from sdt_deploy.ort import pool_threads, usable_cores
 
 
@@ -27,6 +28,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "gpus": [gpu.name for gpu in driver().gpus],
         "n_cores": usable_cores(),
         "n_threads": pool_threads(),
         "packages": packages,

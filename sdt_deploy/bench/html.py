@@ -81,6 +81,7 @@ def report_page(document: Mapping[str, Any]) -> str:
         {
             "date": env["date"],
             "processor": env["processor"],
+            "GPUs": ", ".join(env["gpus"]) or "none",
             "cores, threads": f"{env['n_cores']}, {env['n_threads']}",
             "platform": f"{env['platform']}, Python {env['python']}",
             "packages": ", ".join(f"{name} {found}" for name, found in packages.items()),
