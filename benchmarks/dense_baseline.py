@@ -33,8 +33,8 @@ from torch.nn import functional as F
 from transformers import BertModel
 from transformers.utils import logging as transformers_logging
 
-from sdt_deploy.bench.benchmark import environment
 from sdt_deploy.bench.cases import TokenSource, check_cases, parse_cases, token_source
+from sdt_deploy.bench.environment import environment
 from sdt_deploy.bench.timing import Timed, interleave
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import HeadConfig

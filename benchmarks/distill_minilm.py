@@ -3,7 +3,7 @@
     python benchmarks/distill_data.py TEXTS_DIR DATA               # where the texts are
     python benchmarks/distill_minilm.py explore DATA OUT           # where the GPU is
     python benchmarks/distill_minilm.py train DATA OUT --name main --limit-s 540
-    python benchmarks/distill_ship.py DATA OUT/main.safetensors    # the adapter file
+    python benchmarks/distill_ship.py DATA OUT/main.safetensors adapter.safetensors
 
 ``explore`` runs variants side by side on one GPU, each for the same time, as one process each.
 ``train`` runs one variant alone. Both end within ``--limit-s`` seconds, the schedule with them, and

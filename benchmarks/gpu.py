@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdt_deploy.bench.benchmark import CaseResult, environment
+from sdt_deploy.bench.benchmark import CaseResult
+from sdt_deploy.bench.environment import environment
 from sdt_deploy.bench.run import BenchOptions, run_bench
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig, ExportConfig, HeadConfig, ModelConfig

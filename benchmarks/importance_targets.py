@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdt_deploy.bench.benchmark import environment
+from sdt_deploy.bench.environment import environment
 from sdt_deploy.config import Context
 from sdt_deploy.evaluation.agreement import Agreement, agreement
 from sdt_deploy.files import write_file

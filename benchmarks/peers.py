@@ -45,8 +45,9 @@ from dense_baseline import SentenceEncoder, export_huggingface, padded_inputs
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers.utils import logging as transformers_logging
 
-from sdt_deploy.bench.benchmark import environment, padded_call
+from sdt_deploy.bench.benchmark import padded_call
 from sdt_deploy.bench.cases import check_cases, parse_cases, token_source
+from sdt_deploy.bench.environment import environment
 from sdt_deploy.bench.timing import interleave
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import HeadConfig
@@ -407,7 +408,7 @@ def main() -> None:
             if candidate.name not in missing
         }
         results = {
-            f"{batch}x{seq}": measure(asks, source.batch(batch, seq, bundle), arguments.budget)
+            f"{batch}x{seq}": measure(asks, source.batches(batch, seq, bundle)[0], arguments.budget)
             for batch, seq in cases
         }
     print(table(results, missing))

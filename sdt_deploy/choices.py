@@ -92,6 +92,15 @@ class PathChoice(StrEnum):
     dense = "dense"
 
 
+class ProfiledPathChoice(StrEnum):
+    """Paths that are profiled: those that are run, not chosen among."""
+
+    sparse = "sparse"
+    single = "single"
+    masked = "masked"
+    dense = "dense"
+
+
 class TargetChoice(StrEnum):
     """Library that engines are built for."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sdt_deploy.commands import bundles, engines, models, training
+from sdt_deploy.commands import bundles, engines, looking, models, training
 from sdt_deploy.console import console, fail, report_bug
 from sdt_deploy.errors import SdtDeployError
 
@@ -32,6 +32,8 @@ for command in (
     bundles.verify,
     bundles.run,
     bundles.bench,
+    looking.explain,
+    looking.profile,
     engines.build_engine,
     engines.doctor,
     training.distill,

@@ -42,6 +42,11 @@ def print_json(data: Any) -> None:
         text = json.dumps(data, indent=1, default=dataclasses.asdict, allow_nan=False)
     except ValueError:
         fail("the result holds numbers that are not finite, and JSON has none; leave out --json")
+    _write(text)
+
+
+def _write(text: str) -> None:
+    """Write ``text`` and a newline as they stand, for programs to read."""
     try:
         console.file.write(text + "\n")
         console.file.flush()
@@ -114,22 +119,103 @@ def print_graphs(graphs: Any) -> None:
     console.print(table)
 
 
+def print_tokens(texts: Any, n_layers: int) -> None:
+    """Print explained texts: in colour in a terminal, one line a token elsewhere."""
+    from rich.text import Text
+
+    if console.quiet:
+        return
+    if not console.is_terminal:
+        for number, text in enumerate(texts, 1):
+            for token, score, taken in zip(text.tokens, text.scores, text.active, strict=True):
+                scores = ",".join(f"{one:.4f}" for one in score.reshape(-1))
+                marks = "".join("#" if one else "." for one in taken)
+                _write(f"{number}\t{token}\t{scores}\t{taken.sum()}\t{marks}")
+        return
+    legend = Text("depth ")
+    for depth in range(n_layers + 1):
+        legend.append(f" {depth} ", style=f"{depth_colour(depth, n_layers)} reverse").append(" ")
+    console.print(legend)
+    for text in texts:
+        shown = Text()
+        for token, depth in zip(text.tokens, text.depths, strict=True):
+            shown.append(token, style=depth_colour(depth, n_layers)).append(f"·{depth} ", "dim")
+        console.print(shown)
+        active = text.active.sum(axis=0)
+        console.print(
+            f"mean depth {text.mean_depth:.2f}; active tokens of each layer: "
+            f"{' '.join(map(str, active))}",
+            style="dim",
+            highlight=False,
+        )
+
+
+def depth_colour(depth: int, n_layers: int) -> str:
+    """Return the colour that a depth is shown in."""
+    colours = ("grey50", "blue", "cyan", "green", "yellow", "dark_orange", "red")
+    return colours[round(int(depth) / n_layers * (len(colours) - 1))]
+
+
 def print_depths(session: Any, result: Any) -> None:
     """Print every token of a run in the colour of its depth, which stands behind it."""
     from rich.text import Text
 
     n_layers = session.manifest.model.n_layers
     named = session.bundle.has("tokenizer.json")
-    colours = ("grey50", "blue", "cyan", "green", "yellow", "dark_orange", "red")
     for ids, depths in zip(
         result.split(result.input_ids), result.split(result.depths), strict=True
     ):
         tokens = session.tokenizer.tokens(ids) if named else [str(i) for i in ids]
         line = Text()
         for token, depth in zip(tokens, depths, strict=True):
-            colour = colours[round(int(depth) / n_layers * (len(colours) - 1))]
-            line.append(f"{token}", style=colour).append(f"·{depth} ", style="dim")
+            line.append(f"{token}", style=depth_colour(depth, n_layers)).append(
+                f"·{depth} ", style="dim"
+            )
         console.print(line)
+
+
+def print_profile(profile: Any, top: int) -> None:
+    """Print where the time of a batch goes, with its ``top`` longest operators."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{profile.path}: {profile.batch} sequences, {profile.n_tokens} tokens, mean depth "
+        f"{profile.mean_depth:.2f}; {profile.total_ms:.2f} ms, median of {profile.n_runs} runs"
+    )
+    table.add_column("part")
+    for name in ("ms", "share", "active tokens"):
+        table.add_column(name, justify="right")
+
+    engine, host = sum(profile.engine_ms.values()), sum(profile.host_ms.values())
+
+    def row(name: str, ms: float, active: str = "", style: str = "") -> None:
+        table.add_row(name, f"{ms:.3f}", f"{ms / (engine + host):.1%}", active, style=style)
+
+    for name, ms in profile.engine_ms.items():
+        row(name, ms, str(profile.active_tokens.get(name, "")))
+    row("engine", engine, style="bold")
+    table.add_section()
+    for name, ms in profile.host_ms.items():
+        row(name, ms)
+    row("host", host, style="bold")
+    console.print(table)
+    if not profile.operators:
+        console.print("operators are not timed on this backend; its pieces are NVTX ranges")
+        return
+    total = sum(one.ms for one in profile.operators)
+    table = Table(title=f"operators: {total:.2f} ms of {profile.operator_run_ms:.2f} ms a run")
+    for name in ("graph", "operator"):
+        table.add_column(name)
+    for name in ("calls", "ms", "share"):
+        table.add_column(name, justify="right")
+    for one in profile.operators[:top]:
+        calls = f"{one.n_calls:.0f}"
+        table.add_row(one.graph, one.operator, calls, f"{one.ms:.3f}", f"{one.ms / total:.1%}")
+    rest = sum(one.ms for one in profile.operators[top:])
+    if rest:
+        count = len(profile.operators) - top
+        table.add_row("", f"{count} more", "", f"{rest:.3f}", f"{rest / total:.1%}")
+    console.print(table)
 
 
 def print_engines(engines: Any) -> None:
@@ -157,7 +243,7 @@ def print_engines(engines: Any) -> None:
                 f"{spec.size_bytes / 1e6:.1f}",
                 f"{spec.build_s:.2f} s",
                 scratch,
-                "" if spec.n_layers is None else str(spec.n_layers),
+                "" if spec.layers is None else str(len(spec.layers)),
                 spec.sha256[:8],
             )
         console.print(table)

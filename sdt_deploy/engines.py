@@ -41,8 +41,8 @@ class EngineSpec:
     """One of :data:`ATTENTIONS`: what this engine got; None: it has no attention."""
     scratch_bytes: int | None = None
     """Scratch memory of its largest profile; None: not known without a GPU."""
-    n_layers: int | None = None
-    """Layers after fusion; None: not known without a GPU."""
+    layers: Sequence[str] | None = None
+    """Names of its layers after fusion, in order; None: not known without a GPU."""
 
     def __post_init__(self) -> None:
         for name in ("graph", "file"):
@@ -62,11 +62,18 @@ class EngineSpec:
             value = getattr(self, name)
             if not isinstance(value, str) or not _SHA256.fullmatch(value):
                 raise ConfigError(f"an engine's {name} must be 64 hexadecimal digits")
-        for name in ("size_bytes", "scratch_bytes", "n_layers"):
+        for name in ("size_bytes", "scratch_bytes"):
             value = getattr(self, name)
             optional = value is None and name != "size_bytes"
             if not optional and not is_integer(value, 0, 2**63 - 1):
                 raise ConfigError(f"an engine's {name} must be a count, not {shown(value)}")
+        layers = self.layers
+        if layers is not None and (
+            not isinstance(layers, Sequence)
+            or isinstance(layers, str)
+            or not all(isinstance(name, str) for name in layers)
+        ):
+            raise ConfigError(f"an engine's layers must be names, not {shown(layers)}")
         if not is_number(self.build_s) or self.build_s < 0:
             raise ConfigError(f"an engine's build_s must be seconds, not {shown(self.build_s)}")
 

@@ -55,7 +55,10 @@ def driver() -> Driver:
     try:
         cuda = ctypes.CDLL(library)
     except OSError:
-        return Driver(problem=f"no NVIDIA driver: {library} was not found")
+        return Driver(
+            problem=f"no NVIDIA driver, as {library} was not found: install it, or let the "
+            "container see the GPU (docker run --gpus all)"
+        )
     version = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     cuda_version = f"{version.value // 1000}.{version.value % 1000 // 10}"

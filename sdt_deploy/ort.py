@@ -122,6 +122,7 @@ def open_session(
     *,
     n_threads: int | None = None,
     disabled_optimizers: Sequence[str] = SLOWER_FUSIONS,
+    profile: Path | None = None,
 ) -> Any:
     """Open an ONNX graph on the CPU provider, with the shared pool and graph optimisations.
 
@@ -129,6 +130,8 @@ def open_session(
         path: the graph.
         n_threads: see :func:`ensure_thread_pool`.
         disabled_optimizers: graph optimisations to leave out, by ONNX Runtime's names.
+        profile: time every operator; the beginning of the name of the file that its
+            ``end_profiling`` writes.
 
     Returns:
         An ``onnxruntime.InferenceSession``; its ``run`` may be called from several threads.
@@ -146,6 +149,9 @@ def open_session(
     options.enable_mem_pattern = False  # would lay a second block out for each new batch size
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     return _opened(path, options, (provider, {}), disabled_optimizers)
 
 

@@ -8,6 +8,7 @@ each version, and for TensorRT-RTX 1.7 from experiments (``docs/decisions/010-en
 from __future__ import annotations
 
 import functools
+import json
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from sdt_deploy.buckets import Shapes
 from sdt_deploy.config import EngineFlavour, Precision
 from sdt_deploy.errors import BackendError, ConfigError, MissingExtraError
 from sdt_deploy.extras import require
+
+MAX_LAYER_NAME = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +208,21 @@ def scratch_bytes(engine: Any, profile: int) -> int:
     return int(engine.device_memory_size)  # 8.6: of the largest profile
 
 
-def engine_facts(engine: Any) -> dict[str, int]:
-    """Return ``scratch_bytes`` of the largest profile and ``n_layers`` after fusion."""
+def engine_facts(library: Any, engine: Any) -> dict[str, Any]:
+    """Return ``scratch_bytes`` of the largest profile, and ``layers`` from the engine inspector.
+
+    These are names in the order of execution, cut to :data:`MAX_LAYER_NAME` characters: a fused
+    layer is called after all that it is made of.
+    """
     profiles = range(engine.num_optimization_profiles)
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(library.LayerInformationFormat.JSON)
+    layers = [
+        each["Name"] if isinstance(each, dict) else str(each) for each in json.loads(text)["Layers"]
+    ]
     return {
         "scratch_bytes": max(scratch_bytes(engine, number) for number in profiles),
-        "n_layers": int(engine.num_layers),
+        "layers": [name[:MAX_LAYER_NAME] for name in layers],
     }
 
 

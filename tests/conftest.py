@@ -118,18 +118,32 @@ def readme(minilm: Path, once: Once) -> Path:
     return once("readme", _run_readme)
 
 
+def blocks_of(document: Path) -> list[tuple[str, str]]:
+    """Kind and text of every block of code in a document."""
+    return BLOCK.findall(document.read_text())
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands of a block, continued lines joined; without what fetches or installs."""
+    lines = text.replace("\\\n", "").splitlines()
+    return [" ".join(line.split()) for line in lines if line and not line.startswith(SET_UP)]
+
+
+def user_environment() -> dict[str, str]:
+    """The environment of a user who has activated this virtual environment."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def _run_readme(directory: Path) -> None:
-    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    blocks = blocks_of(ROOT / "README.md")
     kinds = [kind for kind, _ in blocks]
     assert kinds.count("bash") >= 2
     assert kinds.count("python") >= 1
     shutil.copytree(ROOT / "examples", directory / "examples")
-    bin_directory = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"}
+    environment = user_environment()
     for kind, text in blocks:
         if kind == "bash":
-            lines = [line for line in text.splitlines() if not line.startswith(SET_UP)]
-            command = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
+            command = ["bash", "-euo", "pipefail", "-c", "\n".join(commands_of(text))]
         elif kind == "python":
             command = [sys.executable, "-c", text]
         else:

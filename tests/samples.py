@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -190,6 +191,27 @@ def assert_parity(
     if path != "dense":
         np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-5)
     return result
+
+
+def deviation(
+    model: SparseDepthTransformer, batch: TokenBatch, found: RunResult
+) -> tuple[float, int]:
+    """How far a run is from the oracle at the run's own depths, and how many depths differ.
+
+    The largest error is relative to the root mean square of what is expected.
+    """
+    oracle = model.as_dense() if found.path == "dense" else model
+    args = (batch.input_ids, batch.cu_seqlens, batch.token_type_ids)
+    expected = oracle_output(oracle, *args, depths=found.depths).output
+    scale = np.sqrt(np.mean(expected**2))
+    flips = (found.depths != oracle_output(oracle, *args).depths).sum()
+    return float(np.abs(found.output - expected).max() / scale), int(flips)
+
+
+def in_threads(n_threads: int, work: Callable[[int], None]) -> None:
+    """Call ``work(0)``, ``work(1)``, … at once, and raise what one of them raises."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(work, range(n_threads)))
 
 
 def quantile_thresholds(

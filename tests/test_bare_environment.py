@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,11 @@ def test_cpu_runtime_alone(bare: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "accuracy was not measured" in done.stdout
+    done = call(bare / "sdt-deploy", "profile", GOLDEN, "--case", "1x4", "--budget", 0.1)
+    assert done.returncode == 0, done.stderr
+    np.save(tmp_path / "ids.npy", np.array([[3, 4, 5]]))
+    done = call(bare / "sdt-deploy", "explain", GOLDEN, "--ids", tmp_path / "ids.npy")
+    assert len(done.stdout.splitlines()) == 3, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,8 @@ def test_cpu_runtime_alone(bare: Path, tmp_path: Path) -> None:
         (("convert", "model.pt", "out"), "needs torch, which is not installed: pip install"),
         (("export", "model", "out"), '"sdt-deploy[export]"'),
         (("bench", str(GOLDEN), "--plot", "x.png"), '"sdt-deploy[demo]"'),
+        (("bench", str(GOLDEN), "--report", "x.html"), '"sdt-deploy[report]"'),
+        (("explain", str(GOLDEN), "--ids", "x", "--html", "x.html"), '"sdt-deploy[report]"'),
     ],
 )
 def test_what_is_missing_is_named(bare: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -43,6 +43,8 @@ ARGUMENTS: dict[str, str] = {
     "verify": "bundle",
     "run": "bundle --ids ids.npy",
     "bench": "bundle --cases 1x4 --budget 0.1 --no-memory",
+    "explain": "bundle --ids ids.npy --html routes.html",
+    "profile": "bundle --case 2x4 --budget 0.1 --trace trace.json",
     "build-engine": "bundle --target tensorrt-rtx --compute-capability 8.9 --graph head "
     "--cache cache --max-seqlen 8 --max-batch 2 --max-padded-tokens 16",
     "doctor": "",

@@ -36,13 +36,17 @@ LEVELS = (
     "ort",
     "trt",
     "diagnosis",
+    "pages",
     "model",
     "exporters",
     "runtime",
     "evaluation",
     "training",
     "bench",
+    "explain",
+    "profiling",
     "testing",
+    "hf",
     "__init__",
     "choices",
     "console",
@@ -62,6 +66,7 @@ HEAVY = (
     "safetensors",
     "tokenizers",
     "matplotlib",
+    "vl_convert",
 )
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,15 +15,16 @@ import numpy as np
 
 from sdt_deploy.bench.cases import TokenSource
 from sdt_deploy.bench.memory import device_peak_bytes, peak_bytes
+from sdt_deploy.bench.parts import median_parts
 from sdt_deploy.bench.timing import interleave, wall_ms
+from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import dense_flops
-from sdt_deploy.ort import pool_threads, usable_cores
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import needed_flops
 from sdt_deploy.runtime.padded import padded_arrays
-from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult
+from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import select
 
@@ -86,6 +81,10 @@ class CaseResult:
     """Tokens whose depth differs from the oracle's."""
     useful_rows: float | None = None
     """Active rows over the rows that stages processed, where these are padded to buckets."""
+    parts_ms: dict[str, float] | None = None
+    """Where the time of a sparse run goes, see :func:`sdt_deploy.bench.parts.median_parts`."""
+    stage_tokens: dict[str, float] | None = None
+    """Active tokens of every stage, mean over the batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +148,13 @@ def measure_case(
     config = manifest.model
     batches = source.batches(*size, session.bundle)
     full = (-1.0,) * config.n_layers
-    overheads: list[float] = []
+    sparse_times: list[Timings] = []
 
     def sparse(batch: TokenBatch) -> None:
         start = perf_counter()
         timings = session.run_batch(batch, path="sparse").timings
-        around = (perf_counter() - start) * 1e3 - timings.total_ms
-        overheads.append((timings.overhead_ms + around) * 1e3 / max(1, len(timings.stage_ms)))
+        call_ms = (perf_counter() - start) * 1e3
+        sparse_times.append(replace(timings, total_ms=call_ms))
 
     more: dict[str, Callable[[], object]] = {}
     whole: Callable[[TokenBatch, PathName], Callable[[], object]] = partial(padded_call, session)
@@ -238,7 +237,9 @@ def measure_case(
         auto_path="+".join(sorted(auto_paths)),
         ratio=sparse_ms / dense_ms,
         auto_ratio=times["auto"].median_ms / dense_ms,
-        overhead_us=median(overheads),
+        overhead_us=median(
+            each.overhead_ms * 1e3 / max(1, len(each.stage_ms)) for each in sparse_times
+        ),
         efficiency=flops_ratio * dense_ms / sparse_ms,
         spread_ms={name: timed.spread_ms for name, timed in times.items()},
         n_runs=times["sparse"].n_runs,
@@ -247,6 +248,12 @@ def measure_case(
         max_abs_error=error,
         routing_flips=flips,
         useful_rows=useful,
+        parts_ms=median_parts(sparse_times, [stage.name for stage in manifest.stages]),
+        stage_tokens={
+            stage.name: usage.active_tokens[stage.layers[0]] / len(batches)
+            for stage in manifest.stages
+            if stage.layers is not None
+        },
     )
 
 
@@ -351,31 +358,23 @@ def padded_call(session: Session, batch: TokenBatch, path: PathName) -> Callable
     return call
 
 
-def environment() -> dict[str, Any]:
-    """Describe what a measurement depends on."""
-    packages: dict[str, str | None] = {}
-    for name in ("sdt-deploy", "onnxruntime", "onnxruntime-gpu", "numpy", "torch"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "n_cores": usable_cores(),
-        "n_threads": pool_threads(),
-        "packages": packages,
-    }
-
-
 def document(
-    env: dict[str, Any], tokens: str, cases: Sequence[CaseResult], texts: TextsResult | None
+    env: dict[str, Any],
+    tokens: str,
+    cases: Sequence[CaseResult],
+    texts: TextsResult | None,
+    bundle: Bundle,
 ) -> dict[str, Any]:
-    """Return what ``bench --json`` writes."""
+    """Return what ``bench --json`` prints, and what the report shows."""
+    manifest = bundle.manifest
     return {
+        "bundle": {
+            "name": bundle.path.resolve().name,
+            "model": manifest.model.to_dict(),
+            "numbers": manifest.export.numbers,
+            "provenance": manifest.provenance,
+            "quality": manifest.quality,
+        },
         "environment": {**env, "tokens": tokens},
         "cases": [asdict(case) for case in cases],
         "texts": None if texts is None else asdict(texts),
@@ -384,12 +383,3 @@ def document(
 
 def _batches(everything: TokenBatch, order: np.ndarray, size: int) -> list[TokenBatch]:
     return [select(everything, order[i : i + size]) for i in range(0, len(order), size)]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

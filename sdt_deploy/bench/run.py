@@ -17,11 +17,12 @@ from sdt_deploy.bench.benchmark import (
     Oracle,
     TextsResult,
     document,
-    environment,
     measure_case,
     measure_texts,
 )
 from sdt_deploy.bench.cases import check_cases, default_cases, parse_cases, token_source
+from sdt_deploy.bench.environment import environment
+from sdt_deploy.bench.html import report_page
 from sdt_deploy.bench.report import plot, remarks, table
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import ConfigError, MissingExtraError
@@ -48,6 +49,8 @@ class BenchOptions:
     """Measure the lengths of these texts as well, and fill the cases with their tokens."""
     json_file: Path | None = None
     plot_file: Path | None = None
+    report_file: Path | None = None
+    """One HTML file with everything, see :mod:`sdt_deploy.bench.html`."""
     beside: Path | None = None
     """Another bundle of the same model, whose stages are timed as well."""
     budget_s: float = 4.0
@@ -96,6 +99,8 @@ def run_bench(
         )
     if options.plot_file is not None:
         require("matplotlib", extra="demo", purpose="Drawing the plot")
+    if options.report_file is not None:
+        require("vl_convert", extra="report", purpose="Making the report")
     longest = bundle.manifest.model.max_positions
     sizes = parse_cases(options.cases) if options.cases else default_cases(longest)
     check_cases(sizes, longest)
@@ -145,11 +150,13 @@ def run_bench(
                 n_texts_in_file=len(lines),
                 n_truncated=n_truncated,
             )
-    content = document(environment(), source.description, results, texts_result)
+    content = document(environment(), source.description, results, texts_result, bundle)
     if options.json_file is not None:
         write_file(options.json_file, (json.dumps(content, indent=1) + "\n").encode())
     if options.plot_file is not None:
         plot(results, options.plot_file)
+    if options.report_file is not None:
+        write_file(options.report_file, report_page(content).encode())
     return BenchOutcome(
         cases=tuple(results),
         texts=texts_result,

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from sdt_deploy.choices import BackendChoice, PathChoice
+from sdt_deploy.commands.inputs import read_inputs
 from sdt_deploy.commands.options import BackendOption, BundleArgument, Json, Quiet, Threads
 from sdt_deploy.console import (
     console,
@@ -19,7 +20,6 @@ from sdt_deploy.console import (
     print_json,
     progress_bar,
 )
-from sdt_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from sdt_deploy.runtime.result import RunResult
@@ -125,12 +125,10 @@ def run(
     """
     from sdt_deploy.runtime.session import Session
 
-    given = [bool(text), texts is not None, ids is not None]
-    if sum(given) != 1:
-        raise InputError("give one of --text, --texts and --ids")
+    inputs = read_inputs(text, texts, ids)
     with Session.open(bundle, backend=backend.value, n_threads=n_threads) as session:
         result = session.run(
-            _read_inputs(text, texts, ids),
+            inputs,
             path=path.value,
             overflow="truncate" if truncate else "error",
         )
@@ -165,6 +163,9 @@ def bench(
         Path | None, typer.Option(help="Measure real lengths too, one text per line.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option(help="Write all figures as JSON.")] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Write all of it as one HTML file.")
+    ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (PNG).")] = None,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing per case.")] = 4.0,
     beside: Annotated[
@@ -182,6 +183,7 @@ def bench(
 
         sdt-deploy bench bundle --cases 2x20,8x128 --json-file bench.json
         sdt-deploy bench bundle --texts texts.txt --plot bench.png --no-memory
+        sdt-deploy bench bundle --report report.html
         sdt-deploy bench bundle --n-threads 1 --json
     """
     from sdt_deploy.bench.run import BenchOptions, run_bench
@@ -191,6 +193,7 @@ def bench(
         texts=texts,
         json_file=json_file,
         plot_file=plot_file,
+        report_file=report_file,
         budget_s=budget,
         beside=beside,
         with_memory=memory,
@@ -205,25 +208,9 @@ def bench(
     console.print(outcome.table)
     for line in outcome.remarks:
         console.print(line, highlight=False)
-    for written in (json_file, plot_file):
+    for written in (json_file, plot_file, report_file):
         if written is not None:
             console.print(f"[bold]{escape(str(written))}[/bold]")
-
-
-def _read_inputs(text: list[str] | None, texts: Path | None, ids: Path | None) -> Any:
-    if text:
-        return text
-    if texts is not None:
-        from sdt_deploy.tokenization import read_lines
-
-        return read_lines(texts)
-    from sdt_deploy.arrays import read_npy
-
-    assert ids is not None
-    try:
-        return read_npy(ids)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{ids} cannot be read as .npy: {error}") from error
 
 
 def _document(result: RunResult, out: Path | None, per_sequence: bool) -> dict[str, Any]:

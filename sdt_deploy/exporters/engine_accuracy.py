@@ -7,7 +7,6 @@ They are judged as the graphs were at export, with the same inputs and tolerance
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,8 @@ from sdt_deploy.buckets import fitting_profile
 from sdt_deploy.bundle import Bundle, GraphSpec
 from sdt_deploy.engines import EngineSet, EngineSpec, read_engine
 from sdt_deploy.errors import BackendError, ConfigError, SdtDeployError, VerificationError
-from sdt_deploy.exporters.engine_worker import RTX_SWITCH
+from sdt_deploy.exporters.engine_process import early_end, environment
+from sdt_deploy.exporters.engine_worker import own_output
 
 Opener = Callable[[Bundle, EngineSpec], Any]
 """Makes the runner of polygraphy for an engine."""
@@ -56,19 +56,15 @@ def compare_engines(
         "engines": engines.name,
         "graphs": list(graphs or engines.engines),
     }
-    switch = "1" if engines.flavour == "tensorrt-rtx" else "0"
     done = subprocess.run(
         [sys.executable, "-m", "sdt_deploy.exporters.engine_accuracy"],
         input=json.dumps(job).encode(),
         capture_output=True,
-        env={**os.environ, RTX_SWITCH: switch},
+        env=environment(rtx=engines.flavour == "tensorrt-rtx"),
         check=False,
     )
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()[-15:]
-        raise BackendError(
-            f"the process that compares engines ended with {done.returncode}:\n" + "\n".join(lines)
-        )
+        raise early_end("compares engines", done.returncode, done.stderr)
     found = json.loads(done.stdout)
     if found["problems"]:
         raise VerificationError("\n".join(found["problems"]))
@@ -130,9 +126,7 @@ def _open_engine(bundle: Bundle, spec: EngineSpec) -> Any:
 
 def main() -> None:
     """Read a job, compare, write the deviations."""
-    # Logs and what native code prints go to the standard output too; the answer has it alone.
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answer = own_output()
     from polygraphy.exception import PolygraphyException
 
     job = json.load(sys.stdin)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,20 @@ class Built:
     attention: str | None = None
     """What the engine got."""
     scratch_bytes: int | None = None
-    n_layers: int | None = None
+    layers: Sequence[str] | None = None
     problem: str | None = None
     """What the library said if it failed; None if the engine stands at ``output``."""
+
+
+def environment(*, rtx: bool) -> dict[str, str]:
+    """Return the environment of a process in which polygraphy uses one flavour."""
+    return {**os.environ, RTX_SWITCH: "1" if rtx else "0"}
+
+
+def early_end(what: str, code: int, errors: bytes) -> BackendError:
+    """Return the error of a process that ended before its work did, with its last lines."""
+    lines = errors.decode(errors="replace").strip().splitlines()[-15:]
+    return BackendError(f"the process that {what} ended with {code}:\n" + "\n".join(lines))
 
 
 def run_worker(
@@ -55,8 +66,11 @@ def run_worker(
     options: Mapping[str, Any],
     *,
     on_step: OnStep = lambda graph, phase, done, total: None,
-) -> list[Built]:
-    """Build engines in a process of their own.
+) -> Generator[Built, None, None]:
+    """Build engines in a process of their own; yield what came of each as soon as it is there.
+
+    Whoever does not read to the end closes the iterator (``contextlib.closing``), which ends the
+    process.
 
     Args:
         jobs: what to build.
@@ -81,8 +95,6 @@ def run_worker(
             for job in jobs
         ],
     }
-    environment = {**os.environ, RTX_SWITCH: "1" if options["rtx"] else "0"}
-    results: list[Built] = []
     current = ""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -90,7 +102,7 @@ def run_worker(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=environment,
+            env=environment(rtx=options["rtx"]),
             text=True,
         )
         assert process.stdin is not None
@@ -109,10 +121,10 @@ def run_worker(
                 elif kind == "step":
                     on_step(graph, event["phase"], event["done"], event["total"])
                 elif kind == "built":
-                    results.append(Built(graph=graph, output=outputs[graph], **event))
+                    yield Built(graph=graph, output=outputs[graph], **event)
                 elif kind == "failed":
                     problem = "\n".join(event["lines"]) or "the library gave no reason"
-                    results.append(Built(graph=graph, output=outputs[graph], problem=problem))
+                    yield Built(graph=graph, output=outputs[graph], problem=problem)
         except BrokenPipeError:
             pass  # it ended at once; why stands below
         except BaseException:
@@ -123,9 +135,5 @@ def run_worker(
             process.wait()
         if not ended:
             errors.seek(0)
-            last = errors.read().decode(errors="replace").strip().splitlines()[-15:]
-            raise BackendError(
-                f"the process that builds engines ended with {process.returncode}"
-                f"{f' at {current}' if current else ''}:\n" + "\n".join(last)
-            )
-    return results
+            where = f" at {current}" if current else ""
+            raise early_end(f"builds engines{where}", process.returncode, errors.read())

@@ -183,6 +183,7 @@ def build_config(
         for tensor, (low, best, high) in inputs.items():
             profile.add(tensor, min=low, opt=best, max=high)
     options: dict[str, Any] = {"profiles": profiles, "progress_monitor": progress}
+    options["max_aux_streams"] = 0  # the caller's stream; it has others for other work
     if job["workspace_bytes"] is not None:
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job["workspace_bytes"]}
     if job["timing_cache"] is not None:
@@ -194,35 +195,39 @@ def build_config(
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         return CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
-    options["max_aux_streams"] = 0  # the stages' own stream; the caller has others
     narrow = job["precision"] == "float16" and not job["strongly_typed"]
     return CreateConfig(fp16=narrow, **options)
 
 
-def describe(path: Path) -> dict[str, int]:
-    """Ask an engine for its scratch memory and its number of layers, where it loads here."""
+def describe(path: Path) -> dict[str, Any]:
+    """Ask an engine for its scratch memory and its layers, where it loads here."""
     from polygraphy.backend.trt import EngineFromBytes
     from polygraphy.exception import PolygraphyException
+    from polygraphy.mod.trt_importer import lazy_import_trt
 
     from sdt_deploy.trt import engine_facts
 
     try:
-        return engine_facts(EngineFromBytes(path.read_bytes())())
+        return engine_facts(lazy_import_trt(), EngineFromBytes(path.read_bytes())())
     except PolygraphyException:  # built for another GPU
         return {}
 
 
+def own_output() -> TextIO:
+    """Return the standard output; what others print, native code too, then goes to the errors."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return output
+
+
 def main() -> None:
     """Read a job, build its graphs one after the other, report."""
-    # Native code prints to the standard output too, so the events keep it for themselves.
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    reporter = Reporter(own_output())
     job = json.load(sys.stdin)
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.use_python_logging_system = True
     logging.getLogger("Polygraphy").propagate = False
-    reporter = Reporter(events)
     for graph in job["graphs"]:
         if reporter.closed:
             break

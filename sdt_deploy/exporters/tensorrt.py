@@ -65,8 +65,9 @@ def build_engines(
     """Build engines and put them into the bundle.
 
     The bundle changes in one step, by its manifest, after all builds; until then, and on any
-    exception, it is as it was. If some builds fail the others are put into the bundle all the same,
-    unless it has engines for these GPUs that were built with other settings.
+    exception, it is as it was; the cache keeps what was built by then. If some builds fail the
+    others are put into the bundle all the same, unless it has engines for these GPUs that were
+    built with other settings.
 
     Args:
         bundle: the bundle; other processes may run it meanwhile, not build for it.
@@ -144,15 +145,17 @@ def build_engines(
                 progress(f"{graph} ({number} of {len(names)}): {phase}", done, total)
 
             options = worker_options(config, manifest, features, targets)
-            for built in run_worker(missing, directory, options, on_step=step):
-                if built.problem is not None:
-                    failures[built.graph] = built.problem
-                    continue
-                job = missing[names.index(built.graph)]
-                spec = _spec(job, built, new)
-                specs[job.graph], sources[job.graph] = spec, "built"
-                if cache is not None:
-                    cache.put(spec, built.output)
+            builds = run_worker(missing, directory, options, on_step=step)
+            with contextlib.closing(builds):
+                for built in builds:
+                    if built.problem is not None:
+                        failures[built.graph] = built.problem
+                        continue
+                    job = missing[names.index(built.graph)]
+                    spec = _spec(job, built, new)
+                    specs[job.graph], sources[job.graph] = spec, "built"
+                    if cache is not None:
+                        cache.put(spec, built.output)
         same_settings = old is not None and dataclasses.replace(old, engines={}) == new
         if old is not None and same_settings:  # keep those that were not asked for
             specs = {**old.engines, **specs}
@@ -238,7 +241,7 @@ def _spec(job: EngineJob, built: Built, engines: EngineSet) -> EngineSpec:
         build_s=built.build_s,
         attention=built.attention,
         scratch_bytes=built.scratch_bytes,
-        n_layers=built.n_layers,
+        layers=built.layers,
     )
 
 

@@ -155,16 +155,22 @@ class Attention(nn.Module):
         Returns:
             ``[batch, seq, d_model]``; rows of sequences without a visible token mean nothing.
         """
+        mixed = self.weights(hidden, visible, places) @ self._heads(self.value(hidden))
+        return self.output(mixed.transpose(1, 2).flatten(-2))
 
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+    def weights(self, hidden: Tensor, visible: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return how much each token takes from each, ``[batch, n_heads, seq, seq]``.
 
-        query, key, value = heads(self.query(hidden)), heads(self.key(hidden)), self.value(hidden)
+        Queries before keys; see :meth:`forward` for the arguments.
+        """
+        query, key = self._heads(self.query(hidden)), self._heads(self.key(hidden))
         logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         seen = self.seen(visible, places)
         logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
-        mixed = logits.softmax(dim=-1) @ heads(value)
-        return self.output(mixed.transpose(1, 2).flatten(-2))
+        return logits.softmax(dim=-1)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

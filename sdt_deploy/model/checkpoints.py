@@ -28,6 +28,8 @@ from sdt_deploy.model.transformer import SparseDepthTransformer
 
 FORMAT = "sdt-model"
 FORMAT_VERSION = 1
+MODEL_TYPE = "sdt"
+"""By which Hugging Face's ``AutoModel`` knows the directory, see :mod:`sdt_deploy.hf`."""
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _MAX_ELEMENTS = 2**48
@@ -72,6 +74,7 @@ def save(checkpoint: Checkpoint, target: Path, *, overwrite: bool = False) -> No
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
+        "model_type": MODEL_TYPE,
         "model": model.config.to_dict(),
         "provenance": checkpoint.provenance,
         "score_quantiles": checkpoint.score_quantiles,

@@ -38,7 +38,7 @@ class TokenBatch:
     @property
     def position_ids(self) -> Int32:
         """``[n_tokens]``, the place of each token in its sequence, from 0."""
-        starts = np.repeat(self.cu_seqlens[:-1], self.lengths)
+        starts = self.cu_seqlens[:-1].repeat(self.lengths)
         return np.arange(self.n_tokens, dtype=np.int32) - starts
 
     @property
@@ -57,6 +57,8 @@ class TokenBatch:
     def attention_mask(self) -> npt.NDArray[np.bool_]:
         """``[batch, seq]``, True where :meth:`padded` holds a token."""
         lengths = self.lengths
+        if self.is_even:
+            return np.ones((len(lengths), self.n_tokens // len(lengths)), dtype=np.bool_)
         return np.arange(lengths.max(), dtype=np.int32) < lengths[:, None]
 
     def padded(self, values: Int32) -> Int32:

@@ -11,6 +11,10 @@ from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate, needed_flops, padded_flops
 from sdt_deploy.runtime.result import RunResult
 
+MIN_RUNS, MIN_MS = 5, 30.0
+"""Of each path and size; runs of half a millisecond need more than five of them to be told apart
+from what else the machine does."""
+
 
 def random_batch(config: ModelConfig, lengths: Sequence[int]) -> TokenBatch:
     """Return a batch of random tokens, the same ones for the same lengths."""
@@ -30,10 +34,12 @@ def measure_costs(
 
     def measure(path: Path, lengths: Sequence[int]) -> tuple[float, float]:
         batch = random_batch(config, lengths)
-        runs = [run(batch, path) for _ in range(6)]
-        milliseconds = min(one.timings.total_ms for one in runs[1:])
+        first = run(batch, path)  # opens the graph and fills the caches
+        times: list[float] = []
+        while len(times) < MIN_RUNS or sum(times) < MIN_MS:
+            times.append(run(batch, path).timings.total_ms)
         if path == "masked":
-            return padded_flops(config, lengths), milliseconds
-        return needed_flops(config, runs[0].depths, batch.cu_seqlens, runs[0].active), milliseconds
+            return padded_flops(config, lengths), min(times)
+        return needed_flops(config, first.depths, batch.cu_seqlens, first.active), min(times)
 
     return calibrate(config, paths, measure, n_large=n_large)

@@ -16,6 +16,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -38,6 +39,8 @@ MAX_GRAPHS = 1024
 MAX_FRAMES = 64
 """Buckets whose small buffers a session keeps, with their graphs; likewise."""
 Work = Callable[[], None]
+Observer = Callable[[Hashable], AbstractContextManager[None]]
+"""Gives a context around the launch of a piece, named by its key."""
 
 
 class GraphCache:
@@ -53,6 +56,7 @@ class GraphCache:
         self._torch = torch
         self._enabled = enabled
         self._max_graphs = max_graphs
+        self.observer: Observer | None = None
         self._pool: Any = None
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
 
@@ -66,6 +70,10 @@ class GraphCache:
         compile on a first run, which no capture may contain. ``work`` must use the same addresses
         each time, apart from memory that it allocates.
         """
+        with nullcontext() if self.observer is None else self.observer(key):
+            self._launch(key, work)
+
+    def _launch(self, key: Hashable, work: Work) -> None:
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
@@ -213,6 +221,11 @@ class DeviceLoop:
             if self._backend.has("masked"):
                 self._graphs.launch(("masked", bucket), partial(self._whole, frame, "masked"))
             self._backend.wait()
+
+    def observe(self, observer: Observer | None) -> None:
+        """Enter ``observer`` around every launch from now on; None: nothing."""
+        with self._lock:
+            self._graphs.observer = observer
 
     def close(self) -> None:
         """Free graphs and buffers."""

@@ -64,14 +64,14 @@ class CostModel:
     def choose(
         self,
         config: ModelConfig,
-        parts: Sequence[Int32 | Sequence[int]],
+        parts: Sequence[Sequence[int]],
         active_shares: Sequence[float],
     ) -> Path:
         """Return the path that is expected to be faster.
 
         Args:
             config: the model.
-            parts: what the batch runs as, each by the tokens of its sequences, ``[batch]``.
+            parts: what the batch runs as, each by the tokens of its sequences.
             active_shares: expected share of active tokens in every layer.
         """
         total_ms = dict.fromkeys(self.lines, 0.0)
@@ -83,17 +83,16 @@ class CostModel:
         return min(total_ms, key=total_ms.__getitem__)
 
 
-def padded_flops(config: ModelConfig, lengths: Int32 | Sequence[int]) -> float:
+def padded_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
     """Return the operations of a graph that pads and skips nothing."""
-    return dense_flops(config, [int(np.max(lengths))] * len(lengths))
+    return dense_flops(config, [max(lengths)] * len(lengths))
 
 
 def expected_flops(
-    config: ModelConfig, lengths: Int32 | Sequence[int], active_shares: Sequence[float]
+    config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
 ) -> float:
     """Return the operations with skipping if every sequence had the expected shares."""
-    wide = np.asarray(lengths, dtype=np.float64)
-    batch, n_tokens, n_pairs = len(lengths), int(wide.sum()), float(wide @ wide)
+    batch, n_tokens, n_pairs = len(lengths), sum(lengths), sum(n * n for n in lengths)
     sees_all = config.context == "all"
     total = head_flops(config, n_tokens=n_tokens, batch=batch)
     total += score_flops(config, n_tokens=n_tokens)

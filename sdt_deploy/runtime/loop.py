@@ -148,15 +148,12 @@ def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, Array]:
     if context is not None:
         available["context_gather_index"] = context.gather_index
         available["context_lengths"] = context.lengths
-    named = {}
-    for tensor in spec.inputs:
-        name = tensor.name
-        if name in STATES:
-            continue
-        if available.get(name) is None:
+    names = [tensor.name for tensor in spec.inputs if tensor.name not in STATES]
+    named = {name: available.get(name) for name in names}
+    for name, array in named.items():
+        if array is None:
             raise BundleFormatError(
                 f"graph {spec.name} takes {shown(name)}, which no stage of this kind has; "
                 "export again"
             )
-        named[name] = available[name]
     return named

@@ -56,8 +56,9 @@ def run_padded(
     output, scores, active = outputs["output"], None, None
     if not config.head.per_sequence:
         output = batch.packed(output)
-    depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
-    if path != "dense":
+    if path == "dense":
+        depths = np.full(batch.n_tokens, config.n_layers, dtype=np.int32)
+    else:
         scores = batch.packed(outputs["scores"])
         if config.routing == "per_layer":
             active = taken_by_layer(

@@ -74,7 +74,10 @@ class Timings:
     entry_ms: float = 0.0
     """Embedding and scoring, the engine alone."""
     stage_ms: tuple[float, ...] = ()
-    """Each stage, the engine alone."""
+    """Each stage call, the engine alone."""
+    stages: tuple[int, ...] = ()
+    """The number of the stage that each of ``stage_ms`` is of; a batch that ran in parts has calls
+    for each of them."""
     head_ms: float = 0.0
     """The head, the engine alone."""
     move_ms: float = 0.0

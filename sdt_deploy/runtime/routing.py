@@ -157,7 +157,7 @@ def depths_from_scores(scores: npt.NDArray[np.float32], thresholds: Sequence[flo
     ``thresholds`` must not fall. They are compared in float32, as the graphs do.
     """
     limits = np.asarray(thresholds, dtype=np.float32)
-    return np.searchsorted(limits, scores, side="left").astype(np.int32)
+    return limits.searchsorted(scores, side="left").astype(np.int32)
 
 
 def standings(scores: Float32, cu_seqlens: Int32) -> Float32:
@@ -244,7 +244,7 @@ def head_layouts(
     """
     seen = np.add.accumulate(members, 1, np.int32)  # members up to each token
     ends = seen.take(cu_seqlens[1:] - 1, axis=1)
-    before = np.zeros_like(ends)
+    before = np.zeros(ends.shape, dtype=np.int32)
     before[:, 1:] = ends[:, :-1]
     counts = ends - before
     longest = np.maximum.reduce(counts, 1, keepdims=True)
@@ -325,12 +325,15 @@ def plan_route(
     queries: list[HeadLayout] = []
     around: list[HeadLayout] = []
     if new:
-        members = depths > np.array([stage_layers[i][0] for i in new])[:, None]
+        firsts = np.array([stage_layers[i][0] for i in new])[:, None]
+        members = depths > firsts
         if context == "all":
             alive = np.logical_or.reduceat(members, cu_seqlens[:-1], axis=1)
             if alive[-1].all():  # then all stages see the same rows
-                alive = alive[-1:]
-            members = np.concatenate([members, np.repeat(alive, lengths, axis=1)])
+                members = np.ones((len(new) + 1, n_tokens), dtype=np.bool_)
+                np.greater(depths, firsts, members[:-1])
+            else:
+                members = np.concatenate([members, alive.repeat(lengths, axis=1)])
         layouts = head_layouts(
             members,
             order,

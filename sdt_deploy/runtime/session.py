@@ -22,7 +22,7 @@ from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.calibration import measure_costs, random_batch
-from sdt_deploy.runtime.device_loop import device_loop
+from sdt_deploy.runtime.device_loop import DeviceLoop, device_loop
 from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.padded import run_padded
@@ -135,6 +135,11 @@ class Session:
     def on_device(self) -> bool:
         """Whether batches stay on a GPU, in captured graphs, from their ids to their outputs."""
         return self._device_loop is not None
+
+    @property
+    def device_loop(self) -> DeviceLoop | None:
+        """What keeps batches :attr:`on_device`; None where they are not."""
+        return self._device_loop
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -289,7 +294,8 @@ class Session:
         parts = [select(batch, group) for group in groups] if groups else [batch]
         if path == "auto":
             shares = active_shares(self.manifest, limits)
-            path = self.cost_model().choose(config, [part.lengths for part in parts], shares)
+            lengths = [part.lengths.tolist() for part in parts]
+            path = self.cost_model().choose(config, lengths, shares)
         results = [self._run_one(part, limits, path, check) for part in parts]
         result = results[0]
         if groups:
@@ -346,8 +352,10 @@ class Session:
             batch = random_batch(config, one)
             self.run_batch(batch, thresholds=config.thresholds)  # given, so they are not counted
             if self._device_loop is not None:
-                for group in split_batch(batch.lengths, config, self._part_limits):
-                    self._device_loop.warmup(batch.lengths[group].tolist(), shares)
+                groups = split_batch(batch.lengths, config, self._part_limits)
+                parts = [batch.lengths[group] for group in groups] or [batch.lengths]
+                for part in parts:
+                    self._device_loop.warmup(part.tolist(), shares)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""

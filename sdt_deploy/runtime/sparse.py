@@ -45,7 +45,9 @@ def run_sparse(
     n_tokens = batch.n_tokens
     entry, stages, head = graphs
     probes = (config.n_layers,) if config.routing == "per_layer" else ()
-    with buffers.lend(n_tokens) as (states, other):
+    lent = buffers.take()
+    try:
+        states, other = lent.reserve(n_tokens)
         scores = backend.empty((n_tokens, *probes), "float32")
         ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if config.n_token_types:
@@ -59,6 +61,7 @@ def run_sparse(
         rows = len(batch.lengths) if config.head.per_sequence else n_tokens
         output = np.empty((rows, config.output_width), dtype=np.float32)
         stage_ms: list[float] = []
+        stages_run: list[int] = []
         route_ms = move_ms = 0.0
         row_of: Array | None = None
         mark = perf_counter()
@@ -76,6 +79,7 @@ def run_sparse(
             route_ms += (perf_counter() - mark) * 1e3 - taking
             ran_ms, copied_ms = bound.run(check)
             stage_ms += ran_ms
+            stages_run += [step.stage for step in plan.steps]
             move_ms += taking + copied_ms
             states, other = bound.states, bound.other
             mark = perf_counter()
@@ -89,6 +93,8 @@ def run_sparse(
             active, scores = router.active, router.scores
             depths = active.sum(axis=1, dtype=np.int32)
             usage = LayerUsage.of(depths, active, config.n_layers)
+    finally:
+        buffers.give_back(lent)
     return RunResult(
         output=output,
         depths=depths,
@@ -102,6 +108,7 @@ def run_sparse(
             entry_ms=entry_ms,
             route_ms=route_ms,
             stage_ms=tuple(stage_ms),
+            stages=tuple(stages_run),
             move_ms=move_ms,
             head_ms=head_ms,
         ),

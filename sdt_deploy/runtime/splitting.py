@@ -143,6 +143,7 @@ def merge(
             entry_ms=sum(one.entry_ms for one in times),
             route_ms=sum(one.route_ms for one in times),
             stage_ms=tuple(ms for one in times for ms in one.stage_ms),
+            stages=tuple(stage for one in times for stage in one.stages),
             move_ms=sum(one.move_ms for one in times),
             head_ms=sum(one.head_ms for one in times),
         ),

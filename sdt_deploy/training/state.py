@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sdt_deploy.errors import CheckpointError
+from sdt_deploy.errors import CheckpointError, OutputError
 from sdt_deploy.files import parse_json, write_file
 
 FORMAT = "sdt-training"
@@ -103,7 +103,15 @@ class JsonLog:
         write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, **values: Any) -> None:
-        """Append a line."""
-        if self._path is not None:
+        """Append a line.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        if self._path is None:
+            return
+        try:
             with self._path.open("a") as stream:
                 stream.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be written: {error}") from error

@@ -61,6 +61,20 @@ def test_an_interrupted_build_leaves_nothing(bundle: Bundle, at: int) -> None:
     assert not (bundle.path / ENGINES).exists()
 
 
+def test_an_interrupted_build_goes_on_from_the_cache(bundle: Bundle, tmp_path: Path) -> None:
+    config, cache = stages_only(bundle), EngineCache(tmp_path / "cache")
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what.startswith("stage-01"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(bundle, config, cache=cache, progress=interrupt)
+    assert not bundle.manifest.engines
+    again = build_engines(bundle, config, cache=cache)
+    assert again.sources == {"stage-00": "cache", "stage-01": "built"}
+
+
 def test_a_closed_pipe_cancels_the_build(bundle: Bundle, tmp_path: Path) -> None:
     """The worker must not go on when the process that started it was killed."""
     report = build_engines(bundle, stages_only(bundle))
@@ -339,6 +353,8 @@ def test_int8_graphs_are_not_for_engines() -> None:
         lambda engines: engines[0]["engines"]["head"].update(file="/etc/passwd"),
         lambda engines: engines[0]["engines"]["head"].update(sha256="0"),
         lambda engines: engines[0]["engines"]["head"].update(graph="entry"),
+        lambda engines: engines[0]["engines"]["head"].update(layers="gemm"),
+        lambda engines: engines[0]["engines"]["head"].update(layers=[1]),
         lambda engines: engines[0]["engines"].update(tail=engines[0]["engines"]["head"]),
         lambda engines: engines.append(engines[0]),
     ],

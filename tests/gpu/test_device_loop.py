@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.session import Session
-from tests.samples import CONFIGS, quantile_thresholds, random_batch, random_model
+from tests.samples import CONFIGS, in_threads, quantile_thresholds, random_batch, random_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,17 +43,18 @@ def made(name: str, precision: Precision, tmp_path_factory: pytest.TempPathFacto
     return model, bundle
 
 
-def open_session(bundle: Path) -> Session:
-    return Session.open(bundle, backend="onnxruntime-cuda")
+@pytest.fixture(params=["onnxruntime-cuda", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def test_parity_and_replays(made: Made, precision: Precision) -> None:
+def test_parity_and_replays(made: Made, precision: Precision, backend: str) -> None:
     """Equal to the oracle at first, and bitwise equal to that when graphs are replayed."""
     model, path = made
     config = model.config
     rng = np.random.default_rng(3)
     flips = 0
-    with open_session(path) as session:
+    with Session.open(path, backend=backend) as session:
         batches = [
             random_batch(config, list(lengths), seed=seed)
             for seed, lengths in enumerate(([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [29] * 9))
@@ -96,11 +96,11 @@ def test_parity_and_replays(made: Made, precision: Precision) -> None:
     assert flips == 0
 
 
-def test_it_waits_once_for_counts_and_once_at_the_end(made: Made) -> None:
+def test_it_waits_once_for_counts_and_once_at_the_end(made: Made, backend: str) -> None:
     torch = pytest.importorskip("torch")
     model, path = made
     batch = random_batch(model.config, [20, 3, 11], seed=1)
-    with open_session(path) as session:
+    with Session.open(path, backend=backend) as session:
         for _ in range(2):
             session.run_batch(batch, path="sparse")
         waits = []
@@ -127,29 +127,32 @@ def test_triton_routes_as_torch_does() -> None:
     check("cuda", 4, longest=512, largest_batch=70)
 
 
-def test_streams_threads_and_two_sessions(made: Made) -> None:
+def test_streams_threads_and_two_sessions(made: Made, backend: str) -> None:
     torch = pytest.importorskip("torch")
     model, path = made
-    wrong: list[Exception] = []
-    with open_session(path) as one, open_session(path) as other:
+    with Session.open(path, backend=backend) as one, Session.open(path, backend=backend) as other:
         lengths = [[9, 29, 4, 17], [3], [12, 12]]
         batches = [random_batch(model.config, each, seed=i) for i, each in enumerate(lengths)]
         expected = [one.run_batch(batch, path="sparse").output for batch in batches]
 
         def work(seed: int) -> None:
             session = (one, other)[seed % 2]
-            try:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    for turn in range(30):
-                        i = (seed + turn) % len(batches)
-                        found = session.run_batch(batches[i], path="sparse")
-                        np.testing.assert_allclose(found.output, expected[i], rtol=0, atol=1e-3)
-            except Exception as error:
-                wrong.append(error)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for turn in range(30):
+                    i = (seed + turn) % len(batches)
+                    found = session.run_batch(batches[i], path="sparse")
+                    np.testing.assert_allclose(found.output, expected[i], rtol=0, atol=1e-3)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong, wrong[0]
+        in_threads(6, work)
+
+
+def test_a_warm_session_captures_nothing_more(made: Made, backend: str) -> None:
+    model, path = made
+    lengths = [28] * 16
+    with Session.open(path, backend=backend) as session:
+        session.warmup([lengths])
+        assert session.device_loop is not None
+        warm = session.device_loop.n_graphs
+        # Random models have no quantiles of scores: any depth may come, so only whole graphs.
+        session.run_batch(random_batch(model.config, lengths, seed=4), path="masked")
+        assert session.device_loop.n_graphs == warm > model.config.n_layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +13,7 @@ from tests.samples import (
     CONFIGS,
     ExportedModel,
     assert_parity,
+    in_threads,
     quantile_thresholds,
     random_batch,
 )
@@ -46,21 +46,12 @@ def test_streams_and_threads(exported: Exported) -> None:
     """Threads with streams of their own get their own answers, ready on return."""
     torch = pytest.importorskip("torch")
     sample = exported("all-embedding")
-    wrong: list[Exception] = []
     with Session.open(sample.bundle, backend="onnxruntime-cuda") as session:
 
         def work(seed: int) -> None:
             batch = random_batch(sample.model.config, [9, 29, 4, 17], seed=seed)
-            try:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    for _ in range(20):
-                        assert_parity(session, sample.model, batch)
-            except Exception as error:
-                wrong.append(error)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    assert_parity(session, sample.model, batch)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
+        in_threads(8, work)

@@ -11,14 +11,24 @@ import pytest
 from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits
 from sdt_deploy.bundle import Bundle
-from sdt_deploy.config import BuildConfig
+from sdt_deploy.config import BuildConfig, EngineFlavour, ExportConfig
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.exporters.engine_accuracy import compare_engines
+from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.tensorrt import build_engines
 from sdt_deploy.gpu import driver
+from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.runtime.session import Session
 from tests.gpu import rtx_refusal
-from tests.samples import CONFIGS, ExportedModel, assert_parity, random_batch
+from tests.samples import (
+    CONFIGS,
+    ExportedModel,
+    assert_parity,
+    deviation,
+    in_threads,
+    random_batch,
+    random_model,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,28 +36,88 @@ pytestmark = [
 ]
 Exported = Callable[[str], ExportedModel]
 LIMITS = BatchLimits(max_seqlen=29, max_batch=8, max_padded_tokens=232)
+LENGTHS = ([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [29] * 9)
+
+
+def skip_where_it_does_not_run(flavour: str) -> None:
+    pytest.importorskip(trt.flavour(flavour).module)
+    supported = trt.flavour(flavour).compute_capabilities
+    if supported is not None and driver().gpus[0].compute_capability not in supported:
+        pytest.skip(f"{flavour} does not run on {driver().gpus[0].name}")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("flavour", trt.FLAVOURS)
 def test_parity_with_the_oracle(
-    exported: Exported, tmp_path: Path, name: str, flavour: str
+    exported: Exported, tmp_path: Path, name: str, flavour: EngineFlavour
 ) -> None:
-    pytest.importorskip(trt.flavour(flavour).module)
-    supported = trt.flavour(flavour).compute_capabilities
-    if supported is not None and driver().gpus[0].compute_capability not in supported:
-        pytest.skip(f"{flavour} does not run on {driver().gpus[0].name}")
+    skip_where_it_does_not_run(flavour)
     sample = exported(name)
     bundle = Bundle.open(shutil.copytree(sample.bundle, tmp_path / "bundle"))
-    build_engines(bundle, BuildConfig(flavour=flavour), LIMITS)  # type: ignore[arg-type]
+    build_engines(bundle, BuildConfig(flavour=flavour), LIMITS)
     reopened = Bundle.open(bundle.path)
+    for spec in reopened.manifest.engines[0].engines.values():
+        assert spec.layers
+        assert spec.scratch_bytes is not None
     errors = compare_engines(reopened, reopened.manifest.engines[0])
     assert list(errors) == [graph for graph in bundle.manifest.graphs if graph != "single"]
     with Session.open(bundle.path, backend=flavour) as session:
-        for seed, lengths in enumerate(([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [29] * 9)):
+        for seed, lengths in enumerate(LENGTHS):
             batch = random_batch(sample.model.config, list(lengths), seed=seed)
             for path in ("sparse", "masked"):
                 assert_parity(session, sample.model, batch, path=path)
+
+
+@pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
+@pytest.mark.parametrize(
+    ("form", "tolerance"),
+    [
+        (ExportConfig(precision="float16"), 2e-2),
+        (ExportConfig(attention="fused"), 2e-4),
+        (ExportConfig(attention="fused", precision="float16"), 2e-2),
+    ],
+    ids=["float16", "fused", "fused-float16"],
+)
+@pytest.mark.parametrize("flavour", trt.FLAVOURS)
+def test_other_forms_agree_with_the_oracle(
+    tmp_path: Path, name: str, form: ExportConfig, tolerance: float, flavour: EngineFlavour
+) -> None:
+    """Half precision and fused attention, which runs in the loop for devices."""
+    skip_where_it_does_not_run(flavour)
+    model = random_model(CONFIGS[name][0], seed=5)
+    export(Checkpoint(model=model, provenance={}), tmp_path / "bundle", form)
+    bundle = Bundle.open(tmp_path / "bundle")
+    build_engines(bundle, BuildConfig(flavour=flavour), LIMITS)
+    reopened = Bundle.open(bundle.path)
+    compare_engines(reopened, reopened.manifest.engines[0])
+    flips = 0
+    with Session.open(bundle.path, backend=flavour) as session:
+        for seed, lengths in enumerate(LENGTHS):
+            batch = random_batch(model.config, list(lengths), seed=seed)
+            for path in ("sparse", "masked"):
+                error, n_flips = deviation(model, batch, session.run_batch(batch, path=path))
+                assert error < tolerance, (lengths, path)
+                flips += n_flips
+    assert flips == 0, "scores are float32 in every form"
+
+
+@pytest.mark.parametrize("flavour", trt.FLAVOURS)
+def test_streams_and_threads(exported: Exported, tmp_path: Path, flavour: EngineFlavour) -> None:
+    """Threads with streams of their own have contexts and scratch memory of their own."""
+    torch = pytest.importorskip("torch")
+    skip_where_it_does_not_run(flavour)
+    sample = exported("all-embedding")
+    bundle = Bundle.open(shutil.copytree(sample.bundle, tmp_path / "bundle"))
+    build_engines(bundle, BuildConfig(flavour=flavour), LIMITS)
+    with Session.open(bundle.path, backend=flavour) as session:
+
+        def work(seed: int) -> None:
+            batch = random_batch(sample.model.config, [9, 29, 4, 17], seed=seed)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    assert_parity(session, sample.model, batch)
+
+        in_threads(8, work)
 
 
 def test_rtx_refuses_a_gpu_that_it_does_not_run_on(exported: Exported) -> None:

@@ -45,6 +45,11 @@ class Strategy(enum.Enum):
     USER_MANAGED = 2
 
 
+class LayerInformationFormat(enum.Enum):
+    ONELINE = 0
+    JSON = 1
+
+
 DTYPES = {"tensor(int32)": "int32", "tensor(int64)": "int64", "tensor(float)": "float32"}
 
 
@@ -74,6 +79,7 @@ ACCEPTS: dict[str, Callable[[Any], bool]] = {
     # pybind11 raises where a subclass forgot to call its base's __init__.
     "ILogger": lambda value: isinstance(value, ILogger) and value.initialised,
     "ExecutionContextAllocationStrategy": lambda value: isinstance(value, Strategy),
+    "LayerInformationFormat": lambda value: isinstance(value, LayerInformationFormat),
     "IRuntimeConfig": lambda value: False,
     "IStreamReader": lambda value: False,
     "IStreamReaderV2": lambda value: False,
@@ -139,6 +145,7 @@ class FakeLibrary:
     """
 
     ILogger = ILogger
+    LayerInformationFormat = LayerInformationFormat
 
     def __init__(self, version: str) -> None:
         self.version = version
@@ -177,7 +184,6 @@ class ICudaEngine:
         self.profiles = content["profiles"]
         self.session = open_session(Path(content["onnx"]))
         self.scratch = self.device_memory_size = 1000
-        self.num_layers = 7
 
     @property
     def num_optimization_profiles(self) -> int:
@@ -185,6 +191,9 @@ class ICudaEngine:
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         return [tuple(shape) for shape in self.profiles[profile_index][name]]
+
+    def create_engine_inspector(self) -> Any:
+        return self.library.checked(EngineInspector(self))
 
     def get_device_memory_size_for_profile(self, profile_index: int) -> int:
         return self.scratch + profile_index
@@ -199,6 +208,17 @@ class ICudaEngine:
         context = IExecutionContext(self)
         self.library.contexts.append(context)
         return self.library.checked(context)
+
+
+class EngineInspector:
+    def __init__(self, engine: ICudaEngine) -> None:
+        self.engine = engine
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        """Names where nothing else is asked of the build, or objects (``DETAILED``)."""
+        assert format is LayerInformationFormat.JSON
+        named = ["query + key + value", {"Name": "x" * 1000, "LayerType": "gemm"}]
+        return json.dumps({"Layers": named, "Bindings": self.engine.graph})
 
 
 class IExecutionContext:

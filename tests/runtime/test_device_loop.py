@@ -31,6 +31,7 @@ from tests.samples import (
     CONFIGS,
     assert_parity,
     cut_points,
+    in_threads,
     lengths_lists,
     model_configs,
     quantile_thresholds,
@@ -133,22 +134,12 @@ def test_parts_threads_and_cancelling() -> None:
     result = assert_parity(session, model, batch)
     assert len(result.stage_rows) > config.n_layers, "it ran in parts"
 
-    wrong: list[Exception] = []
-
     def work(seed: int) -> None:
-        try:
-            for turn in range(5):
-                lengths = [1 + (seed * 7 + turn) % 29, 11, 5]
-                assert_parity(session, model, random_batch(config, lengths, seed))
-        except Exception as error:
-            wrong.append(error)
+        for turn in range(5):
+            lengths = [1 + (seed * 7 + turn) % 29, 11, 5]
+            assert_parity(session, model, random_batch(config, lengths, seed))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    in_threads(6, work)
 
     event = threading.Event()
     event.set()

@@ -9,7 +9,6 @@ import io
 import json
 import shutil
 import sys
-import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +34,7 @@ from tests.gpu import rtx_refusal
 from tests.runtime import fake_tensorrt
 from tests.runtime.fake_tensorrt import SIGNATURES, Checked, FakeLibrary
 from tests.runtime.tensorrt_signatures import members
-from tests.samples import ExportedModel, assert_parity, random_batch
+from tests.samples import ExportedModel, assert_parity, in_threads, random_batch
 
 Exported = Callable[[str], ExportedModel]
 HOPPER = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
@@ -193,7 +192,8 @@ def test_an_engine_is_described(exported: Exported, tmp_path: Path, number: str)
     content = (bundle.path / ENGINES / "head.engine").read_bytes()
     engine = library.Runtime(trt.logger(library)).deserialize_cuda_engine(content)
     largest = 1000 if number == "8.6" else 1001
-    assert trt.engine_facts(engine) == {"scratch_bytes": largest, "n_layers": 7}
+    names = ["query + key + value", "x" * trt.MAX_LAYER_NAME]
+    assert trt.engine_facts(library, engine) == {"scratch_bytes": largest, "layers": names}
 
 
 @pytest.mark.parametrize("number", VERSIONS)
@@ -224,6 +224,8 @@ def test_fused_bundles_run_in_the_loop_for_devices(
     monkeypatch.setattr(backend_module, "driver", lambda: HOPPER)
     with Session(bundle, AlignedBackend(bundle, "tensorrt", device="cpu")) as session:
         assert session.on_device
+        session.warmup([[20, 3], [5]])
+        assert library.calls
         for lengths in ([1], [20, 3], [7, 12, 1, 20, 20, 2, 5], [21] * 9, [3] * 23):
             batch = random_batch(found.model.config, lengths, seed=7)
             for path in ("sparse", "masked", "dense")[: 3 if len(lengths) < 9 else 2]:
@@ -255,22 +257,13 @@ def test_contexts_are_reused_and_never_shared(open_fake: Open) -> None:
         for _ in range(3):
             session.run_batch(batch, path="sparse")
         assert len(library.contexts) == n_contexts
-        wrong: list[Exception] = []
 
         def work(seed: int) -> None:
             own = random_batch(found.model.config, [3, 11, 6], seed=seed)
-            try:
-                for _ in range(5):
-                    assert_parity(session, found.model, own)
-            except Exception as error:
-                wrong.append(error)
+            for _ in range(5):
+                assert_parity(session, found.model, own)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
+        in_threads(6, work)
 
 
 def test_a_failed_enqueue_is_an_error_with_its_reason(open_fake: Open) -> None:

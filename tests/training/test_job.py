@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 
 from sdt_deploy.config import HeadConfig
@@ -113,7 +116,7 @@ def test_an_adapter_file_gives_the_same_model(teacher: Path, tmp_path: Path) -> 
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("depth", [4.5, 100.0])
+@pytest.mark.parametrize("depth", [4.01, 100.0])
 def test_a_depth_beyond_the_layers_is_refused(teacher: Path, tmp_path: Path, depth: float) -> None:
     with pytest.raises(ConfigError, match=r"target depth must lie in \(0, 4\]"):
         distill(teacher, tmp_path / "out", TEXTS, config(target_depth=depth), options())
@@ -135,14 +138,62 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         distill(teacher, tmp_path / "out", TEXTS, config(), options())
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
+    state = training_directory(tmp_path / "out") / "checkpoint.safetensors"
+    with safetensors.safe_open(state, "pt") as file:
+        assert file.metadata()["step"] == "5", "the last good one"
     distill(teacher, tmp_path / "out", TEXTS, config(), options(resume=True))
     assert [line["step"] for line in steps_of(tmp_path / "out")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("full", ["checkpoint", "log"])
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    distill(teacher, whole, TEXTS, config(), options())
+    real_fsync, real_open = os.fsync, Path.open
+    reached = [0]
+
+    def fsync(descriptor: int) -> None:
+        if full == "checkpoint" and reached[0] >= 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_fsync(descriptor)
+
+    def opened(self: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        if full == "log" and mode == "a" and reached[0] >= 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_open(self, mode, *rest, **named)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(OutputError, match="No space left"):
+        distill(
+            teacher,
+            out,
+            TEXTS,
+            config(),
+            options(),
+            each=lambda report: reached.__setitem__(0, report.step),
+        )
+    monkeypatch.undo()
+    assert not out.exists()
+    left = {path.name for path in training_directory(out).iterdir()}
+    assert left == {"checkpoint.safetensors", "log.jsonl", "teacher.npz"}
+    with safetensors.safe_open(training_directory(out) / "checkpoint.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "5"
+    distill(teacher, out, TEXTS, config(), options(resume=True))
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())
+    assert steps_of(out) == steps_of(whole)
 
 
 def test_bad_input_is_refused(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InputError, match="at least 20 texts"):
         distill(teacher, out, TEXTS[:5], config(), options())
+    for depth in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match=r"target_depth must be in \(0, layers\]"):
+            config(target_depth=depth)
     with pytest.raises(CheckpointError, match="nothing to resume"):
         distill(teacher, out, TEXTS, config(), options(resume=True))
     with pytest.raises(ConfigError, match="--lora-rank"):

@@ -53,12 +53,14 @@ class TorchGraph:
 class TorchBackend(DeviceMemory):
     """Runs bundles with fused attention by torch, on a stream of its own.
 
-    It needs no engine and no compiler: torch's flash attention and cuBLAS do the work. It is a
-    yardstick for the others, and serves where they cannot be installed.
+    It needs no engine: torch's flash attention and cuBLAS do the work. It is a yardstick for the
+    others, and serves where they cannot be installed.
 
     Args:
         bundle: the opened bundle.
         device: see :class:`DeviceMemory`.
+        compiled: fuse what lies between a layer's products by ``torch.compile``, for sizes of all
+            kinds; the first run of each kind of graph waits for it. None: on a GPU.
 
     Raises:
         BackendError: if torch finds no GPU, or the bundle has decomposed attention.
@@ -68,7 +70,9 @@ class TorchBackend(DeviceMemory):
     name = "torch"
     profiles: tuple[OptimizationProfile, ...] = ()
 
-    def __init__(self, bundle: Bundle, *, device: str = "cuda") -> None:
+    def __init__(
+        self, bundle: Bundle, *, device: str = "cuda", compiled: bool | None = None
+    ) -> None:
         super().__init__(device)
         if bundle.manifest.export.attention != "fused":
             raise BackendError(
@@ -76,6 +80,7 @@ class TorchBackend(DeviceMemory):
                 "attention only; export it with --attention fused"
             )
         self._bundle = bundle
+        self._compiled = self.device.type == "cuda" if compiled is None else compiled
         self._own_stream: Any = None  # captures need one that is not the default
         if self.device.type == "cuda":
             self._own_stream = self._torch.cuda.Stream(self.device)
@@ -112,7 +117,7 @@ class TorchBackend(DeviceMemory):
 
     @functools.cached_property
     def _model(self) -> Any:
-        from sdt_deploy.runtime.backends.torch_model import TorchModel
+        from sdt_deploy.runtime.backends.torch_model import TorchModel, update
 
         manifest = self._bundle.manifest
         stages = [_without_number(self._parameters(spec)) for spec in manifest.stages]
@@ -125,6 +130,7 @@ class TorchBackend(DeviceMemory):
             entry=self._parameters(manifest.graphs["entry"]),
             layers=tuple(stages),
             head=self._parameters(manifest.graphs["head"]),
+            layer=self._torch.compile(update, dynamic=True) if self._compiled else update,
         )
 
     def _parameters(self, spec: GraphSpec) -> dict[str, Any]:

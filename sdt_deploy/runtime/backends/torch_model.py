@@ -6,7 +6,7 @@ Parameters are named as there, without the number of their layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,62 @@ from sdt_deploy.config import ModelConfig
 
 Parameters = Mapping[str, Tensor]
 Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What the layers of a model have in common besides their sizes."""
+
+    n_heads: int
+    pre_norm: bool
+    relu: bool
+    eps: float
+
+
+def update(
+    p: Parameters,
+    form: LayerForm,
+    states: Tensor,
+    places: tuple[Tensor, Tensor] | None,
+    context: Tensor | None,
+    seen: Tensor,
+) -> Tensor:
+    """Apply a layer.
+
+    Args:
+        p: its parameters.
+        form: of the model.
+        states: ``[1, n_tokens, d_model]`` with ``places``, else ``[batch, seq, d_model]``.
+        places: ``gather_index [batch, max_seqlen]`` and ``scatter_index [n_tokens]``.
+        context: ``[batch, max_context_seqlen, d_model]``, what is seen; None: the states.
+        seen: how many keys of each sequence are, ``[batch]``; or which, ``[batch, seq]`` bool.
+
+    Returns:
+        States of the same shape.
+    """
+    queries = _norm(p, "attention_norm", states, form.eps) if form.pre_norm else states
+    keys, spread = queries, places
+    if context is not None:
+        keys = _norm(p, "attention_norm", context, form.eps) if form.pre_norm else context
+        spread = None
+    query = _spread(_linear(p, "query", queries), places)
+    key, value = _spread(keys @ p["key_value.weight"], spread).chunk(2, dim=-1)
+    mixed = _attend(query, key, value, form.n_heads, seen)
+    if places is not None:
+        mixed = mixed.flatten(0, 1).index_select(0, places[1])[None]
+    mixed = _linear(p, "output", mixed)
+    if form.pre_norm:
+        states = states + mixed
+        normed = _norm(p, "feed_forward_norm", states, form.eps)
+        return states + _feed_forward(p, normed, relu=form.relu)
+    states = _norm(p, "attention_norm", states + mixed, form.eps)
+    inner = _feed_forward(p, states, relu=form.relu)
+    return _norm(p, "feed_forward_norm", states + inner, form.eps)
+
+
+LayerFunction = Callable[
+    [Parameters, LayerForm, Tensor, tuple[Tensor, Tensor] | None, Tensor | None, Tensor], Tensor
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +90,8 @@ class TorchModel:
     entry: Parameters
     layers: tuple[Parameters, ...]
     head: Parameters
+    layer: LayerFunction
+    """:func:`update`, or the same compiled."""
 
     def run_entry(self, inputs: Tensors) -> dict[str, Tensor]:
         """Embed and score the places of a padded batch."""
@@ -102,8 +160,7 @@ class TorchModel:
         return torch.where(pinned, 1.0, scores)
 
     def _norm(self, p: Parameters, name: str, states: Tensor) -> Tensor:
-        weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
-        return functional.layer_norm(states, weight.shape, weight, bias, self.config.eps)
+        return _norm(p, name, states, self.config.eps)
 
     def _layer(
         self,
@@ -113,29 +170,13 @@ class TorchModel:
         context: Tensor | None,
         seen: Tensor,
     ) -> Tensor:
-        """Update ``states``; ``seen``: lengths ``[batch]``, or a mask ``[batch, seq]`` bool."""
-        p, pre = self.layers[layer], self.config.norm_placement == "pre"
-        queries = self._norm(p, "attention_norm", states) if pre else states
-        keys, spread = queries, places
-        if context is not None:
-            keys, spread = self._norm(p, "attention_norm", context) if pre else context, None
-        query = _spread(_linear(p, "query", queries), places)
-        key, value = _spread(keys @ p["key_value.weight"], spread).chunk(2, dim=-1)
-        mixed = _attend(query, key, value, self.config.n_heads, seen)
-        if places is not None:
-            mixed = mixed.flatten(0, 1).index_select(0, places[1])[None]
-        mixed = _linear(p, "output", mixed)
-        if pre:
-            states = states + mixed
-            return states + self._feed_forward(p, self._norm(p, "feed_forward_norm", states))
-        states = self._norm(p, "attention_norm", states + mixed)
-        return self._norm(p, "feed_forward_norm", states + self._feed_forward(p, states))
-
-    def _feed_forward(self, p: Parameters, states: Tensor) -> Tensor:
-        inner = _linear(p, "feed_forward.up", states)
-        relu = self.config.activation == "relu"
-        inner = functional.relu(inner) if relu else functional.gelu(inner)
-        return _linear(p, "feed_forward.down", inner)
+        form = LayerForm(
+            n_heads=self.config.n_heads,
+            pre_norm=self.config.norm_placement == "pre",
+            relu=self.config.activation == "relu",
+            eps=self.config.eps,
+        )
+        return self.layer(self.layers[layer], form, states, places, context, seen)
 
     def _outputs(self, states: Tensor, mask: Tensor | None) -> Tensor:
         p, head = self.head, self.config.head
@@ -157,6 +198,17 @@ class TorchModel:
 
 def _positions(mask: Tensor) -> Tensor:
     return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+
+
+def _norm(p: Parameters, name: str, states: Tensor, eps: float) -> Tensor:
+    weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
+    return functional.layer_norm(states, weight.shape, weight, bias, eps)
+
+
+def _feed_forward(p: Parameters, states: Tensor, *, relu: bool) -> Tensor:
+    inner = _linear(p, "feed_forward.up", states)
+    inner = functional.relu(inner) if relu else functional.gelu(inner)
+    return _linear(p, "feed_forward.down", inner)
 
 
 def _linear(p: Parameters, name: str, rows: Tensor) -> Tensor:

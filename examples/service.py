@@ -1,0 +1,159 @@
+"""Embeddings over HTTP: requests that wait together run together, up to a budget of tokens.
+
+    SDT_BUNDLE=build/bundle uvicorn --app-dir examples service:app
+
+    curl -s localhost:8000/embed -H 'content-type: application/json' -d '{"texts": ["To be"]}'
+
+One process serves all cores: the session is thread-safe and its sessions share one thread pool.
+Needs ``pip install "sdt-deploy[examples]"``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, HTTPException
+from pydantic import BaseModel, Field
+
+import sdt_deploy
+
+MAX_TOKENS = int(os.environ.get("SDT_MAX_TOKENS", "4096"))
+"""Budget of a batch, padding included: texts in it times the longest of them."""
+MAX_WAIT_S = float(os.environ.get("SDT_MAX_WAIT_MS", "3")) / 1e3
+"""How long a text waits for others; while a batch runs, they gather anyway."""
+MAX_WAITING = int(os.environ.get("SDT_MAX_WAITING", "1024"))
+"""Texts that may wait; beyond it, requests are turned away with 503."""
+
+
+@dataclass
+class Waiting:
+    """One text: its tokens ``[n_tokens]``, and where its embedding goes."""
+
+    ids: np.ndarray
+    embedding: asyncio.Future[np.ndarray]
+
+
+@dataclass
+class Batcher:
+    """Runs what waits in batches within the budget, in the order of arrival."""
+
+    session: sdt_deploy.Session
+    queue: asyncio.Queue[Waiting] = field(default_factory=lambda: asyncio.Queue(MAX_WAITING))
+    n_batches: int = 0
+    n_texts: int = 0
+
+    async def embed(self, texts: list[str]) -> list[np.ndarray]:
+        """Return one embedding per text.
+
+        Raises:
+            InputError: if a text is too long, or gives no token.
+            asyncio.QueueFull: if too much waits already.
+        """
+        limit = self.session.manifest.model.max_positions
+        ids, cu_seqlens = await asyncio.to_thread(
+            self.session.tokenizer.encode, texts, max_length=limit
+        )
+        if self.queue.maxsize - self.queue.qsize() < len(texts):
+            raise asyncio.QueueFull
+        loop = asyncio.get_running_loop()
+        waiting = [Waiting(one, loop.create_future()) for one in np.split(ids, cu_seqlens[1:-1])]
+        for one in waiting:
+            self.queue.put_nowait(one)
+        return await asyncio.gather(*(one.embedding for one in waiting))
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        left: Waiting | None = None
+        while True:
+            batch, left = await self._next(left or await self.queue.get())
+            ids = np.concatenate([one.ids for one in batch])
+            cu_seqlens = np.cumsum([0, *(len(one.ids) for one in batch)])
+            try:
+                result = await asyncio.to_thread(self.session.run, ids, cu_seqlens)
+            except Exception as error:  # each of them is told; the service goes on
+                outcomes: list[Any] = [error] * len(batch)
+            else:
+                outcomes = list(result.output)
+            self.n_batches += 1
+            self.n_texts += len(batch)
+            for one, outcome in zip(batch, outcomes, strict=True):
+                if one.embedding.done():  # its client has gone
+                    continue
+                if isinstance(outcome, Exception):
+                    one.embedding.set_exception(outcome)
+                else:
+                    one.embedding.set_result(outcome)
+
+    async def _next(self, first: Waiting) -> tuple[list[Waiting], Waiting | None]:
+        """Gather a batch around ``first``; also return the text that did not fit any more."""
+        batch, longest = [first], len(first.ids)
+        deadline = asyncio.get_running_loop().time() + MAX_WAIT_S
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    one = await self.queue.get()
+            except TimeoutError:
+                return batch, None
+            longest = max(longest, len(one.ids))
+            if (len(batch) + 1) * longest > MAX_TOKENS:
+                return batch, one
+            batch.append(one)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Open the bundle before the first request, and run one batch, so that none waits for it."""
+    with sdt_deploy.Session.open(os.environ["SDT_BUNDLE"]) as session:
+        head = session.manifest.model.head
+        if head.kind != "embedding":
+            raise RuntimeError(f"a bundle with embeddings is served, not with {head.kind!r}")
+        session.cost_model()
+        app.state.batcher = Batcher(session)
+        worker = asyncio.create_task(app.state.batcher.run())
+        yield
+        worker.cancel()
+
+
+app = FastAPI(title="Embeddings", lifespan=lifespan)
+
+
+class Request(BaseModel):
+    """Texts to embed."""
+
+    texts: Annotated[list[str], Field(min_length=1, max_length=256)]
+
+
+class Reply(BaseModel):
+    """One embedding per text, in their order."""
+
+    embeddings: list[list[float]]
+
+
+@app.post("/embed")
+async def embed(request: Request) -> Reply:
+    """Embed texts."""
+    try:
+        rows = await app.state.batcher.embed(request.texts)
+    except sdt_deploy.InputError as error:
+        raise HTTPException(422, str(error)) from error
+    except asyncio.QueueFull as error:
+        raise HTTPException(503, "too many texts are waiting", {"retry-after": "1"}) from error
+    return Reply(embeddings=[row.tolist() for row in rows])
+
+
+@app.get("/statistics")
+async def statistics() -> dict[str, Any]:
+    """Say what was run, how it was batched, and how deep the tokens went."""
+    batcher: Batcher = app.state.batcher
+    return {
+        "n_batches": batcher.n_batches,
+        "n_texts": batcher.n_texts,
+        "n_waiting": batcher.queue.qsize(),
+        "session": asdict(batcher.session.statistics()),
+    }

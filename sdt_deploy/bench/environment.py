@@ -1,0 +1,42 @@
+"""What a measurement depends on."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sdt_deploy.ort import pool_threads, usable_cores
+
+
+def environment() -> dict[str, Any]:
+    """Describe what a measurement depends on."""
+    packages: dict[str, str | None] = {}
+    for name in ("sdt-deploy", "onnxruntime", "onnxruntime-gpu", "numpy", "torch"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "n_cores": usable_cores(),
+        "n_threads": pool_threads(),
+        "packages": packages,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

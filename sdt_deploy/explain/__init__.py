@@ -1,0 +1,1 @@
+"""Where the tokens of a text go, and what they look at."""

@@ -1,0 +1,1 @@
+"""Where the time of a run goes: stages, operators, and the host around them."""
