@@ -101,7 +101,7 @@ def test_bench_beside(exported: Exported, tmp_path: Path) -> None:
     bundle = exported("all-grouped").bundle
     text = call(
         "bench", bundle, "--beside", bundle, "--cases", "2x9",
-        "--budget", 0.1, "--no-memory", "--json", tmp_path / "bench.json",
+        "--budget", 0.1, "--no-memory", "--json-file", tmp_path / "bench.json",
     )  # fmt: skip
     assert "beside" in text
     (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.errors import BackendError
-from sdt_deploy.runtime.backend import Array, Backend
+from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.loop import StateBuffers
 
 
@@ -30,9 +27,8 @@ class BufferPool:
         """Pairs that are kept for later runs."""
         return len(self._idle)
 
-    @contextlib.contextmanager
-    def lend(self, n_tokens: int) -> Iterator[tuple[Array, Array]]:
-        """Lend two state buffers ``[n_tokens, d_model]`` to one run.
+    def take(self) -> StateBuffers:
+        """Lend buffers to one run, which gives them back in any case.
 
         Raises:
             BackendError: if the session is closed.
@@ -40,15 +36,15 @@ class BufferPool:
         if self._closed:
             raise BackendError("the session is closed")
         try:
-            buffers = self._idle.pop()
+            return self._idle.pop()
         except IndexError:
-            buffers = StateBuffers(self._backend, self._states)
-        try:
-            yield buffers.reserve(n_tokens)
-        finally:
-            self._idle.append(buffers)
-            if self._closed:
-                self._idle.clear()
+            return StateBuffers(self._backend, self._states)
+
+    def give_back(self, buffers: StateBuffers) -> None:
+        """Keep buffers for later runs, or free them if the session was closed."""
+        self._idle.append(buffers)
+        if self._closed:
+            self._idle.clear()
 
     def close(self) -> None:
         """Free idle buffers now and lent ones when they come back; lend no more."""

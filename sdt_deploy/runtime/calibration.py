@@ -29,8 +29,12 @@ def measure_costs(
     run: Callable[[TokenBatch, Path], RunResult],
     *,
     n_large: int = 4,
+    longest: int = 128,
 ) -> CostModel:
-    """Return the cost model of ``run`` over ``paths`` after a few runs on random tokens."""
+    """Return the cost model of ``run`` over ``paths`` after a few runs on random tokens.
+
+    For the sizes see :func:`sdt_deploy.runtime.dispatch.calibrate`.
+    """
 
     def measure(path: Path, lengths: Sequence[int]) -> tuple[float, float]:
         batch = random_batch(config, lengths)
@@ -42,4 +46,4 @@ def measure_costs(
             return padded_flops(config, lengths), min(times)
         return needed_flops(config, first.depths, batch.cu_seqlens, first.active), min(times)
 
-    return calibrate(config, paths, measure, n_large=n_large)
+    return calibrate(config, paths, measure, n_large=n_large, longest=longest)

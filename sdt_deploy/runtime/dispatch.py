@@ -129,6 +129,7 @@ def calibrate(
     measure: Callable[[Path, Sequence[int]], tuple[float, float]],
     *,
     n_large: int = 4,
+    longest: int = 128,
 ) -> CostModel:
     """Make a cost model from two measurements of each path.
 
@@ -138,8 +139,10 @@ def calibrate(
         measure: runs one path on sequences of the given lengths; returns the operations that were
             needed and the milliseconds that they took.
         n_large: sequences of the larger one; as many as keep the hardware busy.
+        longest: tokens of each of them, if the model takes as many.
     """
-    small, large = [min(config.max_positions, 8)], [min(config.max_positions, 128)] * n_large
+    longest = min(longest, config.max_positions)
+    small, large = [min(longest, 8)], [longest] * n_large
     return CostModel(
         lines={path: LinearCost.fit(measure(path, small), measure(path, large)) for path in paths}
     )

@@ -10,6 +10,7 @@ from typing import Literal, NoReturn, Self, get_args
 
 import numpy.typing as npt
 
+from sdt_deploy.buckets import longest_sequence
 from sdt_deploy.bundle import TOKENIZER, Bundle, Manifest
 from sdt_deploy.config import shown
 from sdt_deploy.costs import active_shares
@@ -352,8 +353,10 @@ class Session:
             batch = random_batch(config, one)
             self.run_batch(batch, thresholds=config.thresholds)  # given, so they are not counted
             if self._device_loop is not None:
-                for group in split_batch(batch.lengths, config, self._part_limits):
-                    self._device_loop.warmup(batch.lengths[group].tolist(), shares)
+                groups = split_batch(batch.lengths, config, self._part_limits)
+                parts = [batch.lengths[group] for group in groups] or [batch.lengths]
+                for part in parts:
+                    self._device_loop.warmup(part.tolist(), shares)
 
     def statistics(self) -> SessionStatistics:
         """Return what was run so far, and how deep the tokens went."""
@@ -369,10 +372,16 @@ class Session:
         with self._calibration_lock:
             costs = self._costs
             if costs is None:
+                longest = min(128, longest_sequence(self.backend.profiles, config.max_positions))
+                n_large = 128 if self.on_device else 4
+                if self.backend.profiles:  # engines take no more
+                    limits = replace(self._part_limits, max_memory_mb=None)
+                    n_large = min(n_large, limits.max_sequences(config, longest))
                 costs = self._costs = measure_costs(
                     config,
                     dispatch.candidates(config, self.backend.has),
                     lambda batch, path: self._run_one(batch, config.thresholds, path),
-                    n_large=128 if self.on_device else 4,
+                    n_large=n_large,
+                    longest=longest,
                 )
             return costs

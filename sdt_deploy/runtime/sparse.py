@@ -45,7 +45,9 @@ def run_sparse(
     n_tokens = batch.n_tokens
     entry, stages, head = graphs
     probes = (config.n_layers,) if config.routing == "per_layer" else ()
-    with buffers.lend(n_tokens) as (states, other):
+    lent = buffers.take()
+    try:
+        states, other = lent.reserve(n_tokens)
         scores = backend.empty((n_tokens, *probes), "float32")
         ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if config.n_token_types:
@@ -91,6 +93,8 @@ def run_sparse(
             active, scores = router.active, router.scores
             depths = active.sum(axis=1, dtype=np.int32)
             usage = LayerUsage.of(depths, active, config.n_layers)
+    finally:
+        buffers.give_back(lent)
     return RunResult(
         output=output,
         depths=depths,

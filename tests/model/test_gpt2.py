@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from sdt_deploy.config import ExportConfig, HeadConfig
 from sdt_deploy.errors import BackendError, CheckpointError, ConfigError
-from sdt_deploy.exporters.export import export
+from sdt_deploy.exporters.export import export, export_stages
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.conversion import load_any
+from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
 from tests.samples import (
@@ -25,7 +26,9 @@ from tests.samples import (
     random_model,
 )
 
-SIZES = GPT2Config(vocab_size=61, n_embd=24, n_layer=3, n_head=3, n_positions=20)
+SIZES = GPT2Config(
+    vocab_size=61, n_embd=24, n_layer=3, n_head=3, n_positions=20, bos_token_id=0, eos_token_id=0
+)
 CAUSAL = CONFIGS["all-embedding"][0].replace(
     causal=True,
     activation="gelu_tanh",
@@ -92,20 +95,33 @@ def test_rows_of_each_stage(context: str, stages: tuple[int, ...]) -> None:
     ]
 
 
-@pytest.mark.parametrize(("context", "stages"), [("all", (2, 1)), ("active", (1, 2))])
-def test_exported(context: str, stages: tuple[int, ...], tmp_path: Path) -> None:
-    config = CAUSAL.replace(context=context, n_layers=3, thresholds=())
-    model = random_model(config, 7)
-    export(Checkpoint(model=model, provenance={}), tmp_path / "b", ExportConfig(stages=stages))
+def check_on_onnxruntime(
+    session: Session, model: SparseDepthTransformer, paths: tuple[str, ...]
+) -> None:
     rng = np.random.default_rng(0)
+    for seed in range(25):
+        batch = random_batch(model.config, rng.integers(1, 30, rng.integers(1, 6)).tolist(), seed)
+        limits = quantile_thresholds(model, batch, rng.random(3).tolist())
+        for path in paths:
+            assert_parity(session, model, batch, limits, path)
+
+
+def test_exported(tmp_path: Path) -> None:
+    model = random_model(CAUSAL.replace(n_layers=3, thresholds=()), 7)
+    export(Checkpoint(model=model, provenance={}), tmp_path / "b", ExportConfig(stages=(2, 1)))
     with Session.open(tmp_path / "b") as session:
         assert not session.backend.has("single")
-        for seed in range(25):
-            batch = random_batch(config, rng.integers(1, 30, rng.integers(1, 6)).tolist(), seed)
-            limits = quantile_thresholds(model, batch, rng.random(3).tolist())
-            for path in ("sparse", "masked"):
-                assert_parity(session, model, batch, limits, path)
+        check_on_onnxruntime(session, model, ("sparse", "masked"))
+        batch = random_batch(model.config, [5, 17], 0)
         assert_parity(session, model, batch, path="dense")
+
+
+def test_stages_with_context_active(tmp_path: Path) -> None:
+    model = random_model(CAUSAL.replace(n_layers=3, thresholds=(), context="active"), 7)
+    config = ExportConfig(stages=(1, 2))
+    bundle = export_stages(model, tmp_path, config, lambda what, done, total: None)
+    with Session.open(bundle) as session:
+        check_on_onnxruntime(session, model, ("sparse",))
 
 
 def test_what_makes_no_sense(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig, ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.costs import thresholds_for_depth
 from sdt_deploy.errors import BackendError, ConfigError, RunCancelledError
-from sdt_deploy.exporters.export import export
+from sdt_deploy.exporters.export import export, export_stages
 from sdt_deploy.exporters.tensorrt import build_engines
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.checkpoints import Checkpoint
@@ -255,25 +255,30 @@ def test_pinned_tokens_stay() -> None:
     assert (result.scores[[0, 3]] == 1).all()
 
 
-@pytest.mark.parametrize("leaving", ["exit", "skip"])
-def test_exported(leaving: str, tmp_path: Path) -> None:
-    """Sparse and masked on ONNX Runtime over random cases; bench and verify know the mode."""
-    config = (EXIT if leaving == "exit" else SKIP).replace(n_layers=3)
-    model = random_model(config, 9)
-    export(Checkpoint(model=model, provenance={}), tmp_path / "bundle")
+def check_on_onnxruntime(
+    session: Session, model: SparseDepthTransformer, paths: tuple[str, ...]
+) -> None:
+    """Paths over random cases at equal routes."""
 
     @given(lengths=lengths_lists, seed=seeds, drawn=st.lists(limits, min_size=3, max_size=3))
     @settings(max_examples=25, deadline=None)
     def check(lengths: list[int], seed: int, drawn: list[float]) -> None:
-        batch = random_batch(config, lengths, seed)
-        for path in ("sparse", "masked"):
+        batch = random_batch(model.config, lengths, seed)
+        for path in paths:
             assert_same(session, model, batch, tuple(drawn), path)
 
+    check()
+
+
+def test_exported_with_exit(tmp_path: Path) -> None:
+    """Bench and verify know the mode."""
+    model = random_model(EXIT, 9)
+    export(Checkpoint(model=model, provenance={}), tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
-    assert bundle.manifest.model == config
+    assert bundle.manifest.model == EXIT
     assert "single" not in bundle.manifest.graphs
     with Session.open(bundle) as session:
-        check()
+        check_on_onnxruntime(session, model, ("sparse", "masked"))
         assert [one.path for one in verify_bundle(bundle, session)] == ["sparse", "masked", "dense"]
     options = BenchOptions(cases="2x9", budget_s=0.1, with_memory=False)
     (case,) = run_bench(tmp_path / "bundle", options).cases
@@ -282,6 +287,13 @@ def test_exported(leaving: str, tmp_path: Path) -> None:
     assert case.flops_ratio < 1
     assert case.single_ms is None
     assert case.auto_path == "sparse"
+
+
+def test_stages_with_skip(tmp_path: Path) -> None:
+    model = random_model(SKIP, 9)
+    bundle = export_stages(model, tmp_path, ExportConfig(), lambda what, done, total: None)
+    with Session.open(bundle) as session:
+        check_on_onnxruntime(session, model, ("sparse",))
 
 
 def test_a_run_stops_between_stages() -> None:

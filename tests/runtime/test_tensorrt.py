@@ -241,6 +241,7 @@ def test_large_batches_run_in_parts_that_have_a_profile(open_fake: Open) -> None
     with session:
         assert_parity(session, found.model, batch)
         assert [graph for graph, _, _ in library.calls].count("entry") == 3
+        assert_parity(session, found.model, batch, path="auto")  # measured within the profiles
         long = random_batch(found.model.config, [21], seed=1)
         with pytest.raises(InputError, match=r"longer than the engines .* 20: .*--max-seqlen 21"):
             session.run_batch(long, path="sparse")
