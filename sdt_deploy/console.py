@@ -65,7 +65,9 @@ def report_bug() -> NoReturn:
 def fail(message: str) -> NoReturn:
     """End the process with one message and exit code 2."""
     with suppress(OSError):  # nobody may be listening
-        messages.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False)
+        text = f"[bold red]error:[/bold red] {escape(message)}"
+        # A log or a pipe gets whole lines, so that a message can be searched for.
+        messages.print(text, highlight=False, soft_wrap=not messages.is_terminal)
     raise SystemExit(2) from None
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sdt_deploy import diagnosis
@@ -35,7 +36,9 @@ def test_build_inspect_and_build_again(exported: Exported, tmp_path: Path) -> No
     assert f"{len(graphs)} unchanged: graph, weights, profiles" in call(*build)
     assert (bundle / "manifest.json").read_bytes() == before
     assert call("verify", bundle)
-    error = call("run", bundle, "--backend", "tensorrt-rtx", "--ids", tmp_path / "ids", code=2)
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.array([[1, 2]]))
+    error = call("run", bundle, "--backend", "tensorrt-rtx", "--ids", ids, code=2)
     assert "need a GPU" in error or "does not run on it" in error
 
 

@@ -186,5 +186,5 @@ def test_what_makes_no_sense() -> None:
         with pytest.raises(ConfigError, match=r"is for GPUs.*selection 'capacity'"):
             memory_bundle(model, config)
     bundle = memory_bundle(model)
-    with pytest.raises(BackendError, match=r"this model has selection 'capacity'.*onnxruntime-cpu"):
+    with pytest.raises(BackendError, match=r"selection 'capacity'.*onnxruntime-cpu"):
         Session(bundle, OracleDeviceBackend(bundle, model))
