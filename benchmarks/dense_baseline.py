@@ -39,7 +39,7 @@ from sdt_deploy.bench.timing import Timed, interleave
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import HeadConfig
 from sdt_deploy.files import write_file
-from sdt_deploy.ort import open_session, run_into
+from sdt_deploy.ort import bind_arrays, open_session
 
 CASES = "2x20,8x64,8x128,4x512,16x256"
 HF_OPSET = 17
@@ -159,9 +159,10 @@ class Candidates:
             if name == "dense":
                 inputs = {key: array for key, array in inputs.items() if key in self._declared}
             output = np.empty((len(ids), self._width), dtype=np.float32)
+            bound = bind_arrays(self._sessions[name], inputs, {"output": output})
 
             def run() -> np.ndarray:
-                run_into(self._sessions[name], inputs, {"output": output})
+                bound()
                 return output
 
             return run
