@@ -41,7 +41,7 @@ ACTIVE = CONFIGS["active-lm"][0].replace(selection="capacity", thresholds=(0.1, 
 
 
 @given(lengths=lengths_lists, seed=seeds, n_values=st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_ranks_are_those_of_a_stable_sort(lengths: list[int], seed: int, n_values: int) -> None:
     """Both forms of the standing against sorting each sequence by itself; many scores are equal."""
     cu = np.cumsum([0, *lengths], dtype=np.int32)
@@ -63,7 +63,7 @@ def test_ranks_are_those_of_a_stable_sort(lengths: list[int], seed: int, n_value
 
 
 @given(lengths=lengths_lists, seed=seeds, capacity=st.floats(0.001, 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_layer_takes_its_share(lengths: list[int], seed: int, capacity: float) -> None:
     cu = np.cumsum([0, *lengths], dtype=np.int32)
     scores = np.random.default_rng(seed).random(cu[-1], dtype=np.float32)

@@ -45,7 +45,7 @@ FUSED = ExportConfig(attention="fused")
 
 
 @given(data=st.data(), drawn=model_configs(), lengths=lengths_lists, seed=seeds)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_model(
     data: st.DataObject,
     drawn: tuple[ModelConfig, ExportConfig],

@@ -36,7 +36,7 @@ Exported = Callable[[str], ExportedModel]
     lengths=lengths_lists,
     seed=seeds,
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_model_on_the_oracle_backend(
     data: st.DataObject,
     drawn: tuple[ModelConfig, ExportConfig],

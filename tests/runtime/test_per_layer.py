@@ -99,7 +99,7 @@ def by_hand(
     seed=seeds,
     data=st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @torch.no_grad()
 def test_the_oracle_against_a_derivation_that_removes_tokens(
     drawn: tuple[ModelConfig, ExportConfig],
@@ -184,7 +184,7 @@ def assert_same(
     seed=seeds,
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_model_on_the_oracle_backend(
     drawn: tuple[ModelConfig, ExportConfig],
     way: tuple[str, str],
