@@ -72,6 +72,8 @@ def test_ctrl_c_leaves_nothing(exported: Exported, tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # A shell that runs the tests in the background has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list((bundle / "engines").glob(".build-*/*.engine")):
         assert process.poll() is None, "it was done before the signal came"
