@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 	$(BIN)/sdt-deploy bench $(DEMO)/bundle --cases 2x20,8x64,8x128,16x128,4x512,16x256 \
 		--json-file $(DEMO)/bench.json --plot $(DEMO)/bench.png --report $(DEMO)/report.html
 	$(BIN)/sdt-deploy evaluate $(DEMO)/bundle --teacher "$(MODEL)" --texts $(HELD_OUT)
-	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png"
+	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png $(DEMO)/report.html"
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
