@@ -139,10 +139,7 @@ def print_tokens(texts: Any, n_layers: int) -> None:
         legend.append(f" {depth} ", style=f"{depth_colour(depth, n_layers)} reverse").append(" ")
     console.print(legend)
     for text in texts:
-        shown = Text()
-        for token, depth in zip(text.tokens, text.depths, strict=True):
-            shown.append(token, style=depth_colour(depth, n_layers)).append(f"·{depth} ", "dim")
-        console.print(shown)
+        console.print(_coloured(text.tokens, text.depths, n_layers))
         active = text.active.sum(axis=0)
         console.print(
             f"mean depth {text.mean_depth:.2f}; active tokens of each layer: "
@@ -158,22 +155,22 @@ def depth_colour(depth: int, n_layers: int) -> str:
     return colours[round(int(depth) / n_layers * (len(colours) - 1))]
 
 
-def print_depths(session: Any, result: Any) -> None:
-    """Print every token of a run in the colour of its depth, which stands behind it."""
+def print_depths(texts: Any, n_layers: int) -> None:
+    """Print every token in the colour of its depth, which stands behind it.
+
+    ``texts``: of each sequence, the names and the depths of its tokens.
+    """
+    for tokens, depths in texts:
+        console.print(_coloured(tokens, depths, n_layers))
+
+
+def _coloured(tokens: Any, depths: Any, n_layers: int) -> Any:
     from rich.text import Text
 
-    n_layers = session.manifest.model.n_layers
-    named = session.bundle.has("tokenizer.json")
-    for ids, depths in zip(
-        result.split(result.input_ids), result.split(result.depths), strict=True
-    ):
-        tokens = session.tokenizer.tokens(ids) if named else [str(i) for i in ids]
-        line = Text()
-        for token, depth in zip(tokens, depths, strict=True):
-            line.append(f"{token}", style=depth_colour(depth, n_layers)).append(
-                f"·{depth} ", style="dim"
-            )
-        console.print(line)
+    line = Text()
+    for token, depth in zip(tokens, depths, strict=True):
+        line.append(token, style=depth_colour(depth, n_layers)).append(f"·{depth} ", style="dim")
+    return line
 
 
 def print_profile(profile: Any, top: int) -> None:

@@ -32,6 +32,7 @@ from sdt_deploy.model.blocks import Scorer
 from sdt_deploy.model.cards import model_card
 from sdt_deploy.model.checkpoints import FORMAT, FORMAT_VERSION, MODEL_TYPE
 from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.session import Session
 
 require("transformers", extra="hf", purpose="Hugging Face classes")
@@ -291,14 +292,12 @@ class BundleModule(nn.Module):
         ids, cu_seqlens = self.tokenizer.encode(
             texts, max_length=self.max_seq_length, overflow="truncate"
         )
-        lengths = np.diff(cu_seqlens)
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        padded = np.zeros(mask.shape, dtype=np.int64)
-        padded[mask] = ids
-        return {
-            "input_ids": torch.from_numpy(padded),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        batch = TokenBatch.from_packed(ids, cu_seqlens, config=self.session.manifest.model)
+        padded = {
+            "input_ids": batch.padded(batch.input_ids),
+            "attention_mask": batch.attention_mask,
         }
+        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in padded.items()}
 
     tokenize = preprocess
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 
+from sdt_deploy.bundle import TOKENIZER, Bundle
 from sdt_deploy.config import MAX_SIZE, shown
 from sdt_deploy.errors import CheckpointError, InputError
 from sdt_deploy.extras import require
@@ -29,6 +30,18 @@ class TextTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Self:
+        """Open the tokenizer of a bundle.
+
+        Raises:
+            InputError: if it has none.
+            CheckpointError: if its file is no tokenizer.
+        """
+        if not bundle.has(TOKENIZER):
+            raise InputError("this bundle has no tokenizer; pass token ids instead of texts")
+        return cls(bundle.file(TOKENIZER).read_bytes())
 
     def encode(
         self,

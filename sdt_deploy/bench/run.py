@@ -180,9 +180,7 @@ def _oracle(bundle: Bundle) -> Oracle | None:
 
     def evaluate(batch: TokenBatch, result: RunResult) -> tuple[np.ndarray, int]:
         found = oracle_output(model, batch.input_ids, batch.cu_seqlens)
-        active = result.active
-        if active is None:
-            active = result.depths[:, None] > np.arange(found.active.shape[1])
+        active = result.active_layers
         flips = int((found.active != active).any(axis=1).sum())
         if flips:
             found = oracle_output(model, batch.input_ids, batch.cu_seqlens, active=active)

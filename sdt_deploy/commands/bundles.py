@@ -11,7 +11,17 @@ from rich.markup import escape
 
 from sdt_deploy.choices import BackendChoice, PathChoice
 from sdt_deploy.commands.inputs import read_inputs
-from sdt_deploy.commands.options import BackendOption, BundleArgument, Json, Quiet, Threads
+from sdt_deploy.commands.options import (
+    BackendOption,
+    BundleArgument,
+    Ids,
+    Json,
+    Quiet,
+    TextFile,
+    Texts,
+    Threads,
+    Truncate,
+)
 from sdt_deploy.console import (
     console,
     print_depths,
@@ -99,14 +109,14 @@ def verify(
 
 def run(
     bundle: BundleArgument,
-    text: Annotated[list[str] | None, typer.Option(help="A text; may be given again.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="File with one text per line.")] = None,
-    ids: Annotated[Path | None, typer.Option(help=".npy with token ids [batch, seq].")] = None,
+    text: Texts = None,
+    texts: TextFile = None,
+    ids: Ids = None,
     out: Annotated[
         Path | None, typer.Option(help="Save as .npz: output, depths, input_ids, cu_seqlens.")
     ] = None,
     path: Annotated[PathChoice, typer.Option(help="Path to take.")] = PathChoice.auto,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are long.")] = False,
+    truncate: Truncate = False,
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Print every token in the colour of its depth.")
     ] = False,
@@ -123,6 +133,7 @@ def run(
         sdt-deploy run bundle --texts texts.txt --truncate --out embeddings.npz
         sdt-deploy run bundle --ids ids.npy --path dense --json
     """
+    from sdt_deploy.explain.routing import token_names
     from sdt_deploy.runtime.session import Session
 
     inputs = read_inputs(text, texts, ids)
@@ -133,7 +144,9 @@ def run(
             overflow="truncate" if truncate else "error",
         )
         if show_depth and not as_json:
-            print_depths(session, result)
+            tokens = [token_names(session, ids) for ids in result.split(result.input_ids)]
+            depths = result.split(result.depths)
+            print_depths(zip(tokens, depths, strict=True), session.manifest.model.n_layers)
     if out is not None:
         _save(out, result)
     if as_json:

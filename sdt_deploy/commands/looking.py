@@ -12,17 +12,23 @@ from rich.markup import escape
 
 from sdt_deploy.choices import BackendChoice, ProfiledPathChoice
 from sdt_deploy.commands.inputs import read_inputs
-from sdt_deploy.commands.options import BackendOption, BundleArgument, Json, Quiet, Threads
+from sdt_deploy.commands.options import (
+    BackendOption,
+    BundleArgument,
+    Ids,
+    Json,
+    Quiet,
+    TextFile,
+    Texts,
+    Threads,
+    Truncate,
+)
 from sdt_deploy.console import console, print_json, print_profile, print_tokens
 from sdt_deploy.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from sdt_deploy.bundle import Bundle
     from sdt_deploy.explain.html import Weights
-
-Texts = Annotated[list[str] | None, typer.Option("--text", help="A text; may be given again.")]
-TextFile = Annotated[Path | None, typer.Option(help="File with one text per line.")]
-Ids = Annotated[Path | None, typer.Option(help=".npy with token ids [batch, seq].")]
 
 
 def explain(
@@ -37,7 +43,7 @@ def explain(
         Path | None,
         typer.Option(help="Native directory for the attention; default: the bundle's own weights."),
     ] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are long.")] = False,
+    truncate: Truncate = False,
     backend: BackendOption = BackendChoice.onnxruntime_cpu,
     n_threads: Threads = None,
     as_json: Json = False,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sdt_deploy.config import ModelConfig
-from sdt_deploy.costs import dense_flops, sparse_flops
+from sdt_deploy.costs import dense_flops
 from sdt_deploy.errors import ConfigError, InputError
 from sdt_deploy.evaluation.evaluate import (
     Quality,
@@ -26,6 +26,7 @@ from sdt_deploy.evaluation.evaluate import (
 from sdt_deploy.evaluation.oracle import Embedded
 from sdt_deploy.extras import require
 from sdt_deploy.files import write_file
+from sdt_deploy.runtime.dispatch import needed_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +142,8 @@ def _sweep(
 def flops_ratio(config: ModelConfig, found: Embedded, reference: Reference) -> float:
     """Return the operations of ``config`` at the depths found over those of the dense teacher."""
     starts = reference.sample.cu_seqlens
-    lengths = np.diff(starts).tolist()
-    active = [
-        np.add.reduceat((found.depths > layer).astype(np.int64), starts[:-1]).tolist()
-        for layer in range(config.n_layers)
-    ]
-    return sparse_flops(config, lengths, active) / dense_flops(reference.config, lengths)
+    dense = dense_flops(reference.config, np.diff(starts).tolist())
+    return needed_flops(config, found.depths, starts) / dense
 
 
 def plot(found: Frontier, path: Path) -> None:

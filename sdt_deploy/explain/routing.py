@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,12 @@ class ExplainedText:
         return float(self.depths.mean())
 
 
+def token_names(session: Session, ids: npt.NDArray[Any]) -> tuple[str, ...]:
+    """Return tokens as written in the vocabulary, or the ids where there is no tokenizer."""
+    named = session.bundle.has(TOKENIZER)
+    return tuple(session.tokenizer.tokens(ids) if named else map(str, ids))
+
+
 def explain(
     session: Session, inputs: npt.ArrayLike | str | Sequence[str], *, truncate: bool = False
 ) -> tuple[ExplainedText, ...]:
@@ -52,16 +59,11 @@ def explain(
     """
     result = session.run(inputs, path="sparse", overflow="truncate" if truncate else "error")
     assert result.scores is not None
-    named = session.bundle.has(TOKENIZER)
-    active = result.active
-    if active is None:
-        active = result.depths[:, None] > np.arange(session.manifest.model.n_layers)
-    parts = zip(
-        *(result.split(each) for each in (result.input_ids, result.scores, active)), strict=True
-    )
+    routes = (result.input_ids, result.scores, result.active_layers)
+    parts = zip(*(result.split(each) for each in routes), strict=True)
     return tuple(
         ExplainedText(
-            tokens=tuple(session.tokenizer.tokens(ids) if named else map(str, ids)),
+            tokens=token_names(session, ids),
             input_ids=ids.astype(np.int32),
             scores=scores.astype(np.float32),
             active=taken.astype(np.bool_),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy.typing as npt
 
 from sdt_deploy.bench.cases import check_cases, parse_cases, token_source
-from sdt_deploy.bundle import TOKENIZER, Bundle
+from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import InputError
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.inputs import read_batch
@@ -39,12 +40,13 @@ def profiled_batch(
         check_cases(sizes, config.max_positions)
         return token_source(bundle).batches(*sizes[0], bundle)[0]
 
-    def tokenizer() -> TextTokenizer:
-        if not bundle.has(TOKENIZER):
-            raise InputError("this bundle has no tokenizer; pass --ids instead of texts")
-        return TextTokenizer(bundle.file(TOKENIZER).read_bytes())
-
     batch, _ = read_batch(
-        inputs, None, None, None, config=config, overflow="truncate", tokenizer=tokenizer
+        inputs,
+        None,
+        None,
+        None,
+        config=config,
+        overflow="truncate",
+        tokenizer=partial(TextTokenizer.of, bundle),
     )
     return batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,8 @@ MIN_RUNS = 7
 MAX_RUNS = 500
 OPERATOR_RUNS = 5
 """Runs in which every operator is timed; they are slower than others."""
+Recorded = tuple[list[Span], RunResult]
+"""Spans, each run's own before those inside it, and the result of the last run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,25 +141,21 @@ def _record(
     path: PathName,
     budget_s: float,
     n_runs: int = MIN_RUNS,
-) -> tuple[list[Span], RunResult]:
-    """Run ``batch`` over and over; return the spans, each run's own before what is inside it."""
-    for _ in range(WARM_UP_RUNS):
-        session.run_batch(batch, path=path)
-    spans: list[Span] = []
-    begin = perf_counter()
-    done = 0
-    while done < n_runs or (perf_counter() - begin < budget_s and done < MAX_RUNS):
+) -> Recorded:
+    """Run ``batch`` over and over on the CPU."""
+
+    def once() -> Recorded:
         backend.spans.clear()
         with backend.span("run", "run"):
             result = session.run_batch(batch, path=path)
-        spans += [backend.spans[-1], *backend.spans[:-1]]
-        done += 1
-    return spans, result
+        return [backend.spans[-1], *backend.spans[:-1]], result
+
+    return _repeated(once, budget_s, n_runs)
 
 
 def _record_device(
     session: Session, backend: DeviceMemory, batch: TokenBatch, path: PathName, budget_s: float
-) -> tuple[list[Span], RunResult]:
+) -> Recorded:
     """Do the same on a GPU, whose pieces are timed there."""
     loop = session.device_loop
     if loop is None:
@@ -166,21 +164,30 @@ def _record_device(
             "stay on the GPU. Export with --attention fused"
         )
     timer = DeviceTimer(backend)
+
+    def once() -> Recorded:
+        with timer.run():
+            result = session.run_batch(batch, path=path)
+        return timer.spans(), result
+
     loop.observe(timer.piece)
     try:
-        for _ in range(WARM_UP_RUNS):
-            session.run_batch(batch, path=path)
-        timer.spans()
-        spans: list[Span] = []
-        begin = perf_counter()
-        done = 0
-        while done < MIN_RUNS or (perf_counter() - begin < budget_s and done < MAX_RUNS):
-            with timer.run():
-                result = session.run_batch(batch, path=path)
-            spans += timer.spans()
-            done += 1
+        return _repeated(once, budget_s, MIN_RUNS)
     finally:
         loop.observe(None)
+
+
+def _repeated(once: Callable[[], Recorded], budget_s: float, n_runs: int) -> Recorded:
+    """Warm up, then run until the budget is spent, ``n_runs`` times at least."""
+    for _ in range(WARM_UP_RUNS):
+        once()
+    spans: list[Span] = []
+    begin = perf_counter()
+    done = 0
+    while done < n_runs or (perf_counter() - begin < budget_s and done < MAX_RUNS):
+        found, result = once()
+        spans += found
+        done += 1
     return spans, result
 
 

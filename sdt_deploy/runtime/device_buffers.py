@@ -11,7 +11,7 @@ import numpy as np
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.device_plan import ALIGNMENT, DevicePlan, DeviceRouting
+from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting, aligned
 from sdt_deploy.runtime.ladders import Bucket
 
 
@@ -44,19 +44,16 @@ class PinnedBlock:
     def __init__(
         self, torch: Any, device: Any, parts: Mapping[str, tuple[tuple[int, ...], str]]
     ) -> None:
-        starts, total = [], 0
-        for shape, dtype in parts.values():
-            starts.append(total)
-            n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-            total += -(-n_bytes // ALIGNMENT) * ALIGNMENT
+        sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in parts.values()]
+        starts, total = aligned(sizes)
         self._device = torch.zeros(total, dtype=torch.uint8, device=device)
         self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.there: dict[str, Any] = {}
         """The tensors on the device."""
         self.here: dict[str, np.ndarray] = {}
         """The arrays in pinned memory."""
-        for (name, (shape, dtype)), begin in zip(parts.items(), starts, strict=True):
-            end = begin + math.prod(shape) * np.dtype(dtype).itemsize
+        for (name, (shape, dtype)), begin, size in zip(parts.items(), starts, sizes, strict=True):
+            end = begin + size
             self.there[name] = self._device[begin:end].view(getattr(torch, dtype)).view(shape)
             self.here[name] = self._host.numpy()[begin:end].view(dtype).reshape(shape)
 

@@ -21,8 +21,6 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from sdt_deploy.buckets import longest_sequence
 from sdt_deploy.bundle import Bundle, Manifest
 from sdt_deploy.errors import BackendError
@@ -32,6 +30,7 @@ from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame
 from sdt_deploy.runtime.ladders import Bucket, batch_bucket, likely_buckets, stage_bucket
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
+from sdt_deploy.runtime.routing import depths_from_scores
 from sdt_deploy.runtime.stopping import StopCheck
 
 MAX_GRAPHS = 1024
@@ -187,8 +186,7 @@ class DeviceLoop:
         if path == "dense":
             depths.fill(config.n_layers)
         elif path == "masked":
-            limits = np.asarray(thresholds, dtype=np.float32)
-            depths = (scores > limits[:, None]).sum(axis=0, dtype=np.int32)
+            depths = depths_from_scores(scores, thresholds)
         return RunResult(
             output=output,
             depths=depths,

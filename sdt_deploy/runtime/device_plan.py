@@ -12,7 +12,9 @@ for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 from sdt_deploy.extras import require
@@ -22,6 +24,13 @@ ALIGNMENT = 256
 """Bytes; TensorRT wants addresses to be multiples of it."""
 NO_ROW = 2**30
 """In a grid, a slot that no token has."""
+
+
+def aligned(n_bytes: Sequence[int]) -> tuple[list[int], int]:
+    """Return where arrays of these sizes begin in one block, and how large that is."""
+    sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in n_bytes]
+    *starts, total = accumulate(sizes, initial=0)
+    return starts, total
 
 
 @dataclass(frozen=True, kw_only=True)

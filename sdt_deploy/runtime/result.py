@@ -118,6 +118,13 @@ class RunResult:
     """Rows that each stage call processed where these are padded to buckets, on a GPU; else none:
     a stage then processes its active tokens."""
 
+    @property
+    def active_layers(self) -> npt.NDArray[np.bool_]:
+        """``[n_tokens, n_layers]``, the layers that each token passed through."""
+        if self.active is not None:
+            return self.active
+        return self.depths[:, None] > np.arange(len(self.layer_usage.active_tokens))
+
     def split(self, packed: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
         """Cut a packed array ``[n_tokens, …]`` of this result into one view per sequence."""
         return np.split(packed, self.cu_seqlens[1:-1])

@@ -11,7 +11,7 @@ from typing import Literal, NoReturn, Self, get_args
 import numpy.typing as npt
 
 from sdt_deploy.buckets import longest_sequence
-from sdt_deploy.bundle import TOKENIZER, Bundle, Manifest
+from sdt_deploy.bundle import Bundle, Manifest
 from sdt_deploy.config import shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
@@ -153,10 +153,7 @@ class Session:
         self._check_open()
         tokenizer = self._tokenizer
         if tokenizer is None:
-            if not self.bundle.has(TOKENIZER):
-                raise InputError("this bundle has no tokenizer; pass token ids instead of texts")
-            tokenizer = TextTokenizer(self.bundle.file(TOKENIZER).read_bytes())
-            self._tokenizer = tokenizer
+            tokenizer = self._tokenizer = TextTokenizer.of(self.bundle)
         return tokenizer
 
     def close(self) -> None:

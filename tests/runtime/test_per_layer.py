@@ -161,11 +161,8 @@ def assert_same(
     """
     result = session.run_batch(batch, thresholds=thresholds, path=path)  # type: ignore[arg-type]
     config = model.config
-    n_layers = config.n_layers
-    active = result.active
-    assert (active is None) == (config.leaving == "exit")
-    if active is None:
-        active = result.depths[:, None] > np.arange(n_layers)
+    assert (result.active is None) == (config.leaving == "exit")
+    active = result.active_layers
     expected = oracle(model, batch, None, active)
     np.testing.assert_allclose(result.output, expected.output, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-4)

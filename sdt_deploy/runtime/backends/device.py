@@ -16,7 +16,7 @@ import numpy as np
 from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.backend import Array, HostArray
-from sdt_deploy.runtime.device_plan import ALIGNMENT, DeviceRouting, TorchRouting
+from sdt_deploy.runtime.device_plan import DeviceRouting, TorchRouting, aligned
 from sdt_deploy.runtime.device_routing import plan_on_device
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules
 
@@ -81,10 +81,7 @@ class DeviceMemory:
 
     def _moved(self, arrays: Sequence[HostArray]) -> list[Array]:
         torch = self._torch
-        starts, total = [], 0
-        for array in arrays:
-            starts.append(total)
-            total += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        starts, total = aligned([array.nbytes for array in arrays])
         pinned = self.device.type == "cuda"
         block = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
         flat = block.numpy()

@@ -20,19 +20,9 @@ Parameters = Mapping[str, Tensor]
 Tensors = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class LayerForm:
-    """What the layers of a model have in common besides their sizes."""
-
-    n_heads: int
-    pre_norm: bool
-    relu: bool
-    eps: float
-
-
 def update(
     p: Parameters,
-    form: LayerForm,
+    config: ModelConfig,
     states: Tensor,
     places: tuple[Tensor, Tensor] | None,
     context: Tensor | None,
@@ -42,7 +32,7 @@ def update(
 
     Args:
         p: its parameters.
-        form: of the model.
+        config: of the model.
         states: ``[1, n_tokens, d_model]`` with ``places``, else ``[batch, seq, d_model]``.
         places: ``gather_index [batch, max_seqlen]`` and ``scatter_index [n_tokens]``.
         context: ``[batch, max_context_seqlen, d_model]``, what is seen; None: the states.
@@ -51,28 +41,29 @@ def update(
     Returns:
         States of the same shape.
     """
-    queries = _norm(p, "attention_norm", states, form.eps) if form.pre_norm else states
+    pre, eps = config.norm_placement == "pre", config.eps
+    relu = config.activation == "relu"
+    queries = _norm(p, "attention_norm", states, eps) if pre else states
     keys, spread = queries, places
     if context is not None:
-        keys = _norm(p, "attention_norm", context, form.eps) if form.pre_norm else context
-        spread = None
+        keys, spread = _norm(p, "attention_norm", context, eps) if pre else context, None
     query = _spread(_linear(p, "query", queries), places)
     key, value = _spread(keys @ p["key_value.weight"], spread).chunk(2, dim=-1)
-    mixed = _attend(query, key, value, form.n_heads, seen)
+    mixed = _attend(query, key, value, config.n_heads, seen)
     if places is not None:
         mixed = mixed.flatten(0, 1).index_select(0, places[1])[None]
     mixed = _linear(p, "output", mixed)
-    if form.pre_norm:
+    if pre:
         states = states + mixed
-        normed = _norm(p, "feed_forward_norm", states, form.eps)
-        return states + _feed_forward(p, normed, relu=form.relu)
-    states = _norm(p, "attention_norm", states + mixed, form.eps)
-    inner = _feed_forward(p, states, relu=form.relu)
-    return _norm(p, "feed_forward_norm", states + inner, form.eps)
+        normed = _norm(p, "feed_forward_norm", states, eps)
+        return states + _feed_forward(p, normed, relu=relu)
+    states = _norm(p, "attention_norm", states + mixed, eps)
+    inner = _feed_forward(p, states, relu=relu)
+    return _norm(p, "feed_forward_norm", states + inner, eps)
 
 
 LayerFunction = Callable[
-    [Parameters, LayerForm, Tensor, tuple[Tensor, Tensor] | None, Tensor | None, Tensor], Tensor
+    [Parameters, ModelConfig, Tensor, tuple[Tensor, Tensor] | None, Tensor | None, Tensor], Tensor
 ]
 
 
@@ -170,13 +161,7 @@ class TorchModel:
         context: Tensor | None,
         seen: Tensor,
     ) -> Tensor:
-        form = LayerForm(
-            n_heads=self.config.n_heads,
-            pre_norm=self.config.norm_placement == "pre",
-            relu=self.config.activation == "relu",
-            eps=self.config.eps,
-        )
-        return self.layer(self.layers[layer], form, states, places, context, seen)
+        return self.layer(self.layers[layer], self.config, states, places, context, seen)
 
     def _outputs(self, states: Tensor, mask: Tensor | None) -> Tensor:
         p, head = self.head, self.config.head
