@@ -30,12 +30,13 @@ from sdt_deploy.files import (
 )
 
 FORMAT = "sdt-bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Written; older ones are read as well. Version 1 knows no precision but float32."""
 ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
     1: {"decomposed": "padded"},
     2: {"decomposed": "padded-heads"},
     3: {"decomposed": "padded-heads", "fused": "padded-rows"},
+    4: {"decomposed": "padded-heads", "fused": "padded-rows"},
 }
 """How a stage lays rows out for attention, by format version and :attr:`ExportConfig.attention`."""
 MANIFEST = "manifest.json"
@@ -43,10 +44,17 @@ WEIGHTS = "weights.bin"
 REFERENCE = "reference.npz"
 TOKENIZER = "tokenizer.json"
 SAMPLE = "sample.npz"
-STATES = frozenset({"hidden_states", "context_states", "updated_states"})
+STATES = frozenset(
+    "hidden_states context_states updated_states query key value mixed_states".split()  # noqa: SIM905
+)
 """Inputs and outputs in the precision of the export; the others are float32 or integers in all."""
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def pieces(layer: int) -> tuple[str, str]:
+    """Return the names of the graphs before and after the attention of a fused stage's layer."""
+    return f"project-{layer:02d}", f"update-{layer:02d}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from sdt_deploy.tokenization import read_lines
 
 WHOLE_MODELS = frozenset({"dense", "masked"})
 """Graphs other than stages that have attention."""
-NO_ENGINES = frozenset({"single"})
-"""Graphs whose shapes depend on their data inside, which TensorRT does not take."""
+NO_ENGINES = "single", "project-", "update-"
+"""What graphs without engines begin with: the single file, whose shapes depend on its data inside,
+and the pieces of stages, whose attention is in their engines."""
 
 
 def target_gpus(config: BuildConfig, chosen: trt.Flavour) -> tuple[str, ...]:
@@ -150,7 +151,7 @@ def plan_jobs(
         BundleFormatError: if a graph takes something that no profile is known for.
     """
     manifest = bundle.manifest
-    possible = [name for name in manifest.graphs if name not in NO_ENGINES]
+    possible = [name for name in manifest.graphs if not name.startswith(NO_ENGINES)]
     unknown = [name for name in graphs if name not in possible]
     if unknown:
         raise ConfigError(

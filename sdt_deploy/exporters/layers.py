@@ -305,19 +305,35 @@ class FusedLayer(nn.Module):
             context: ``[batch, max_context_seqlen, d_model]``, what is seen; None: the states.
             lengths: see :func:`fused_attention`.
         """
-        queries = self.attention_norm(states) if self.pre_norm else states
-        keys, laid_out = queries, places
-        if context is not None:
-            keys, laid_out = self.attention_norm(context) if self.pre_norm else context, None
+        query, key, value = self.project(states, context)
+        laid_out = places if context is None else None
         mixed = fused_attention(
-            _spread(self.query(queries), places),
-            _spread(self.key(keys), laid_out),
-            _spread(self.value(keys), laid_out),
+            _spread(query, places),
+            _spread(key, laid_out),
+            _spread(value, laid_out),
             self.n_heads,
             lengths,
         )
         if places is not None:
             mixed = gather_rows(mixed.reshape(-1, mixed.shape[-1]), places[1]).unsqueeze(0)
+        return self.update(states, mixed)
+
+    def with_only(self, *names: str) -> FusedLayer:
+        """Return a layer that has only these of the modules, and shares them."""
+        part = copy.copy(self)
+        part._modules = {name: self._modules[name] for name in names}
+        return part
+
+    def project(self, states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries of ``states``, and keys and values of ``context`` or the states."""
+        queries = self.attention_norm(states) if self.pre_norm else states
+        keys = queries
+        if context is not None:
+            keys = self.attention_norm(context) if self.pre_norm else context
+        return self.query(queries), self.key(keys), self.value(keys)
+
+    def update(self, states: Tensor, mixed: Tensor) -> Tensor:
+        """Update ``states`` by what attention has ``mixed`` for them, of the same shape."""
         mixed = self.output(mixed)
         if self.pre_norm:
             states = states + mixed

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec
+from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec, pieces
 from sdt_deploy.combinations import check_combination
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.baselines import DenseGraph, MaskedGraph
@@ -230,6 +230,50 @@ class FusedStageGraph(GraphModule):
         return self.layers[0](hidden_states, (gather_index, scatter_index), context, rest[-1])
 
 
+class ProjectGraph(GraphModule):
+    """What a layer in fused form does before attention, for runtimes that attend themselves."""
+
+    def __init__(self, layer: FusedLayer, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        norm = ("attention_norm",) * layer.pre_norm
+        self.layers = nn.ModuleList([layer.with_only(*norm, "query", "key", "value")])
+        packed = (1, "n_tokens", config.d_model)
+        places = ("batch", "max_context_seqlen", config.d_model)
+        sees_all = config.context == "all"
+        keys = places if sees_all else packed
+        axes = {"hidden_states": packed, **({"context_states": places} if sees_all else {})}
+        self.inputs = tuple(states_of(name, *axes[name], precision=precision) for name in axes)
+        axes = {"query": packed, "key": keys, "value": keys}
+        self.outputs = tuple(states_of(name, *axes[name], precision=precision) for name in axes)
+
+    def forward(
+        self, hidden_states: Tensor, context_states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project the active rows, and what they see."""
+        return self.layers[0].project(hidden_states, context_states)  # type: ignore[no-any-return, operator]
+
+
+class UpdateGraph(GraphModule):
+    """What a layer in fused form does after attention."""
+
+    def __init__(self, layer: FusedLayer, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        norm = ("attention_norm",) * (not layer.pre_norm)
+        names = (*norm, "output", "feed_forward", "feed_forward_norm")
+        self.layers = nn.ModuleList([layer.with_only(*names)])
+        self.inputs = tuple(
+            states_of(name, 1, "n_tokens", config.d_model, precision=precision)
+            for name in ("hidden_states", "mixed_states")
+        )
+        self.outputs = (
+            states_of("updated_states", 1, "n_tokens", config.d_model, precision=precision),
+        )
+
+    def forward(self, hidden_states: Tensor, mixed_states: Tensor) -> Tensor:
+        """Update the active rows."""
+        return self.layers[0].update(hidden_states, mixed_states)  # type: ignore[no-any-return, operator]
+
+
 class FusedHeadGraph(GraphModule):
     """Last hidden states of a padded batch to outputs."""
 
@@ -313,6 +357,8 @@ def partition(
 ) -> Iterator[GraphPart]:
     """Yield the parts of ``model`` in the order of the manifest: entry, stages, head, baselines.
 
+    The pieces of fused stages follow the stages.
+
     With ``single_file`` the whole loop in one graph follows. It has the function and the weights of
     ``masked``; :mod:`sdt_deploy.exporters.single` builds it instead of tracing it.
 
@@ -339,6 +385,10 @@ def partition(
         if len(module.outputs) > 1:
             topology = f"{topology}, scored"
         yield GraphPart(name=name, module=module, topology=topology, layers=(first, stop))
+    for layer, block in enumerate(fused):
+        for piece, kind in zip(pieces(layer), (ProjectGraph, UpdateGraph), strict=True):
+            cut = kind(block, model.config, precision)
+            yield GraphPart(name=piece, module=cut, topology=kind.__name__)
     last = (FusedHeadGraph if fused else HeadGraph)(head, model.config, precision)
     yield GraphPart(name="head", module=last, topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):

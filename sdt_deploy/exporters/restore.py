@@ -31,9 +31,8 @@ def restore(bundle: Bundle) -> SparseDepthTransformer:
         CheckpointError: if the graphs do not hold exactly the model's weights.
     """
     tensors: dict[str, Tensor] = {}
-    for spec in bundle.manifest.graphs.values():
-        if spec.name in ("dense", "masked"):
-            continue
+    graphs = bundle.manifest.graphs
+    for spec in (graphs["entry"], *bundle.manifest.stages, graphs["head"]):
         offset = spec.layers[0] if spec.layers is not None else 0
         for name, array in _initializers(bundle.file(spec.file)):
             key, transposed = _model_name(name, offset)

@@ -29,6 +29,7 @@ from sdt_deploy.config import (
 )
 from sdt_deploy.errors import VerificationError
 from sdt_deploy.exporters.onnx import numpy_dtype
+from sdt_deploy.model.blocks import TransformerLayer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.ort import open_session
 
@@ -91,6 +92,9 @@ def verify_graph(
         with torch.no_grad():
             if layers is not None:
                 inputs, expected = _stage_case(model, layers, config.attention, cut, rng)
+            elif (kind := name.partition("-")[0]) in _PIECES:
+                layer = model.blocks[int(name.partition("-")[2])]
+                inputs, expected = _PIECES[kind](layer, model.config, cut, rng)
             else:
                 key = f"fused-{name}" if config.attention == "fused" else name
                 inputs, expected = _CASES.get(key, _CASES[name])(model, cut, rng)
@@ -373,6 +377,43 @@ def _stage_case(
     return inputs, expected
 
 
+def _project_case(
+    layer: TransformerLayer, config: ModelConfig, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    shapes = {"hidden_states": (1, int(lengths.sum()), config.d_model)}
+    if config.context == "all":
+        shapes["context_states"] = (len(lengths), int(lengths.max()), config.d_model)
+    inputs = {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+    attention = layer.attention
+    normed = [
+        layer.attention_norm(states) if layer.pre_norm else states
+        for states in map(torch.from_numpy, inputs.values())
+    ]
+    biasless = {
+        name: getattr(attention, name)(normed[-1]) - getattr(attention, name).bias
+        for name in ("key", "value")
+    }
+    return inputs, {"query": attention.query(normed[0]), **biasless}
+
+
+def _update_case(
+    layer: TransformerLayer, config: ModelConfig, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    shape = (1, int(lengths.sum()), config.d_model)
+    inputs = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name in ("hidden_states", "mixed_states")
+    }
+    states, mixed = map(torch.from_numpy, inputs.values())
+    attention = layer.attention
+    states = states + attention.output(mixed + attention.value.bias)
+    if layer.pre_norm:
+        return inputs, {"updated_states": states + layer.feed_forward(layer.feed_forward_norm(states))}
+    states = layer.attention_norm(states)
+    return inputs, {"updated_states": layer.feed_forward_norm(states + layer.feed_forward(states))}
+
+
+_PIECES = {"project": _project_case, "update": _update_case}
 _CASES: Mapping[str, Callable[..., tuple[dict[str, np.ndarray], dict[str, Tensor]]]] = {
     "entry": _entry_case,
     "fused-entry": _fused_entry_case,

@@ -11,6 +11,7 @@ import numpy as np
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.device_attention import DeviceAttention
 from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting, aligned
 from sdt_deploy.runtime.ladders import Bucket
 
@@ -27,6 +28,10 @@ class DeviceBackend(Backend, Protocol):
     @property
     def routing(self) -> DeviceRouting:
         """What routes on this device."""
+
+    @property
+    def attention(self) -> DeviceAttention:
+        """What attends on this device, between the pieces of stages."""
 
     def wait(self) -> None:
         """Wait for what was enqueued on the current stream so far."""

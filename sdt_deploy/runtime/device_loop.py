@@ -6,6 +6,9 @@ The host reads how many tokens are active in each layer, chooses a bucket for ea
 launches the stages, which read and write rows sorted by falling depth; finished rows, and with
 ``context="all"`` all of them, go back to their places. The head runs on the places.
 
+Where the backend has a stage in two pieces, attention is not its part: a kernel of
+:mod:`sdt_deploy.runtime.device_attention` runs between them, on the rows as they lie.
+
 Every piece is a CUDA graph, captured when its bucket occurs for the first time. The pieces of a
 batch run one after the other on one stream, so all captures share one pool of scratch memory.
 """
@@ -22,7 +25,7 @@ from time import perf_counter
 from typing import Any
 
 from sdt_deploy.buckets import longest_sequence
-from sdt_deploy.bundle import Bundle, Manifest
+from sdt_deploy.bundle import Bundle, Manifest, pieces
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
@@ -123,6 +126,7 @@ class DeviceLoop:
         self._backend = backend
         self._torch = backend.torch
         self._max_seqlen = longest_sequence(backend.profiles, manifest.model.max_positions)
+        self._in_pieces = backend.has(pieces(0)[0])
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
         self._frames: OrderedDict[Bucket, Frame] = OrderedDict()
@@ -262,24 +266,51 @@ class DeviceLoop:
         routing.take_rows(frame.plan, states, self._rows[0][: len(states)])
 
     def _stage(self, frame: Frame, number: int, size: Bucket) -> None:
-        layer, routing, plan = self._layers[number], self._backend.routing, frame.plan
-        states = self._states[: frame.bucket.n_tokens]
-        rows = self._rows[number % 2][: size.n_tokens]
-        updated = self._rows[(number + 1) % 2][: size.n_tokens]
-        gather_index, scatter_index = routing.stage_indices(plan, layer, size)
-        inputs = {
-            "hidden_states": rows[None],
-            "gather_index": gather_index,
-            "scatter_index": scatter_index,
-        }
-        sees_all = self._config.context == "all"
+        layer, sees_all = self._layers[number], self._config.context == "all"
+        rows = self._rows[number % 2][None, : size.n_tokens]
+        updated = self._rows[(number + 1) % 2][None, : size.n_tokens]
+        inputs = {"hidden_states": rows}
         if sees_all:
             inputs["context_states"] = self._padded(frame)
-            inputs["key_lengths"] = frame.sent.there["lengths"]
+        if self._in_pieces:
+            inputs = {"hidden_states": rows, "mixed_states": self._mixed(frame, layer, size, inputs)}
+            self._call(pieces(layer)[1], inputs, {"updated_states": updated})
         else:
-            inputs["key_lengths"] = plan.active_lengths[layer]
-        self._call(f"stage-{number:02d}", inputs, {"updated_states": updated[None]})
-        routing.put_rows(plan, updated, layer, states, finished=not sees_all)
+            names = "gather_index", "scatter_index"
+            indices = self._backend.routing.stage_indices(frame.plan, layer, size)
+            inputs |= dict(zip(names, indices, strict=True))
+            inputs["key_lengths"] = self._key_lengths(frame, layer)
+            self._call(f"stage-{number:02d}", inputs, {"updated_states": updated})
+        states = self._states[: frame.bucket.n_tokens]
+        self._backend.routing.put_rows(
+            frame.plan, updated[0], layer, states, finished=not sees_all
+        )
+
+    def _mixed(self, frame: Frame, layer: int, size: Bucket, inputs: dict[str, Any]) -> Any:
+        """Return what the active rows attend to, ``[1, n_tokens, d_model]``."""
+        rows = inputs["hidden_states"]
+        seen = inputs.get("context_states", rows)
+        query, mixed = (self._torch.empty_like(rows) for _ in range(2))
+        key, value = (self._torch.empty_like(seen) for _ in range(2))
+        self._call(pieces(layer)[0], inputs, {"query": query, "key": key, "value": value})
+        self._backend.attention(
+            query[0],
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            mixed[0],
+            n_heads=self._config.n_heads,
+            grid=frame.plan.grid,
+            query_lengths=frame.plan.active_lengths[layer],
+            key_lengths=self._key_lengths(frame, layer),
+            longest=size.max_seqlen,
+            key_places=seen.shape[1] if seen is not rows else None,
+        )
+        return mixed
+
+    def _key_lengths(self, frame: Frame, layer: int) -> Any:
+        if self._config.context == "all":
+            return frame.sent.there["lengths"]
+        return frame.plan.active_lengths[layer]
 
     def _head(self, frame: Frame) -> None:
         inputs = {"hidden_states": self._padded(frame)}

@@ -126,7 +126,9 @@ class _OracleGraph:
         if self._spec.layers is not None:
             found = self._stage(inputs)
         else:
-            found = getattr(self, f"_{self._spec.name}")(inputs)
+            name, _, layer = self._spec.name.partition("-")
+            run = getattr(self, f"_{name}")
+            found = run(inputs, self._model.blocks[int(layer)]) if layer else run(inputs)
         for name, tensor in found.items():
             np.copyto(outputs[name], tensor.numpy(), casting="no")
 
@@ -192,6 +194,29 @@ class _OracleGraph:
         joined = torch.cat([queries, keys], dim=1)
         mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
         return layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter][None]
+
+    def _project(
+        self, inputs: Mapping[str, Array], layer: TransformerLayer
+    ) -> dict[str, Tensor]:
+        rows = torch.from_numpy(inputs["hidden_states"])
+        seen = torch.from_numpy(inputs["context_states"]) if "context_states" in inputs else rows
+        attention, pre = layer.attention, layer.pre_norm
+        query, keys = (layer.attention_norm(x) if pre else x for x in (rows, seen))
+        return {
+            "query": attention.query(query),
+            "key": attention.key(keys),
+            "value": attention.value(keys),
+        }
+
+    def _update(self, inputs: Mapping[str, Array], layer: TransformerLayer) -> dict[str, Tensor]:
+        rows, mixed = (torch.from_numpy(inputs[k]) for k in ("hidden_states", "mixed_states"))
+        self._calls.append(StageCall(stage=self._spec.name, n_rows=rows.shape[-2]))
+        mixed = layer.attention.output(mixed)
+        if layer.pre_norm:
+            rows = rows + mixed
+            return {"updated_states": rows + layer.feed_forward(layer.feed_forward_norm(rows))}
+        rows = layer.attention_norm(rows + mixed)
+        return {"updated_states": layer.feed_forward_norm(rows + layer.feed_forward(rows))}
 
     def _head(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         states = torch.from_numpy(inputs["hidden_states"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from sdt_deploy.runtime.device_attention import TorchAttention
 from sdt_deploy.runtime.device_plan import DevicePlan, TorchRouting
 from sdt_deploy.runtime.ladders import Bucket, stage_bucket
+from sdt_deploy.runtime.triton_attention import TritonAttention
 from sdt_deploy.runtime.triton_routing import TritonRouting
 
 
@@ -51,3 +53,45 @@ def check(device: str, n_cases: int, longest: int = 20, largest_batch: int = 6) 
                 found.append([out[:n_tokens], *moved, *routing.stage_indices(plan, layer, size)])
             for wanted, ours in zip(*found, strict=True):
                 assert torch.equal(ours, wanted), (case, layer)
+
+
+def check_attention(device: str, n_cases: int, longest: int = 90, largest_batch: int = 4) -> None:
+    """Compare attention on random plans: both places of keys, sequences without queries."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape or (1,), generator=generator)
+
+    for case in range(n_cases):
+        batch, seq, n_heads = (int(draw(1, n)) for n in (largest_batch, longest, 3))
+        d_model = n_heads * (8, 16, 24, 32)[case % 4]
+        bucket = Bucket(n_tokens=batch * seq, batch=batch, max_seqlen=seq)
+        lengths = draw(1, seq, batch).to(device)
+        scores = torch.rand(batch * seq, generator=generator).to(device)
+        plan = DevicePlan.empty(torch, device, bucket, 2)
+        TorchRouting().plan(scores, lengths, torch.tensor([0.3, 0.6], device=device), plan)
+        for layer in range(2):
+            n_active, width = plan.counts[:, layer].tolist()
+            if not n_active:
+                continue
+            active = plan.active_lengths[layer]
+            states = torch.randn(batch * seq, 3 * d_model, generator=generator).to(device)
+            query, key, value = states.split(d_model, dim=1)
+            query = query[: n_active + 3].contiguous()  # rows past the active ones are let be
+            for key_lengths, key_places in ((active, None), (lengths, seq)):
+                found = [torch.full_like(query, 7.0) for _ in range(2)]
+                for attend, out in zip((TorchAttention(), TritonAttention()), found, strict=True):
+                    attend(
+                        query,
+                        key,
+                        value,
+                        out,
+                        n_heads=n_heads,
+                        grid=plan.grid,
+                        query_lengths=active,
+                        key_lengths=key_lengths,
+                        longest=width,
+                        key_places=key_places,
+                    )
+                torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+                assert (found[1][n_active:] == 7.0).all(), case

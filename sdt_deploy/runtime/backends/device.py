@@ -16,6 +16,7 @@ import numpy as np
 from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.backend import Array, HostArray
+from sdt_deploy.runtime.device_attention import DeviceAttention, TorchAttention
 from sdt_deploy.runtime.device_plan import DeviceRouting, TorchRouting, aligned
 from sdt_deploy.runtime.device_routing import plan_on_device
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules
@@ -58,6 +59,16 @@ class DeviceMemory:
         from sdt_deploy.runtime.triton_routing import TritonRouting
 
         return TritonRouting()
+
+    @functools.cached_property
+    def attention(self) -> DeviceAttention:
+        """What attends on this device, between the pieces of stages."""
+        if self.device.type != "cuda":
+            return TorchAttention()
+        require("triton", extra="gpu", purpose="Attention on a GPU")
+        from sdt_deploy.runtime.triton_attention import TritonAttention
+
+        return TritonAttention()
 
     @property
     def stream(self) -> int:

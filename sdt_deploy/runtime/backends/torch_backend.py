@@ -21,7 +21,8 @@ from sdt_deploy.runtime.backends.device import DeviceMemory
 
 _TYPES = {1: "float32", 6: "int32", 10: "float16", 16: "bfloat16"}
 """By number in ONNX's TensorProto."""
-Function = Callable[[Mapping[str, Any]], dict[str, Any]]
+Function = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
+"""Computes outputs from inputs."""
 
 
 class TorchGraph:
@@ -43,8 +44,7 @@ class TorchGraph:
 
         def call() -> None:
             with self._backend.torch.inference_mode():
-                for name, found in self._function(there).items():
-                    results[name].copy_(found)
+                self._function(there, results)
             fetch()
 
         return call
@@ -102,10 +102,13 @@ class TorchBackend(DeviceMemory):
                 raise BackendError("the session is closed")
             model = self._model
         spec = self._bundle.manifest.graphs[name]
-        if spec.layers is not None:
-            function: Function = partial(model.run_stage, spec.layers[0])
+        kind, _, layer = name.partition("-")
+        if spec.layers is None and layer:
+            function: Function = partial(getattr(model, f"run_{kind}"), int(layer))
+        elif spec.layers is not None:
+            function = _copied(partial(model.run_stage, spec.layers[0]))
         else:
-            function = getattr(model, f"run_{name}")
+            function = _copied(getattr(model, f"run_{name}"))
         dtypes = {tensor.name: tensor.dtype for tensor in spec.outputs}
         return TorchGraph(self, function, dtypes)
 
@@ -117,7 +120,10 @@ class TorchBackend(DeviceMemory):
 
     @functools.cached_property
     def _model(self) -> Any:
-        from sdt_deploy.runtime.backends.torch_model import TorchModel, update
+        from sdt_deploy.runtime.backends.torch_model import TorchModel, finish_into, update
+
+        def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+            return self._torch.compile(function, dynamic=True) if self._compiled else function
 
         manifest = self._bundle.manifest
         stages = [_without_number(self._parameters(spec)) for spec in manifest.stages]
@@ -130,7 +136,8 @@ class TorchBackend(DeviceMemory):
             entry=self._parameters(manifest.graphs["entry"]),
             layers=tuple(stages),
             head=self._parameters(manifest.graphs["head"]),
-            layer=self._torch.compile(update, dynamic=True) if self._compiled else update,
+            layer=fused(update),
+            last=fused(finish_into),
         )
 
     def _parameters(self, spec: GraphSpec) -> dict[str, Any]:
@@ -149,6 +156,16 @@ class TorchBackend(DeviceMemory):
                 f"{path} does not describe its parameters: {error}; export the bundle again"
             ) from error
         return found
+
+
+def _copied(function: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Function:
+    """Return what copies the results of ``function`` to the outputs."""
+
+    def run(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        for name, found in function(inputs).items():
+            outputs[name].copy_(found)
+
+    return run
 
 
 def _without_number(parameters: Mapping[str, Any]) -> dict[str, Any]:

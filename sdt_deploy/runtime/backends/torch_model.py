@@ -42,7 +42,6 @@ def update(
         States of the same shape.
     """
     pre, eps = config.norm_placement == "pre", config.eps
-    relu = config.activation == "relu"
     queries = _norm(p, "attention_norm", states, eps) if pre else states
     keys, spread = queries, places
     if context is not None:
@@ -52,14 +51,48 @@ def update(
     mixed = _attend(query, key, value, config.n_heads, seen)
     if places is not None:
         mixed = mixed.flatten(0, 1).index_select(0, places[1])[None]
+    return finish(p, config, states, mixed)
+
+
+def project(
+    p: Parameters,
+    config: ModelConfig,
+    states: Tensor,
+    context: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Compute queries of ``states`` and keys and values of ``context``, or of the states.
+
+    ``out``: where to, each shaped as what it is computed from.
+    """
+    seen = states if context is None else context
+    if config.norm_placement == "pre":
+        states = _norm(p, "attention_norm", states, config.eps)
+        seen = states if context is None else _norm(p, "attention_norm", seen, config.eps)
+    query, key, value = (into.flatten(0, 1) for into in out)
+    torch.addmm(p["query.bias"], states.flatten(0, 1), p["query.weight"], out=query)
+    for into, weight in zip((key, value), p["key_value.weight"].chunk(2, dim=1), strict=True):
+        torch.mm(seen.flatten(0, 1), weight, out=into)
+
+
+def finish(p: Parameters, config: ModelConfig, states: Tensor, mixed: Tensor) -> Tensor:
+    """Update ``states`` by what attention has ``mixed`` for them, both of one shape."""
+    eps, relu = config.eps, config.activation == "relu"
     mixed = _linear(p, "output", mixed)
-    if pre:
+    if config.norm_placement == "pre":
         states = states + mixed
         normed = _norm(p, "feed_forward_norm", states, eps)
         return states + _feed_forward(p, normed, relu=relu)
     states = _norm(p, "attention_norm", states + mixed, eps)
     inner = _feed_forward(p, states, relu=relu)
     return _norm(p, "feed_forward_norm", states + inner, eps)
+
+
+def finish_into(
+    p: Parameters, config: ModelConfig, states: Tensor, mixed: Tensor, out: Tensor
+) -> None:
+    """Do what :func:`finish` does, into ``out``; compiled, that takes no copy."""
+    out.copy_(finish(p, config, states, mixed))
 
 
 LayerFunction = Callable[
@@ -83,6 +116,8 @@ class TorchModel:
     head: Parameters
     layer: LayerFunction
     """:func:`update`, or the same compiled."""
+    last: Callable[[Parameters, ModelConfig, Tensor, Tensor, Tensor], None]
+    """:func:`finish_into`, or the same compiled."""
 
     def run_entry(self, inputs: Tensors) -> dict[str, Tensor]:
         """Embed and score the places of a padded batch."""
@@ -100,6 +135,18 @@ class TorchModel:
         return {
             "updated_states": self._layer(layer, states, places, context, inputs["key_lengths"])
         }
+
+    def run_project(self, layer: int, inputs: Tensors, outputs: Tensors) -> None:
+        """Project what a stage's attention needs."""
+        out = outputs["query"], outputs["key"], outputs["value"]
+        context = inputs.get("context_states")
+        project(self.layers[layer], self.config, inputs["hidden_states"], context, out)
+
+    def run_update(self, layer: int, inputs: Tensors, outputs: Tensors) -> None:
+        """Update the active rows by what attention mixed for them."""
+        states, mixed = inputs["hidden_states"], inputs["mixed_states"]
+        out = outputs["updated_states"]
+        self.last(self.layers[layer], self.config, states, mixed, out)
 
     def run_head(self, inputs: Tensors) -> dict[str, Tensor]:
         """Compute outputs from the last states of a padded batch."""
