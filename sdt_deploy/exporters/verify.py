@@ -408,7 +408,9 @@ def _update_case(
     attention = layer.attention
     states = states + attention.output(mixed + attention.value.bias)
     if layer.pre_norm:
-        return inputs, {"updated_states": states + layer.feed_forward(layer.feed_forward_norm(states))}
+        return inputs, {
+            "updated_states": states + layer.feed_forward(layer.feed_forward_norm(states))
+        }
     states = layer.attention_norm(states)
     return inputs, {"updated_states": layer.feed_forward_norm(states + layer.feed_forward(states))}
 

@@ -273,7 +273,10 @@ class DeviceLoop:
         if sees_all:
             inputs["context_states"] = self._padded(frame)
         if self._in_pieces:
-            inputs = {"hidden_states": rows, "mixed_states": self._mixed(frame, layer, size, inputs)}
+            inputs = {
+                "hidden_states": rows,
+                "mixed_states": self._mixed(frame, layer, size, inputs),
+            }
             self._call(pieces(layer)[1], inputs, {"updated_states": updated})
         else:
             names = "gather_index", "scatter_index"
@@ -282,9 +285,7 @@ class DeviceLoop:
             inputs["key_lengths"] = self._key_lengths(frame, layer)
             self._call(f"stage-{number:02d}", inputs, {"updated_states": updated})
         states = self._states[: frame.bucket.n_tokens]
-        self._backend.routing.put_rows(
-            frame.plan, updated[0], layer, states, finished=not sees_all
-        )
+        self._backend.routing.put_rows(frame.plan, updated[0], layer, states, finished=not sees_all)
 
     def _mixed(self, frame: Frame, layer: int, size: Bucket, inputs: dict[str, Any]) -> Any:
         """Return what the active rows attend to, ``[1, n_tokens, d_model]``."""

@@ -195,9 +195,7 @@ class _OracleGraph:
         mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
         return layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter][None]
 
-    def _project(
-        self, inputs: Mapping[str, Array], layer: TransformerLayer
-    ) -> dict[str, Tensor]:
+    def _project(self, inputs: Mapping[str, Array], layer: TransformerLayer) -> dict[str, Tensor]:
         rows = torch.from_numpy(inputs["hidden_states"])
         seen = torch.from_numpy(inputs["context_states"]) if "context_states" in inputs else rows
         attention, pre = layer.attention, layer.pre_norm

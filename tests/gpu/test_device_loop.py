@@ -119,12 +119,14 @@ def test_it_waits_once_for_counts_and_once_at_the_end(made: Made, backend: str) 
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_triton_routes_as_torch_does() -> None:
+def test_triton_routes_and_attends_as_torch_does() -> None:
     pytest.importorskip("triton")
-    from tests.runtime.triton_check import check
+    from tests.runtime.triton_check import check, check_attention
 
     check("cuda", 30)
     check("cuda", 4, longest=512, largest_batch=70)
+    check_attention("cuda", 24)
+    check_attention("cuda", 4, longest=512, largest_batch=20)
 
 
 def test_streams_threads_and_two_sessions(made: Made, backend: str) -> None:
