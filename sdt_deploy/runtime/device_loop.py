@@ -173,7 +173,10 @@ class DeviceLoop:
             frame.send(batch, thresholds)
             stage_rows: tuple[int, ...] = ()
             if path == "sparse":
-                stage_rows = self._run_stages(frame, check)
+                whole = None
+                if thresholds[0] <= 0.0:  # scores are positive
+                    whole = stage_bucket(batch.n_tokens, longest, bucket)
+                stage_rows = self._run_stages(frame, whole, check)
             else:
                 self._graphs.launch((path, bucket), partial(self._whole, frame, path))
             frame.result.fetch()
@@ -236,23 +239,36 @@ class DeviceLoop:
             self._frames.clear()
             self._capacity, self._states, self._rows = 0, None, ()
 
-    def _run_stages(self, frame: Frame, check: StopCheck | None) -> tuple[int, ...]:
-        """Run entry, stages and head; return the rows that each stage processed."""
+    def _run_stages(
+        self, frame: Frame, whole: Bucket | None, check: StopCheck | None
+    ) -> tuple[int, ...]:
+        """Run entry, stages and head; return the rows that each stage processed.
+
+        ``whole``: the bucket of the first stage, if every token is active there.
+        """
         launch, bucket = self._graphs.launch, frame.bucket
         launch(("entry", bucket), partial(self._enter, frame))
         frame.counts.fetch()
-        self._backend.wait()
-        counts = frame.counts.here["counts"]
+        counted = self._backend.mark()
         processed = []
-        for number, layer in enumerate(self._layers):
+
+        def run(number: int, size: Bucket) -> None:
+            if check is not None:
+                check()
+            launch(("stage", number, bucket, size), partial(self._stage, frame, number, size))
+            processed.append(size.n_tokens)
+
+        first = 0
+        if whole is not None:  # known beforehand, so the device works while the host waits
+            run(0, whole)
+            first = 1
+        counted()
+        counts = frame.counts.here["counts"]
+        for number, layer in enumerate(self._layers[first:], first):
             n_active, longest = counts[:, layer].tolist()
             if not n_active:
                 break
-            if check is not None:
-                check()
-            size = stage_bucket(n_active, longest, bucket)
-            launch(("stage", number, bucket, size), partial(self._stage, frame, number, size))
-            processed.append(size.n_tokens)
+            run(number, stage_bucket(n_active, longest, bucket))
         launch(("head", bucket), partial(self._head, frame))
         return tuple(processed)
 
