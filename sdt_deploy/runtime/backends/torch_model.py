@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from sdt_deploy.config import ModelConfig
 
@@ -266,7 +265,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, n_heads: int, seen: Tenso
     n_keys = key.shape[1]
     if query.is_cuda and query.dtype != torch.float32 and seen.ndim == 1:
         starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
-        mixed = varlen_attn(
+        mixed = torch.ops.aten._flash_attention_forward(
             query.reshape(-1, n_heads, d_model // n_heads),
             key.reshape(-1, n_heads, d_model // n_heads),
             value.reshape(-1, n_heads, d_model // n_heads),
@@ -274,9 +273,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, n_heads: int, seen: Tenso
             starts * n_keys,
             n_queries,
             n_keys,
+            0.0,
+            False,
+            False,
             seqused_k=seen.int(),
-        )
-        assert isinstance(mixed, Tensor)
+        )[0]
         return mixed.view(batch, n_queries, d_model)
     if seen.ndim == 1:
         seen = torch.arange(n_keys, device=query.device) < seen[:, None]
