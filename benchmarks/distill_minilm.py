@@ -134,7 +134,11 @@ class Student:
         saved = time.monotonic()
         self.training_begun, waiting = time.monotonic(), list(measure_at)
         self.train_s = max(1.0, until - self.training_begun)
+        refit_at = self.extra.get("refit_at", 2.0)
         while not self.distillation.done:
+            if (time.monotonic() - self.training_begun) / self.train_s >= refit_at:
+                refit_at = 2.0
+                self.refit()
             report = self.distillation.run_step()
             if report.step in (1, 20) or report.step % log_every == 0:
                 self.note(**_shown(report))
@@ -284,8 +288,6 @@ def one(arguments: argparse.Namespace, begun: float) -> None:
     student = Student(arguments.data, arguments.out, arguments.name, options, extra, begun)
     if arguments.resume:
         student.load(arguments.resume)
-    if extra.get("refit"):
-        student.refit()
     student.note(config=student.config.to_dict(), extra=extra, device=student.device)
     end = begun + arguments.limit_s
 

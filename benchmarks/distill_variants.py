@@ -49,12 +49,17 @@ VARIANTS: dict[str, tuple[Variant, Variant]] = {
     "compiled": ({}, {"compile": True}),
     "long-lora": ({**LONG, "lora_rank": 56, "learning_rate": 1.5e-3}, {}),
     "long-full": ({**LONG, "learning_rate": 6e-4}, {}),
-    "long-refit": (
+    "long-refit": ({**LONG, "lora_rank": 56, "learning_rate": 1.5e-3}, {"refit_at": 0.3}),
+    "refit-again": (
         {**LONG, "lora_rank": 56, "learning_rate": 7e-4, "curriculum_share": 0.0},
-        {"refit": True},
+        {"refit_at": 0.0},
     ),
 }
-"""Name: what differs from :data:`MAIN`, and what differs in the model or the way of running it."""
+"""Name: what differs from :data:`MAIN`, and what differs in the model or the way of running it.
+
+``refit_at`` is the share of the run after which the probe is fitted to what skipping costs;
+``refit-again`` is for ``--resume`` with a run that ended.
+"""
 EXPLORED = [
     "full",
     "full-1.5e-3",
