@@ -25,6 +25,7 @@ from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,
     PackedLayer,
+    ProductScorer,
     gather_rows,
     narrowed,
     not_later,
@@ -63,7 +64,8 @@ class EntryGraph(GraphModule):
         super().__init__()
         self.dtype = torch_dtype(precision)
         self.embeddings = model.embeddings
-        self.scorer = model.scorer
+        padded = len(axes) > 1
+        self.scorer = ProductScorer(model.scorer) if padded else model.scorer
         config = model.config
         names = ["input_ids", "position_ids"] + ["token_type_ids"] * (config.n_token_types > 0)
         self.inputs = tuple(int32(name, *axes) for name in names)
