@@ -20,6 +20,7 @@ MAIN: dict[str, Any] = {
 }
 LOSS = MAIN["loss"]
 LONG: dict[str, Any] = {
+    "batch_size": 1024,
     "max_length": 160,
     "curriculum_share": 0.1,
     "mixed_share": 0.3,
@@ -47,9 +48,9 @@ VARIANTS: dict[str, tuple[Variant, Variant]] = {
     "truncated-4": ({"target_depth": 4.0}, {"n_layers": 4}),
     "truncated-3": ({"target_depth": 3.0}, {"n_layers": 3}),
     "compiled": ({}, {"compile": True}),
-    "long-lora": ({**LONG, "lora_rank": 56, "learning_rate": 1.5e-3}, {}),
+    "long-lora": ({**LONG, "lora_rank": 56, "learning_rate": 2e-3}, {}),
     "long-full": ({**LONG, "learning_rate": 6e-4}, {}),
-    "long-refit": ({**LONG, "lora_rank": 56, "learning_rate": 1.5e-3}, {"refit_at": 0.3}),
+    "long-refit": ({**LONG, "lora_rank": 56, "learning_rate": 2e-3}, {"refit_at": 0.3}),
     "refit-again": (
         {**LONG, "lora_rank": 56, "learning_rate": 7e-4, "curriculum_share": 0.0},
         {"refit_at": 0.0},
