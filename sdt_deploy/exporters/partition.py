@@ -25,7 +25,6 @@ from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,
     PackedLayer,
-    ProductScorer,
     gather_rows,
     narrowed,
     not_later,
@@ -64,8 +63,7 @@ class EntryGraph(GraphModule):
         super().__init__()
         self.dtype = torch_dtype(precision)
         self.embeddings = model.embeddings
-        padded = len(axes) > 1
-        self.scorer = ProductScorer(model.scorer) if padded else model.scorer
+        self.scorer = model.scorer
         config = model.config
         names = ["input_ids", "position_ids"] + ["token_type_ids"] * (config.n_token_types > 0)
         self.inputs = tuple(int32(name, *axes) for name in names)
