@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -237,20 +238,22 @@ class ProjectGraph(GraphModule):
         super().__init__()
         norm = ("attention_norm",) * layer.pre_norm
         self.layers = nn.ModuleList([layer.with_only(*norm, "query", "key", "value")])
-        packed = (1, "n_tokens", config.d_model)
-        places = ("batch", "max_context_seqlen", config.d_model)
+        packed: tuple[str | int, ...] = (1, "n_tokens", config.d_model)
+        places: tuple[str | int, ...] = ("batch", "max_context_seqlen", config.d_model)
         sees_all = config.context == "all"
         keys = places if sees_all else packed
-        axes = {"hidden_states": packed, **({"context_states": places} if sees_all else {})}
-        self.inputs = tuple(states_of(name, *axes[name], precision=precision) for name in axes)
-        axes = {"query": packed, "key": keys, "value": keys}
-        self.outputs = tuple(states_of(name, *axes[name], precision=precision) for name in axes)
+        states = partial(states_of, precision=precision)
+        self.inputs = (
+            states("hidden_states", *packed),
+            *(states("context_states", *places) for _ in range(sees_all)),
+        )
+        self.outputs = states("query", *packed), states("key", *keys), states("value", *keys)
 
     def forward(
         self, hidden_states: Tensor, context_states: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project the active rows, and what they see."""
-        return self.layers[0].project(hidden_states, context_states)  # type: ignore[no-any-return, operator]
+        return self.layers[0].project(hidden_states, context_states)  # type: ignore[operator]
 
 
 class UpdateGraph(GraphModule):
@@ -271,7 +274,7 @@ class UpdateGraph(GraphModule):
 
     def forward(self, hidden_states: Tensor, mixed_states: Tensor) -> Tensor:
         """Update the active rows."""
-        return self.layers[0].update(hidden_states, mixed_states)  # type: ignore[no-any-return, operator]
+        return self.layers[0].update(hidden_states, mixed_states)  # type: ignore[operator]
 
 
 class FusedHeadGraph(GraphModule):
