@@ -35,8 +35,7 @@ def states_of(name: str, *axes: str | int, precision: Precision) -> TensorSpec:
 
 def scores_of(config: ModelConfig, *axes: str) -> TensorSpec:
     """Return the scores of rows; with a probe for each layer there is one more axis."""
-    probes = (config.n_layers,) if config.routing == "per_layer" else ()
-    return float32("scores", *axes, *probes)
+    return float32("scores", *axes, *config.score_axes)
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:

@@ -6,7 +6,6 @@ off the dense model. Which target is best is an experiment: ``benchmarks/importa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -188,15 +187,8 @@ def _dense_importance(
 
 def _attention_received(layer: TransformerLayer, hidden: Tensor, mask: Tensor) -> Tensor:
     """Return ``[batch, seq]``, the mean weight of each key over heads and valid queries."""
-    attention = layer.attention
     states = layer.attention_norm(hidden) if layer.pre_norm else hidden
-    query, key = (
-        projection(states).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
-        for projection in (attention.query, attention.key)
-    )
-    logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    logits = logits.masked_fill(~attention.seen(mask), torch.finfo(logits.dtype).min)
-    weights = logits.softmax(dim=-1) * mask[:, None, :, None]
+    weights = layer.attention.weights(states, mask) * mask[:, None, :, None]
     return weights.sum(dim=2).mean(dim=1)
 
 

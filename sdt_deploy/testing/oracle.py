@@ -133,7 +133,8 @@ class _OracleGraph:
             np.copyto(outputs[name], tensor.numpy(), casting="no")
 
     def _entry(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
-        ids, positions = _long(inputs["input_ids"]), _long(inputs["position_ids"])
+        ids = _long(inputs["input_ids"])
+        positions = _long(inputs["position_ids"]) if "position_ids" in inputs else None
         types = _long(inputs["token_type_ids"]) if "token_type_ids" in inputs else None
         embedded = self._model.embeddings(ids, positions, types)
         return {"hidden_states": embedded, "scores": self._model.scorer(ids, embedded)}
@@ -174,6 +175,11 @@ class _OracleGraph:
                 )
                 if sees_all:
                     own = _long(inputs["query_places"])
+                if layer.attention.frequencies:
+                    own = theirs = _long(inputs["position_ids"])[gather]
+                    if sees_all:
+                        index = _long(inputs["context_gather_index"])[:, 0] // n_heads
+                        theirs = _long(inputs["context_position_ids"])[index]
                 places = torch.cat([own, theirs], dim=1)
             # The oracle's layer updates all it sees: run it on queries and keys side by side.
             joined = torch.cat([queries, keys], dim=1)
