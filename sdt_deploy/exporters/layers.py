@@ -75,7 +75,7 @@ class HeadLayout:
             return self
         index, size = self.gather_index, self.n_heads // n_kv_heads
         if index is not None:
-            index = index[:, ::size].div(size, rounding_mode="floor")
+            index = index[:, ::size] // size
         return HeadLayout(n_kv_heads, batch=self.batch, gather_index=index)
 
     def collect(self, mixed: Tensor) -> Tensor:
@@ -136,6 +136,24 @@ class PackedLinear(nn.Module):
         """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""
         product = rows @ self.weight
         return product if self.bias is None else product + self.bias
+
+
+class PackedRMSNorm(nn.Module):
+    """RMSNorm in the form that ONNX Runtime knows as one operator."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Scale ``[n_tokens, d_model]`` to a mean square of 1, then by the weight."""
+        mean = rows.pow(2).mean(dim=-1, keepdim=True)
+        return rows / (mean + self.eps).sqrt() * self.weight
+
+
+def packed_norm(norm: nn.Module) -> nn.Module:
+    """Return ``norm`` in the form to export."""
+    return PackedRMSNorm(norm) if isinstance(norm, nn.RMSNorm) else norm
 
 
 class PackedFeedForward(nn.Module):
@@ -200,8 +218,8 @@ class PackedLayer(nn.Module):
         self.value = PackedLinear(attention.value, dtype)
         self.output = PackedLinear(attention.output, dtype)
         self.feed_forward = PackedFeedForward(layer.feed_forward, dtype)
-        self.attention_norm = layer.attention_norm
-        self.feed_forward_norm = layer.feed_forward_norm
+        self.attention_norm = packed_norm(layer.attention_norm)
+        self.feed_forward_norm = packed_norm(layer.feed_forward_norm)
 
     def keys_and_values(self, context: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return both of ``context [n_context, d_model]``, which is normed: ``[n_context, width]``.
@@ -212,9 +230,8 @@ class PackedLayer(nn.Module):
 
     def attend(self, states: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
         """Attention from ``states`` (normed, packed) to packed keys and values."""
-        layout, bias = sight.layout, sight.bias
-        query = self._turned(self.query(states), self.n_heads, sight.positions)
-        query = layout.spread(query)
+        layout, bias, causal = sight.layout, sight.bias, sight.causal
+        query = layout.spread(self._turned(self.query(states), self.n_heads, sight.positions))
         around = sight.context_layout.of_keys(self.n_kv_heads)
         key, value = around.spread(keys), around.spread(values)
         # The mask as one more dimension of the product, [q, 1] · [k, bias]: adding it to the
@@ -222,21 +239,16 @@ class PackedLayer(nn.Module):
         # Adjacent to the product, the scale is fused into it.
         scale = 1.0 / math.sqrt(query.shape[-1])
         query = functional.pad(query, (0, 1), value=1.0) * scale
-        heads = query.shape[:3]
-        if self.n_kv_heads < self.n_heads:  # queries that share keys stand below each other
-            bias = bias[:, :: self.n_heads // self.n_kv_heads]
-            query = query.reshape(heads[0], self.n_kv_heads, -1, query.shape[-1])
-        key = torch.cat([key, bias], -1)
-        logits = query @ key.transpose(-1, -2)
-        if sight.causal is not None:
-            by_head = logits.reshape(*heads, -1) if self.n_kv_heads < self.n_heads else logits
-            by_head = torch.where(sight.causal, by_head, torch.finfo(logits.dtype).min / 2)
-            logits = by_head.reshape(logits.shape) if self.n_kv_heads < self.n_heads else by_head
-        weights = logits.float().softmax(dim=-1).to(value.dtype)
-        mixed = weights @ value
-        if self.n_kv_heads < self.n_heads:
-            mixed = mixed.reshape(*heads, -1)
-        return self.output(layout.collect(mixed))
+        n_sharing = self.n_heads // self.n_kv_heads
+        if n_sharing > 1:  # one more axis: queries that share a head of keys
+            query = query.unflatten(1, (self.n_kv_heads, n_sharing))
+            key, value, bias = (x.unsqueeze(2) for x in (key, value, bias[:, ::n_sharing]))
+            causal = causal.unsqueeze(1) if causal is not None and causal.ndim > 2 else causal
+        logits = query @ torch.cat([key, bias], -1).transpose(-1, -2)
+        if causal is not None:
+            logits = torch.where(causal, logits, torch.finfo(logits.dtype).min / 2)
+        mixed = logits.float().softmax(dim=-1).to(value.dtype) @ value
+        return self.output(layout.collect(mixed.flatten(1, 2) if n_sharing > 1 else mixed))
 
     def _turned(self, rows: Tensor, n_heads: int, positions: Tensor | None) -> Tensor:
         if not self.frequencies:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.config import ModelConfig, Precision
-from sdt_deploy.exporters.layers import PackedLinear
+from sdt_deploy.exporters.layers import PackedLinear, packed_norm
 from sdt_deploy.model.blocks import Head
 
 
@@ -54,7 +54,7 @@ class PackedHead(nn.Module):
         super().__init__()
         self.config = head.config
         self.dtype = dtype
-        self.norm = head.norm
+        self.norm = None if head.norm is None else packed_norm(head.norm)
         self.dense = None if head.dense is None else PackedLinear(head.dense, dtype)
         self.projection = None if head.projection is None else PackedLinear(head.projection, dtype)
 

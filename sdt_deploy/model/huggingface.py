@@ -1,7 +1,7 @@
 """Hugging Face directories: the BERT family (BERT, MiniLM, RoBERTa), GPT-2 and Llama.
 
-Read straight from ``config.json`` and the safetensors files; transformers is not needed. A directory
-of sentence-transformers also tells the pooling and whether embeddings are normalised.
+Read straight from ``config.json`` and the safetensors files; transformers is not needed. A
+directory of sentence-transformers also tells the pooling and whether embeddings are normalised.
 """
 
 from __future__ import annotations
