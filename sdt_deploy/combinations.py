@@ -58,6 +58,14 @@ def check_combination(
         )
 
 
+def can_generate(model: ModelConfig) -> bool:
+    """Tell whether a model can generate tokens: what is later may change nothing.
+
+    Capacities rank all tokens of a sequence, so there it would change who was taken before.
+    """
+    return model.causal and model.head.kind == "lm" and model.selection == "threshold"
+
+
 def knows_single_file(model: ModelConfig, config: ExportConfig) -> bool:
     """Tell whether the whole loop can be one graph."""
     plain = config.numbers == "float32" and config.attention == "decomposed"

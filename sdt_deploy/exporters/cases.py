@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdt_deploy.config import Attention, ModelConfig
-from sdt_deploy.model.blocks import TransformerLayer
+from sdt_deploy.model.blocks import TransformerLayer, turned
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 Case = tuple[dict[str, np.ndarray], dict[str, Tensor]]
@@ -36,9 +36,11 @@ def graph_case(
     """
     if layers is not None:
         return stage_case(model, layers, attention, lengths, rng)
-    if (kind := name.partition("-")[0]) in _PIECES:
-        layer = model.blocks[int(name.partition("-")[2])]
-        return _PIECES[kind](layer, model.config, lengths, rng)
+    kind, _, number = name.partition("-")
+    if kind == "decode":
+        return _decode_case(model, int(number), lengths, rng)
+    if kind in _PIECES:
+        return _PIECES[kind](model.blocks[int(number)], model.config, lengths, rng)
     key = f"fused-{name}" if attention == "fused" else name
     return _CASES.get(key, _CASES[name])(model, lengths, rng)
 
@@ -312,6 +314,82 @@ def _update_case(
         }
     states = layer.attention_norm(states)
     return inputs, {"updated_states": layer.feed_forward_norm(states + layer.feed_forward(states))}
+
+
+def _decode_case(
+    model: SparseDepthTransformer, number: int, lengths: np.ndarray, rng: np.random.Generator
+) -> Case:
+    """Random states; the last tokens of every sequence are new, some before them have no keys yet.
+
+    Rows of the cache are in random order, and its first one belongs to no token.
+    """
+    config, layer = model.config, model.blocks[number]
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    n_new = rng.integers(1, lengths + 1)
+    seen = mask & (rng.random(mask.shape) < 0.8)
+    new = mask & (np.arange(mask.shape[1]) >= (lengths - n_new)[:, None])
+    active = new & (rng.random(mask.shape) < 0.7)
+    active[np.arange(len(lengths)), lengths - 1] = True  # a query each
+    seen |= active
+    # What the cache holds; with context "all" older tokens may wait for their keys.
+    past = seen & ~new
+    if config.context == "all":
+        past &= rng.random(mask.shape) < 0.7
+    fresh = seen & ~past if config.context == "all" else active
+    seen = past | fresh
+    states = rng.standard_normal((*mask.shape, config.d_model)).astype(np.float32)
+    hidden, places = torch.from_numpy(states), np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    normed = layer.attention_norm(hidden) if layer.pre_norm else hidden
+    attention = layer.attention
+    keys, values = attention.key(normed), attention.value(normed)
+    if attention.frequencies:
+        by_head = keys.unflatten(-1, (attention.n_kv_heads, -1))
+        keys = turned(by_head, torch.from_numpy(places), attention.frequencies).flatten(-2)
+
+    row_of = np.zeros(mask.shape, dtype=np.int64)
+    n_past = int(past.sum()) + 1
+    row_of[past] = 1 + rng.permutation(n_past - 1)
+    row_of[fresh] = n_past + np.arange(fresh.sum())
+    cached = np.zeros((2, n_past, keys.shape[-1]), dtype=np.float32)
+    for old, made in zip(cached, (keys, values), strict=True):
+        old[row_of[past]] = made.numpy()[past]
+    index = np.zeros((len(lengths), seen.sum(axis=1).max()), dtype=np.int32)
+    filled = np.arange(index.shape[1]) < seen.sum(axis=1)[:, None]
+    index[filled] = row_of[seen]
+    bias = np.where(filled, 0.0, np.finfo(np.float32).min / 2).astype(np.float32)
+    counts = active.sum(axis=1)
+    queries = np.arange(counts.max()) < counts[:, None]
+    gather, query_places = np.zeros((2, *queries.shape), dtype=np.int32)
+    gather[queries] = np.arange(counts.sum())
+    query_places[queries] = (seen.cumsum(axis=1) - 1)[active]
+    n_kv_heads = config.n_key_heads
+    inputs: dict[str, np.ndarray] = {
+        "hidden_states": states[active],
+        "gather_index": gather,
+        "scatter_index": np.flatnonzero(queries).astype(np.int32),
+        "query_places": query_places,
+    }
+    _by_head(inputs, config.n_heads)
+    inputs |= {
+        "context_states": states[fresh],
+        "past_keys": cached[0],
+        "past_values": cached[1],
+        "context_gather_index": index[:, None] * n_kv_heads + np.arange(n_kv_heads)[:, None],
+        "key_bias": np.repeat(bias[:, None, :, None], n_kv_heads, axis=1),
+    }
+    inputs["context_gather_index"] = inputs["context_gather_index"].astype(np.int32)
+    if config.rotary is not None:
+        inputs["position_ids"] = places[active].astype(np.int32)
+        inputs["context_position_ids"] = places[fresh].astype(np.int32)
+    updated = layer(hidden, torch.from_numpy(seen))[torch.from_numpy(active)]
+    expected = {
+        "updated_states": updated,
+        "keys": keys[torch.from_numpy(fresh)],
+        "values": values[torch.from_numpy(fresh)],
+    }
+    if config.routing == "per_layer" and number + 1 < config.n_layers:
+        expected["scores"] = torch.sigmoid(model.scorer.logits(updated))
+    return inputs, expected
 
 
 _PIECES = {"project": _project_case, "update": _update_case}

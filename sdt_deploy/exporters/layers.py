@@ -143,6 +143,7 @@ class PackedRMSNorm(nn.Module):
 
     def __init__(self, norm: nn.RMSNorm) -> None:
         super().__init__()
+        assert norm.eps is not None
         self.weight, self.eps = norm.weight, norm.eps
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -221,6 +222,10 @@ class PackedLayer(nn.Module):
         self.attention_norm = packed_norm(layer.attention_norm)
         self.feed_forward_norm = packed_norm(layer.feed_forward_norm)
 
+    def normed(self, rows: Tensor) -> Tensor:
+        """Return ``[n_tokens, d_model]`` as attention takes it."""
+        return self.attention_norm(rows.float()).to(rows.dtype) if self.pre_norm else rows
+
     def keys_and_values(self, context: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return both of ``context [n_context, d_model]``, which is normed: ``[n_context, width]``.
 
@@ -242,7 +247,9 @@ class PackedLayer(nn.Module):
         n_sharing = self.n_heads // self.n_kv_heads
         if n_sharing > 1:  # one more axis: queries that share a head of keys
             query = query.unflatten(1, (self.n_kv_heads, n_sharing))
-            key, value, bias = (x.unsqueeze(2) for x in (key, value, bias[:, ::n_sharing]))
+            if bias.shape[1] == self.n_heads:
+                bias = bias[:, ::n_sharing]
+            key, value, bias = (x.unsqueeze(2) for x in (key, value, bias))
             causal = causal.unsqueeze(1) if causal is not None and causal.ndim > 2 else causal
         logits = query @ torch.cat([key, bias], -1).transpose(-1, -2)
         if causal is not None:
@@ -263,12 +270,8 @@ class PackedLayer(nn.Module):
         Keys and values come from ``context [n_context, d_model]``. Pass the same tensor twice where
         every token that is seen is also updated.
         """
-        dtype = states.dtype
-        queries = states
-        if self.pre_norm:
-            queries = self.attention_norm(states.float()).to(dtype)
-            same = context is states
-            context = queries if same else self.attention_norm(context.float()).to(dtype)
+        queries = self.normed(states)
+        context = queries if context is states else self.normed(context)
         keys, values = self.keys_and_values(context, sight.context_positions)
         return self.finish(states, self.attend(queries, keys, values, sight))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.config import ModelConfig, Precision
 from sdt_deploy.exporters.layers import PackedLinear, packed_norm
-from sdt_deploy.model.blocks import Head
+from sdt_deploy.model.blocks import Head, Scorer
 
 
 class GraphModule(nn.Module):
@@ -90,3 +90,15 @@ class PackedHead(nn.Module):
             return self.project(self.normed(states.select(1, 0)))
         assert mask is not None
         return self.project(self.pool(self.normed(states), mask))
+
+
+class Probes(nn.Module):
+    """The probes of all layers, ``sigmoid(states · weight + bias)`` in float32, without pins."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.weight, self.bias = scorer.weight, scorer.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Score ``states [n_tokens, d_model]``: ``[n_tokens, n_layers]``."""
+        return torch.sigmoid(states.float() @ self.weight + self.bias)

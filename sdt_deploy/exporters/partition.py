@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec, pieces
-from sdt_deploy.combinations import check_combination
+from sdt_deploy.combinations import can_generate, check_combination
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.baselines import DenseGraph, MaskedGraph
+from sdt_deploy.exporters.decoding import DecodeGraph
 from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,
@@ -34,6 +35,7 @@ from sdt_deploy.exporters.layers import (
 from sdt_deploy.exporters.modules import (
     GraphModule,
     PackedHead,
+    Probes,
     float32,
     int32,
     scores_of,
@@ -83,18 +85,6 @@ class EntryGraph(GraphModule):
         types = rest[-1] if len(rest) > self.has_places else None
         embedded = self.embeddings(input_ids, position_ids, types)
         return embedded.to(self.dtype), self.scorer(input_ids, embedded)
-
-
-class Probes(nn.Module):
-    """The probes of all layers, ``sigmoid(states · weight + bias)`` in float32, without pins."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        super().__init__()
-        self.weight, self.bias = scorer.weight, scorer.bias
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Score ``states [n_tokens, d_model]``: ``[n_tokens, n_layers]``."""
-        return torch.sigmoid(states.float() @ self.weight + self.bias)
 
 
 class StageGraph(GraphModule):
@@ -372,7 +362,8 @@ def partition(
 
     The pieces of fused stages follow the stages.
 
-    With ``single_file`` the whole loop in one graph follows. It has the function and the weights of
+    With ``single_file`` the whole loop in one graph follows, and for models that can generate the
+    layers over a cache. The single graph has the function and the weights of
     ``masked``; :mod:`sdt_deploy.exporters.single` builds it instead of tracing it.
 
     Raises:
@@ -409,3 +400,9 @@ def partition(
     if single_file:
         whole = MaskedGraph(model, packed, head)
         yield GraphPart(name="single", module=whole, topology="single")
+    if can_generate(model.config):
+        for number, one in enumerate(packed):
+            scored = model.config.routing == "per_layer" and number + 1 < len(packed)
+            decode = DecodeGraph(one, model.config, model.scorer if scored else None)
+            topology = "decode, scored" if scored else "decode"
+            yield GraphPart(name=f"decode-{number:02d}", module=decode, topology=topology)
