@@ -28,7 +28,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from distill_data import HELD_OUT, MAX_LENGTH, first, load_base, read_packed
+from distill_data import HELD_OUT, first, load_base, read_packed
+from distill_variants import EXPLORED, MAIN, VARIANTS, Variant
 
 from sdt_deploy.evaluation.agreement import agreement
 from sdt_deploy.evaluation.oracle import embed_with_oracle
@@ -43,62 +44,8 @@ from sdt_deploy.training.config import DistillConfig
 from sdt_deploy.training.distill import Distillation, StepReport
 from sdt_deploy.training.lora import adapter_factors, merged_weights
 from sdt_deploy.training.losses import LossWeights
+from sdt_deploy.training.skipping import refitted_probe
 
-MAIN: dict[str, Any] = {
-    "target_depth": 3.55,
-    "n_steps": 10**9,
-    "batch_size": 512,
-    "max_length": MAX_LENGTH,
-    "learning_rate": 5e-4,
-    "warm_up": 0.03,
-    "curriculum_share": 0.15,
-    "mixed_share": 0.4,
-    "n_memory": 16384,
-    "loss": {"neighbours": 0.5, "temperature": 0.04, "hidden": 0.1, "shallow": 0.0},
-}
-LOSS = MAIN["loss"]
-LONG: dict[str, Any] = {
-    "max_length": 160,
-    "curriculum_share": 0.1,
-    "mixed_share": 0.3,
-    "crop_share": 0.3,
-    "replaced_share": 0.03,
-    "loss": {**LOSS, "neighbours": 1.0},
-}
-Variant = dict[str, Any]
-VARIANTS: dict[str, tuple[Variant, Variant]] = {
-    "full": ({}, {}),
-    "full-1.5e-3": ({"learning_rate": 1.5e-3}, {}),
-    "full-2e-4": ({"learning_rate": 2e-4}, {}),
-    "lora-112": ({"lora_rank": 112, "learning_rate": 2e-3}, {}),
-    "lora-56": ({"lora_rank": 56, "learning_rate": 2e-3}, {}),
-    "unmixed": ({"mixed_share": 0.0}, {}),
-    "augmented": ({"crop_share": 0.5, "replaced_share": 0.1}, {}),
-    "cropped": ({"crop_share": 0.5}, {}),
-    "shallow-sep": ({}, {"shallow_sep": True}),
-    "shallow-2": ({"shallow_depth": 2}, {}),
-    "no-hidden": ({"loss": {**LOSS, "hidden": 0.0}}, {}),
-    "all-hidden": ({"loss": {**LOSS, "hidden": 1.0, "shallow": 1.0}}, {}),
-    "sharp": ({"loss": {**LOSS, "temperature": 0.02}}, {}),
-    "stability": ({}, {"probe": "stability"}),
-    "random": ({}, {"probe": "random"}),
-    "truncated-4": ({"target_depth": 4.0}, {"n_layers": 4}),
-    "truncated-3": ({"target_depth": 3.0}, {"n_layers": 3}),
-    "compiled": ({}, {"compile": True}),
-    "long-lora": ({**LONG, "lora_rank": 56, "learning_rate": 1.5e-3}, {}),
-    "long-full": ({**LONG, "learning_rate": 6e-4}, {}),
-}
-"""Name: what differs from :data:`MAIN`, and what differs in the model or the way of running it."""
-EXPLORED = [
-    "full",
-    "full-1.5e-3",
-    "lora-112",
-    "unmixed",
-    "augmented",
-    "shallow-sep",
-    "random",
-    "truncated-4",
-]
 DEPTHS = (3.0, 3.6, 4.0, 5.0, 6.0)
 SWEEP = (2.6, 3.0, 3.3, 3.5, 3.6, 3.7, 4.0, 4.3, 4.6, 5.0, 5.5, 6.0)
 
@@ -124,15 +71,8 @@ class Student:
         self.references = {
             kind: embed_with_oracle(dense, sample).embeddings for kind, sample in self.tests.items()
         }
-        calibration = read_packed(data / "calibration.xz")
-        self.start = calibrated(
-            self._started(probes, calibration),
-            calibration,
-            target_depth=self.config.target_depth,
-            levels=self.config.levels,
-            shallow_depth=self.config.shallow_depth,
-        )
-        self.scores = free_logits(self.start.model, calibration)[0].sigmoid().numpy()
+        self.calibration = read_packed(data / "calibration.xz")
+        self._calibrate(self._started(probes, self.calibration))
         self.train_s = 1.0
         self.training_begun = time.monotonic()
         self.distillation = Distillation(
@@ -146,6 +86,16 @@ class Student:
         )
         if extra.get("compile"):
             gates.layer_forward = torch.compile(gates.layer_forward, dynamic=True)
+
+    def _calibrate(self, student: Checkpoint) -> None:
+        self.start = calibrated(
+            student,
+            self.calibration,
+            target_depth=self.config.target_depth,
+            levels=self.config.levels,
+            shallow_depth=self.config.shallow_depth,
+        )
+        self.scores = free_logits(self.start.model, self.calibration)[0].sigmoid().numpy()
 
     def _started(self, probes: dict[str, torch.Tensor], sample: TokenSample) -> Checkpoint:
         model, extra = self.base.model, self.extra
@@ -184,7 +134,11 @@ class Student:
         saved = time.monotonic()
         self.training_begun, waiting = time.monotonic(), list(measure_at)
         self.train_s = max(1.0, until - self.training_begun)
+        refit_at = self.extra.get("refit_at", 2.0)
         while not self.distillation.done:
+            if (time.monotonic() - self.training_begun) / self.train_s >= refit_at:
+                refit_at = 2.0
+                self.refit()
             report = self.distillation.run_step()
             if report.step in (1, 20) or report.step % log_every == 0:
                 self.note(**_shown(report))
@@ -199,12 +153,9 @@ class Student:
     def measure(self, depths: tuple[float, ...]) -> None:
         """Log the agreement on held-out texts, in float32, at several depths."""
         config, torch.backends.cuda.matmul.allow_tf32 = self.config, False
-        weights = merged_weights(self.distillation.model)
         n_layers = self.start.model.config.n_layers
         wanted = [depth for depth in depths if depth <= n_layers] if n_layers == 6 else [n_layers]
-        model = SparseDepthTransformer(self.start.model.config)
-        model.load_state_dict(weights)
-        model = model.to(self.device).eval()
+        model = self._oracle()
         for depth in wanted:
             thresholds = set_thresholds(
                 self.scores,
@@ -220,6 +171,33 @@ class Student:
                 rounded = {key: round(float(value), 4) for key, value in figures.items()}
                 depth_found = round(found.mean_depth, 3)
                 self.note(target=depth, kind=kind, mean_depth=depth_found, **rounded)
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    def _oracle(self) -> SparseDepthTransformer:
+        model = SparseDepthTransformer(self.start.model.config)
+        model.load_state_dict(merged_weights(self.distillation.model))
+        return model.to(self.device).eval()
+
+    def refit(self) -> None:
+        """Fit the probe to what skipping costs the model as it is, and set thresholds anew."""
+        config, torch.backends.cuda.matmul.allow_tf32 = self.config, False
+        before = self.start.model.scorer.weight.detach().clone()
+        found = refitted_probe(
+            self._oracle(),
+            self.distillation.teacher.model,
+            self.calibration,
+            self.start.model.config.thresholds,
+            shallow_depth=config.shallow_depth,
+            max_tokens=60_000 if self.device == "cuda" else 2000,
+        )
+        with torch.no_grad():
+            for parameter, value in zip(self.start.model.scorer.parameters(), found, strict=True):
+                parameter.copy_(value)
+        self._calibrate(self.start)
+        now = self.start.model.scorer.state_dict()
+        self.distillation.model.scorer.load_state_dict(now)
+        same = torch.cosine_similarity(before, now["weight"].cpu(), dim=0)
+        self.note(refitted=True, cosine_to_probe_before=round(float(same), 4))
         torch.backends.cuda.matmul.allow_tf32 = True
 
     def save(self, path: Path) -> None:

@@ -4,8 +4,6 @@
 
 Thresholds and score quantiles are set on the calibration texts in ``DATA``; ``evaluate`` measures
 the result. What ``sdt-deploy distill --adapter`` writes needs none of this.
-
-It has not been run: the weights that it was written for were lost.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from sdt_deploy.exporters.layers import (
     HeadLayout,
     Mask,
     PackedLayer,
+    ProductScorer,
     Sight,
     key_bias,
     not_later,
@@ -121,7 +122,7 @@ class MaskedGraph(_PaddedGraph):
         head: PackedHead,
     ) -> None:
         super().__init__(model, layers, head)
-        self.scorer = model.scorer
+        self.scorer = ProductScorer(model.scorer) if self.fused else model.scorer
         self.context = model.config.context
         self.by_capacity = model.config.selection == "capacity"
         self.per_layer = model.config.routing == "per_layer"
@@ -142,6 +143,9 @@ class MaskedGraph(_PaddedGraph):
         scores = self.scorer(ids, embedded).reshape(*input_ids.shape, *self.outputs[-1].axes[2:])
         standing = standings(scores, mask) if self.by_capacity and not self.per_layer else scores
         candidates, found = mask, [scores]
+        if self.fused:  # all at once: on a GPU every operator costs a launch
+            every = mask.unsqueeze(-1) & (scores.unsqueeze(-1) > thresholds)
+            whole = every.split(1, dim=-1)
         for i, layer in enumerate(self.layers):
             if self.per_layer:
                 if i:
@@ -150,7 +154,8 @@ class MaskedGraph(_PaddedGraph):
                 found.append(standing)
                 if self.by_capacity:
                     standing = standings(torch.where(candidates, standing, -1.0), mask)
-            active = candidates & (standing > thresholds[i])
+            passes = standing > thresholds[i]
+            active = whole[i].squeeze(-1) if self.fused else candidates & passes
             if self.per_layer and self.exits:
                 candidates = active
             if self.context == "active":

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdt_deploy.config import FUSED_OPSET
-from sdt_deploy.model.blocks import FeedForward, TransformerLayer, turned
+from sdt_deploy.exporters.products import PackedFeedForward, PackedLinear, packed_norm
+from sdt_deploy.model.blocks import Scorer, TransformerLayer, turned
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -120,68 +121,6 @@ def narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
 def within(lengths: Tensor, max_seqlen: int) -> Tensor:
     """Return ``[batch, max_seqlen]`` bool: which places of a padded batch hold a token."""
     return torch.arange(max_seqlen, dtype=torch.int32)[None, :] < lengths[:, None]
-
-
-class PackedLinear(nn.Module):
-    """``rows @ weight + bias`` in ``dtype`` with the weight stored as ``[in, out]``."""
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, biased: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().T.to(dtype).contiguous())
-        self.bias = None
-        if biased and linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach().to(dtype))
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""
-        product = rows @ self.weight
-        return product if self.bias is None else product + self.bias
-
-
-class PackedRMSNorm(nn.Module):
-    """RMSNorm in the form that ONNX Runtime knows as one operator."""
-
-    def __init__(self, norm: nn.RMSNorm) -> None:
-        super().__init__()
-        assert norm.eps is not None
-        self.weight, self.eps = norm.weight, norm.eps
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Scale ``[n_tokens, d_model]`` to a mean square of 1, then by the weight."""
-        mean = rows.pow(2).mean(dim=-1, keepdim=True)
-        return rows / (mean + self.eps).sqrt() * self.weight
-
-
-def packed_norm(norm: nn.Module) -> nn.Module:
-    """Return ``norm`` in the form to export."""
-    return PackedRMSNorm(norm) if isinstance(norm, nn.RMSNorm) else norm
-
-
-class PackedFeedForward(nn.Module):
-    """The feed-forward block over packed rows."""
-
-    def __init__(self, block: FeedForward, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.activation = block.activation
-        self.up = PackedLinear(block.up, dtype)
-        self.gate = None if block.gate is None else PackedLinear(block.gate, dtype)
-        self.down = PackedLinear(block.down, dtype)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map ``[n_tokens, d_model]`` to the same shape."""
-        if self.gate is None:
-            return self.down(self._activated(self.up(rows)))
-        return self.down(self._activated(self.gate(rows)) * self.up(rows))
-
-    def _activated(self, inner: Tensor) -> Tensor:
-        if self.activation == "relu":
-            return torch.relu(inner)
-        if self.activation == "silu":
-            return inner * torch.sigmoid(inner)
-        if self.activation == "gelu_tanh":
-            cubic = (inner * inner * inner * 0.044715 + inner) * math.sqrt(2 / math.pi)
-            return inner * (torch.tanh(cubic) + 1.0) * 0.5
-        return inner * (torch.erf(inner / math.sqrt(2)) + 1.0) * 0.5
 
 
 @dataclass(frozen=True)
@@ -313,6 +252,25 @@ def fused_attention(
         version=FUSED_OPSET,
     )
     return mixed
+
+
+class ProductScorer(Scorer):
+    """Scores by a matrix product, fastest on a GPU, where rounding depends on sizes anyway.
+
+    Args:
+        scorer: of one probe; its parameters are shared.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        nn.Module.__init__(self)
+        self.linear, self.pins = scorer.linear, scorer.pins
+        if scorer.linear:
+            self.weight, self.bias = scorer.weight, scorer.bias
+        self.register_buffer("pinned_token_ids", scorer.pinned_token_ids, persistent=False)
+
+    def logits(self, embedded: Tensor) -> Tensor:
+        """Return ``embedded [..., d_model] @ weight + bias``, float32."""
+        return embedded.float() @ self.weight.float() + self.bias.float()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.config import ModelConfig, Precision
-from sdt_deploy.exporters.layers import PackedLinear, packed_norm
+from sdt_deploy.exporters.products import PackedLinear, packed_norm
 from sdt_deploy.model.blocks import Head, Scorer
 
 

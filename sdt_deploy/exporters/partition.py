@@ -26,6 +26,7 @@ from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,
     PackedLayer,
+    ProductScorer,
     Sight,
     gather_rows,
     narrowed,
@@ -66,7 +67,8 @@ class EntryGraph(GraphModule):
         super().__init__()
         self.dtype = torch_dtype(precision)
         self.embeddings = model.embeddings
-        self.scorer = model.scorer
+        padded = len(axes) > 1
+        self.scorer = ProductScorer(model.scorer) if padded else model.scorer
         config = model.config
         self.has_places = config.rotary is None
         names = ["position_ids"] * self.has_places + ["token_type_ids"] * (config.n_token_types > 0)

@@ -138,7 +138,7 @@ def token_features(
             embedded = block(embedded, mask)
         embedded_parts.append(embedded[free])
         position_parts.append(torch.arange(ids.shape[1]).expand_as(ids)[free])
-        importance_parts.append(_standardised(value, free)[free])
+        importance_parts.append(standardised(value, free)[free])
         progress(int(mask.sum()))
     return TokenFeatures(
         embedded=torch.cat(embedded_parts),
@@ -148,7 +148,7 @@ def token_features(
     )
 
 
-def _standardised(values: Tensor, mask: Tensor) -> Tensor:
+def standardised(values: Tensor, mask: Tensor) -> Tensor:
     """Bring ``values [batch, seq]`` to mean 0 and variance 1 over each row's ``mask``."""
     count = mask.sum(dim=1, keepdim=True).clamp_min(1)
     centred = torch.where(mask, values, 0.0)

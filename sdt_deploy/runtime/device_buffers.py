@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +32,9 @@ class DeviceBackend(Backend, Protocol):
     @property
     def attention(self) -> DeviceAttention:
         """What attends on this device, between the pieces of stages."""
+
+    def mark(self) -> Callable[[], None]:
+        """Return what waits for all that was enqueued on the current stream so far."""
 
     def wait(self) -> None:
         """Wait for what was enqueued on the current stream so far."""

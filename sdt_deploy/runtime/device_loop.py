@@ -15,11 +15,9 @@ batch run one after the other on one stream, so all captures share one pool of s
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -31,83 +29,21 @@ from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame
-from sdt_deploy.runtime.ladders import Bucket, batch_bucket, likely_buckets, stage_bucket
+from sdt_deploy.runtime.graph_cache import GraphCache, Observer
+from sdt_deploy.runtime.ladders import (
+    Bucket,
+    batch_bucket,
+    is_one_piece,
+    likely_buckets,
+    stage_bucket,
+)
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.routing import depths_from_scores
 from sdt_deploy.runtime.stopping import StopCheck
 
-MAX_GRAPHS = 1024
-"""Captured graphs that a session keeps; the least recently used ones go first."""
 MAX_FRAMES = 64
-"""Buckets whose small buffers a session keeps, with their graphs; likewise."""
-Work = Callable[[], None]
-Observer = Callable[[Hashable], AbstractContextManager[None]]
-"""Gives a context around the launch of a piece, named by its key."""
-
-
-class GraphCache:
-    """Captured CUDA graphs by key, bounded in number.
-
-    Args:
-        torch: the module.
-        enabled: False: every launch runs its work as it is.
-        max_graphs: see :data:`MAX_GRAPHS`.
-    """
-
-    def __init__(self, torch: Any, *, enabled: bool, max_graphs: int = MAX_GRAPHS) -> None:
-        self._torch = torch
-        self._enabled = enabled
-        self._max_graphs = max_graphs
-        self.observer: Observer | None = None
-        self._pool: Any = None
-        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._graphs)
-
-    def launch(self, key: Hashable, work: Work) -> None:
-        """Enqueue ``work`` on the current stream, which must not be the default one.
-
-        The first time it runs as it is, and is captured afterwards: engines allocate, choose and
-        compile on a first run, which no capture may contain. ``work`` must use the same addresses
-        each time, apart from memory that it allocates.
-        """
-        with nullcontext() if self.observer is None else self.observer(key):
-            self._launch(key, work)
-
-    def _launch(self, key: Hashable, work: Work) -> None:
-        graph = self._graphs.get(key)
-        if graph is not None:
-            self._graphs.move_to_end(key)
-            graph.replay()
-            return
-        work()
-        if not self._enabled:
-            return
-        if not self._graphs:  # a pool dies with its last graph
-            self._pool = self._torch.cuda.graph_pool_handle()
-        graph = self._torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            work()
-        except BaseException:
-            with contextlib.suppress(Exception):  # it fails as well, and says less
-                graph.capture_end()
-            raise
-        graph.capture_end()
-        self._graphs[key] = graph
-        if len(self._graphs) > self._max_graphs:
-            self._graphs.popitem(last=False)
-
-    def discard(self, stale: Callable[[Hashable], bool]) -> None:
-        """Free the graphs whose key is stale."""
-        for key in [key for key in self._graphs if stale(key)]:
-            del self._graphs[key]
-
-    def clear(self) -> None:
-        """Free all graphs, and with them their scratch memory."""
-        self._graphs.clear()
+"""Buckets whose small buffers a session keeps, with their graphs; the least recently used ones go
+first."""
 
 
 class DeviceLoop:
@@ -135,6 +71,11 @@ class DeviceLoop:
         """``[n_places, d_model]``, the last state of every token, in its place."""
         self._rows: Sequence[Any] = ()
         """Two buffers ``[n_places, d_model]``: stages read one and write the other."""
+        stages = [spec.name for spec in manifest.stages]
+        if self._in_pieces:
+            stages = [name for layer in self._layers for name in pieces(layer)]
+        for name in ("entry", *stages, "head"):  # baselines open when they are first used
+            backend.graph(name)
 
     @property
     def n_graphs(self) -> int:
@@ -173,7 +114,14 @@ class DeviceLoop:
             frame.send(batch, thresholds)
             stage_rows: tuple[int, ...] = ()
             if path == "sparse":
-                stage_rows = self._run_stages(frame, check)
+                if is_one_piece(bucket):
+                    self._graphs.launch(("sparse", bucket), partial(self._all_stages, frame))
+                    stage_rows = (bucket.n_tokens,) * len(self._layers)
+                else:
+                    whole = None
+                    if thresholds[0] <= 0.0:  # scores are positive
+                        whole = stage_bucket(batch.n_tokens, longest, bucket)
+                    stage_rows = self._run_stages(frame, whole, check)
             else:
                 self._graphs.launch((path, bucket), partial(self._whole, frame, path))
             frame.result.fetch()
@@ -191,13 +139,14 @@ class DeviceLoop:
             depths.fill(config.n_layers)
         elif path == "masked":
             depths = depths_from_scores(scores, thresholds)
+        usage = LayerUsage.from_depths(depths, config.n_layers)
         return RunResult(
             output=output,
             depths=depths,
             scores=None if path == "dense" else scores,
             input_ids=batch.input_ids.copy(),
             cu_seqlens=batch.cu_seqlens.copy(),
-            layer_usage=LayerUsage.from_depths(depths, config.n_layers),
+            layer_usage=usage,
             timings=Timings(total_ms=(perf_counter() - start) * 1e3),
             path=path,
             stage_rows=stage_rows,
@@ -214,14 +163,18 @@ class DeviceLoop:
         with self._lock, self._backend.running():
             frame = self._frame(bucket)
             frame.clear()  # indices and lengths that any size may be captured with
+            if self._backend.has("masked"):
+                self._graphs.launch(("masked", bucket), partial(self._whole, frame, "masked"))
+            if is_one_piece(bucket):
+                self._graphs.launch(("sparse", bucket), partial(self._all_stages, frame))
+                self._backend.wait()
+                return
             self._graphs.launch(("entry", bucket), partial(self._enter, frame))
             for number, layer in enumerate(self._layers):
                 for size in likely_buckets(bucket, active_shares[layer]):
                     key = ("stage", number, bucket, size)
                     self._graphs.launch(key, partial(self._stage, frame, number, size))
             self._graphs.launch(("head", bucket), partial(self._head, frame))
-            if self._backend.has("masked"):
-                self._graphs.launch(("masked", bucket), partial(self._whole, frame, "masked"))
             self._backend.wait()
 
     def observe(self, observer: Observer | None) -> None:
@@ -236,25 +189,45 @@ class DeviceLoop:
             self._frames.clear()
             self._capacity, self._states, self._rows = 0, None, ()
 
-    def _run_stages(self, frame: Frame, check: StopCheck | None) -> tuple[int, ...]:
-        """Run entry, stages and head; return the rows that each stage processed."""
+    def _run_stages(
+        self, frame: Frame, whole: Bucket | None, check: StopCheck | None
+    ) -> tuple[int, ...]:
+        """Run entry, stages and head; return the rows that each stage processed.
+
+        ``whole``: the bucket of the first stage, if every token is active there.
+        """
         launch, bucket = self._graphs.launch, frame.bucket
         launch(("entry", bucket), partial(self._enter, frame))
         frame.counts.fetch()
-        self._backend.wait()
-        counts = frame.counts.here["counts"]
+        counted = self._backend.mark()
         processed = []
-        for number, layer in enumerate(self._layers):
+
+        def run(number: int, size: Bucket) -> None:
+            if check is not None:
+                check()
+            launch(("stage", number, bucket, size), partial(self._stage, frame, number, size))
+            processed.append(size.n_tokens)
+
+        first = 0
+        if whole is not None:  # known beforehand, so the device works while the host waits
+            run(0, whole)
+            first = 1
+        counted()
+        counts = frame.counts.here["counts"]
+        for number, layer in enumerate(self._layers[first:], first):
             n_active, longest = counts[:, layer].tolist()
             if not n_active:
                 break
-            if check is not None:
-                check()
-            size = stage_bucket(n_active, longest, bucket)
-            launch(("stage", number, bucket, size), partial(self._stage, frame, number, size))
-            processed.append(size.n_tokens)
+            run(number, stage_bucket(n_active, longest, bucket))
         launch(("head", bucket), partial(self._head, frame))
         return tuple(processed)
+
+    def _all_stages(self, frame: Frame) -> None:
+        """Run everything with all rows of the bucket; nothing has to be known."""
+        self._enter(frame)
+        for number in range(len(self._layers)):
+            self._stage(frame, number, frame.bucket)
+        self._head(frame)
 
     def _enter(self, frame: Frame) -> None:
         there, scores = frame.sent.there, frame.result.there["scores"]

@@ -87,6 +87,14 @@ def stage_bucket(n_active: int, max_seqlen: int, whole: Bucket) -> Bucket:
     )
 
 
+def is_one_piece(whole: Bucket) -> bool:
+    """Tell whether all stage calls of a batch have the rows of its bucket, however many are active.
+
+    Then nothing has to be read back, and the whole batch is one captured graph.
+    """
+    return whole.n_tokens <= TOKEN_MULTIPLE
+
+
 def likely_buckets(whole: Bucket, share: float, *, spread: float = 0.1) -> list[Bucket]:
     """Return the buckets that a stage call is likely to need, for captures made beforehand.
 

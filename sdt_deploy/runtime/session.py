@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn, Self, get_args
@@ -80,8 +81,11 @@ class Session:
         self._tokenizer: TextTokenizer | None = None
         self._costs: dispatch.CostModel | None = None
         self._closed = False
-        stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
-        self._graphs: Graphs | None = backend.graph("entry"), stages, backend.graph("head")
+        self._choose: Callable[..., dispatch.Path] | None = None
+        self._graphs: Graphs | None = None
+        if self._device_loop is None:
+            stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
+            self._graphs = backend.graph("entry"), stages, backend.graph("head")
 
     @classmethod
     def open(
@@ -298,7 +302,10 @@ class Session:
         if path == "auto":
             shares = active_shares(self.manifest, limits)
             lengths = [part.lengths.tolist() for part in parts]
-            path = self.cost_model().choose(config, lengths, shares)
+            costs = self.cost_model()
+            if self._choose is None:
+                self._choose = functools.lru_cache(256)(functools.partial(costs.choose, config))
+            path = self._choose(tuple(map(tuple, lengths)), shares)
         results = [self._run_one(part, limits, path, check) for part in parts]
         result = results[0]
         if groups:

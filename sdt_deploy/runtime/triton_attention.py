@@ -20,6 +20,7 @@ BLOCK_QUERIES = 64
 """Queries of a tile: flash attention of the libraries takes 128, too many for what is left of a
 sequence in deep layers."""
 BLOCK_KEYS = 64
+WARPS, STAGES = 4, 3
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -101,4 +102,5 @@ class TritonAttention:
             by_grid=key_places is None, head_dim=head_dim,
             block_dim=max(16, triton.next_power_of_2(head_dim)),
             block_queries=BLOCK_QUERIES, block_keys=BLOCK_KEYS,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip

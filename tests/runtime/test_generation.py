@@ -172,7 +172,7 @@ def test_exported(exported: tuple[SparseDepthTransformer, Session]) -> None:
 def test_neighbours_and_parts_change_nothing(
     exported: tuple[SparseDepthTransformer, Session],
 ) -> None:
-    model, session = exported
+    _, session = exported
     together = generate(session, PACKED, CU, max_new_tokens=9, return_logits=True)
     limits = PartLimits(max_padded_tokens=12)  # prompts are run in several parts
     cut = Session(session.bundle, session.backend, part_limits=limits)
@@ -250,7 +250,7 @@ def test_rows_of_each_layer() -> None:
     bundle = memory_bundle(model)
     backend = OracleBackend(bundle, model)
     result = generate(Session(bundle, backend), PACKED, CU, max_new_tokens=8)
-    n_rows = {name: 0 for name in ("decode-00", "decode-01", "decode-02")}
+    n_rows = dict.fromkeys(("decode-00", "decode-01", "decode-02"), 0)
     for call in backend.calls:
         n_rows[call.stage] += call.n_rows
     assert tuple(n_rows.values()) == result.layer_usage.active_tokens
@@ -360,4 +360,4 @@ def test_closed_session(exported: tuple[SparseDepthTransformer, Session]) -> Non
     other = Session.open(session.bundle)
     other.close()
     with pytest.raises(BackendError, match="closed"):
-        generate(other, PACKED, CU)
+        generate(other, PACKED, CU, max_new_tokens=3)

@@ -142,12 +142,17 @@ class DeviceMemory:
         self.wait()
         return tuple(copy.numpy().copy() if pinned else copy.numpy() for copy in copies)
 
+    def mark(self) -> Callable[[], None]:
+        """Return what waits for all that was enqueued on the current stream so far."""
+        if self.device.type != "cuda":
+            return lambda: None
+        event = self._torch.cuda.Event()
+        event.record()
+        return event.synchronize  # type: ignore[no-any-return]
+
     def wait(self) -> None:
         """Wait for what was enqueued on the current stream so far."""
-        if self.device.type == "cuda":
-            event = self._torch.cuda.Event()
-            event.record()
-            event.synchronize()
+        self.mark()()
 
     def clock(self, run: Callable[[], object]) -> float:
         """Make a call; return the milliseconds between events before and behind its work."""

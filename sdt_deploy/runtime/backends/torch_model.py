@@ -190,7 +190,7 @@ class TorchModel:
         p = self.entry
         if self.config.probe == "none":
             return torch.ones_like(ids, dtype=torch.float32)
-        scores = torch.sigmoid((embedded * p["scorer.weight"]).sum(dim=-1) + p["scorer.bias"])
+        scores = torch.sigmoid(embedded @ p["scorer.weight"] + p["scorer.bias"])
         if not self.config.pinned_token_ids:
             return scores
         pinned = (ids[..., None] == p["scorer.pinned_token_ids"]).any(dim=-1)

@@ -1,0 +1,109 @@
+"""Importance as what skipping costs: how the output changes when one token alone changes depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdt_deploy.model.checkpoints import TokenSample
+from sdt_deploy.model.probe import TokenFeatures, fit_probe, standardised
+from sdt_deploy.model.transformer import DenseTransformer, SparseDepthTransformer
+
+MAX_FREE_TOKENS = 64
+"""Texts with more unpinned tokens are left out: the work grows with the square of their number."""
+FIT_TOKENS = 60_000
+
+
+@torch.no_grad()
+def skipping_costs(
+    model: SparseDepthTransformer,
+    ids: Tensor,
+    free: Tensor,
+    wanted: Tensor,
+    *,
+    depths: Tensor,
+    shallow_depth: int,
+) -> Tensor:
+    """Return ``[n]`` float32: by how much the loss is larger when a token is shallow than deep.
+
+    Every free token in turn goes to the other of the two levels, all others stay where they are.
+    The loss is 1 − cosine to the teacher.
+
+    Args:
+        model: with a head per sequence.
+        ids: ``[seq]`` int64, of one text, no padding.
+        free: ``[n]`` int64, places of the unpinned tokens.
+        wanted: ``[width]``, the teacher's output.
+        depths: ``[seq]`` integers, the layers of each token.
+        shallow_depth: layers of a token that does not pass through all.
+    """
+    deep = depths == model.config.n_layers
+    changed = depths.repeat(len(free) + 1, 1)
+    row = torch.arange(len(free), device=ids.device)
+    other = torch.where(deep[free], shallow_depth, model.config.n_layers)
+    changed[row, free] = other.to(depths.dtype)
+    rows = ids.expand_as(changed)
+    output = model(rows, torch.ones_like(rows, dtype=torch.bool), depths=changed).output
+    loss = 1 - functional.cosine_similarity(output, wanted[None], dim=-1)
+    difference = loss[:-1] - loss[-1]
+    return torch.where(deep[free], difference, -difference)
+
+
+@torch.no_grad()
+def refitted_probe(
+    model: SparseDepthTransformer,
+    teacher: DenseTransformer,
+    sample: TokenSample,
+    thresholds: Sequence[float],
+    *,
+    shallow_depth: int = 1,
+    max_tokens: int = FIT_TOKENS,
+) -> tuple[Tensor, Tensor]:
+    """Fit the probe to the rank that the cost of skipping a token has within its text.
+
+    The closed form is that of :func:`~sdt_deploy.model.probe.fit_probe`.
+
+    Args:
+        model: two levels, trained; with the probe that it was trained with.
+        teacher: the dense model, on the same device.
+        sample: texts; those of 2 to :data:`MAX_FREE_TOKENS` unpinned tokens are used.
+        thresholds: of ``model``, around which tokens change.
+        shallow_depth: see :func:`skipping_costs`.
+        max_tokens: unpinned tokens to measure.
+
+    Returns:
+        ``weight [d_model]`` and ``bias []``, float32, on the CPU.
+    """
+    device = next(model.parameters()).device
+    pinned = model.scorer.pinned_token_ids
+    embedded_parts, rank_parts, place_parts = [], [], []
+    n_free = n_all = 0
+    for start, stop in zip(sample.cu_seqlens[:-1], sample.cu_seqlens[1:], strict=True):
+        if n_free >= max_tokens:
+            break
+        ids = torch.from_numpy(sample.input_ids[start:stop].astype(np.int64)).to(device)
+        free = (~torch.isin(ids.int(), pinned)).nonzero()[:, 0]
+        if not 2 <= len(free) <= MAX_FREE_TOKENS:
+            continue
+        mask = torch.ones_like(ids, dtype=torch.bool)[None]
+        embedded = model.embed(ids[None])
+        depths = model.depths(model.scorer(ids[None], embedded), mask, thresholds)[0]
+        wanted = teacher(ids[None], mask).output[0]
+        costs = skipping_costs(model, ids, free, wanted, depths=depths, shallow_depth=shallow_depth)
+        ranks = costs.argsort().argsort().float()[None]
+        rank_parts.append(standardised(ranks, torch.ones_like(ranks, dtype=torch.bool))[0].cpu())
+        embedded_parts.append(embedded[0, free].cpu())
+        place_parts.append(free.cpu())
+        n_free, n_all = n_free + len(free), n_all + len(ids)
+    return fit_probe(
+        TokenFeatures(
+            embedded=torch.cat(embedded_parts),
+            importance=torch.cat(rank_parts),
+            position_ids=torch.cat(place_parts),
+            pinned_share=1 - n_free / n_all,
+        )
+    )
