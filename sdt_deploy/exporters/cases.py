@@ -338,7 +338,7 @@ def _decode_case(
     fresh = seen & ~past if config.context == "all" else active
     seen = past | fresh
     states = rng.standard_normal((*mask.shape, config.d_model)).astype(np.float32)
-    hidden, places = torch.from_numpy(states), np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    hidden, places = torch.from_numpy(states), np.indices(mask.shape)[1]
     normed = layer.attention_norm(hidden) if layer.pre_norm else hidden
     attention = layer.attention
     keys, values = attention.key(normed), attention.value(normed)
