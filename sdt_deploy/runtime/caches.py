@@ -173,9 +173,9 @@ class QueryLayout:
 
         The rows of one sequence stand next to each other, in order.
         """
-        starts = np.flatnonzero(np.diff(sequences, prepend=-1))
-        lengths = np.diff(starts, append=len(sequences))
         row = np.arange(len(sequences))
+        starts = np.flatnonzero((row == 0) | (sequences != sequences[row - 1]))
+        lengths = np.concatenate([starts[1:], [len(sequences)]]) - starts
         batch = np.repeat(np.arange(len(starts)), lengths)
         place = row - np.repeat(starts, lengths)
         width = int(lengths.max())
