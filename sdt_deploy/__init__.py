@@ -30,18 +30,23 @@ from sdt_deploy.errors import (
 
 if TYPE_CHECKING:
     from sdt_deploy.bundle import Bundle, Manifest
-    from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
+    from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig, RotaryConfig
+    from sdt_deploy.runtime.generation import CacheUsage, GenerationResult, generate
     from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
     from sdt_deploy.runtime.session import Session
     from sdt_deploy.runtime.statistics import DepthDriftWarning, SessionStatistics
 
 _LAZY = {
     "Bundle": "sdt_deploy.bundle",
+    "CacheUsage": "sdt_deploy.runtime.generation",
+    "GenerationResult": "sdt_deploy.runtime.generation",
+    "generate": "sdt_deploy.runtime.generation",
     "DepthDriftWarning": "sdt_deploy.runtime.statistics",
     "Manifest": "sdt_deploy.bundle",
     "ExportConfig": "sdt_deploy.config",
     "HeadConfig": "sdt_deploy.config",
     "ModelConfig": "sdt_deploy.config",
+    "RotaryConfig": "sdt_deploy.config",
     "LayerUsage": "sdt_deploy.runtime.result",
     "RunResult": "sdt_deploy.runtime.result",
     "Session": "sdt_deploy.runtime.session",
@@ -55,12 +60,14 @@ __all__ = [
     "BundleError",
     "BundleFormatError",
     "BundleIntegrityError",
+    "CacheUsage",
     "CheckpointError",
     "ConfigError",
     "DeadlineExceededError",
     "DepthDriftWarning",
     "ExportConfig",
     "ExportError",
+    "GenerationResult",
     "HeadConfig",
     "InputError",
     "LayerUsage",
@@ -69,6 +76,7 @@ __all__ = [
     "MissingProviderError",
     "ModelConfig",
     "OutputError",
+    "RotaryConfig",
     "RunCancelledError",
     "RunResult",
     "SdtDeployError",
@@ -76,6 +84,7 @@ __all__ = [
     "SessionStatistics",
     "Timings",
     "VerificationError",
+    "generate",
 ]
 
 

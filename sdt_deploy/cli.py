@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sdt_deploy.commands import bundles, engines, looking, models, training
+from sdt_deploy.commands import bundles, engines, generating, looking, models, training
 from sdt_deploy.console import console, fail, report_bug
 from sdt_deploy.errors import SdtDeployError
 
@@ -32,6 +32,7 @@ for command in (
     bundles.verify,
     bundles.run,
     bundles.bench,
+    generating.generate,
     looking.explain,
     looking.profile,
     engines.build_engine,

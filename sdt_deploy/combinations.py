@@ -22,6 +22,17 @@ def check_combination(
             "GPU loop do not keep: export in float32 or int8, with decomposed attention and "
             "--no-single-file"
         )
+    if not model.is_plain and (config.attention == "fused" or config.precision != "float32"):
+        raise ConfigError(
+            f"{config.precision} with {config.attention} attention is for GPUs, which do not know "
+            "the layers of this model (RMSNorm, gates, products without bias, heads that share "
+            "keys): export it in float32 or int8, with decomposed attention"
+        )
+    if not model.is_plain and single_file:
+        raise ConfigError(
+            "the single file does not know the layers of this model (RMSNorm, gates, products "
+            "without bias, heads that share keys): export with --no-single-file"
+        )
     how = f"routing {model.routing!r} and selection {model.selection!r}"
     if not model.scored_once and (config.attention == "fused" or config.precision != "float32"):
         raise ConfigError(
@@ -47,7 +58,15 @@ def check_combination(
         )
 
 
+def can_generate(model: ModelConfig) -> bool:
+    """Tell whether a model can generate tokens: what is later may change nothing.
+
+    Capacities rank all tokens of a sequence, so there it would change who was taken before.
+    """
+    return model.causal and model.head.kind == "lm" and model.selection == "threshold"
+
+
 def knows_single_file(model: ModelConfig, config: ExportConfig) -> bool:
     """Tell whether the whole loop can be one graph."""
     plain = config.numbers == "float32" and config.attention == "decomposed"
-    return plain and model.routing == "once" and not model.causal
+    return plain and model.routing == "once" and not model.causal and model.is_plain

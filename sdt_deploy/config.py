@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
+from sdt_deploy.checks import MAX_SIZE as MAX_SIZE
+from sdt_deploy.checks import check as _check
+from sdt_deploy.checks import check_choice as check_choice
+from sdt_deploy.checks import check_flag as _check_flag
+from sdt_deploy.checks import check_positive as _check_positive
+from sdt_deploy.checks import is_integer as is_integer
+from sdt_deploy.checks import is_number as is_number
+from sdt_deploy.checks import shown as shown
+from sdt_deploy.config_parts import HeadConfig as HeadConfig
+from sdt_deploy.config_parts import Pooling as Pooling
+from sdt_deploy.config_parts import RotaryConfig as RotaryConfig
 from sdt_deploy.errors import ConfigError
 
-Activation = Literal["relu", "gelu", "gelu_tanh"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+Norm = Literal["layer", "rms"]
 NormPlacement = Literal["pre", "post"]
 Context = Literal["active", "all"]
 ProbeKind = Literal["linear", "none"]
 Selection = Literal["threshold", "capacity"]
 Routing = Literal["once", "per_layer"]
 Leaving = Literal["exit", "skip"]
-HeadKind = Literal["hidden", "lm", "embedding", "classify"]
-Pooling = Literal["mean", "cls"]
 Precision = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8"]
 Target = Literal["onnxruntime"]
@@ -32,8 +41,6 @@ OPSETS: Mapping[str, int] = {"onnxruntime": 18}
 """ONNX opset of the exported graphs, per target."""
 FUSED_OPSET = 24
 """The first opset whose Attention operator takes the lengths of its keys."""
-MAX_SIZE = 2**31 - 1
-"""Largest size of any axis: ids and indices are int32."""
 MAX_LAYERS = 4096
 
 TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 8e-2}
@@ -43,57 +50,6 @@ what was measured, see ``docs/decisions/008-precision.md``."""
 INT8_TOLERANCE = 0.3
 """Largest deviation of int8 outputs from those of the float32 model, as the ratio of their norms;
 ``docs/decisions/007-int8.md`` says what was measured."""
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def check_choice(name: str, value: object, literal: Any) -> None:
-    """Check that ``value`` is one of those of a ``Literal``.
-
-    Raises:
-        ConfigError: if it is not.
-    """
-    _check(
-        value in get_args(literal),
-        f"{name} must be one of {', '.join(map(repr, get_args(literal)))}, not {shown(value)}",
-    )
-
-
-def is_integer(value: object, low: int, high: int = MAX_SIZE) -> bool:
-    """Tell whether ``value`` is an integer, and no boolean, from ``low`` to ``high``."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def is_number(value: object) -> bool:
-    """Tell whether ``value`` is a finite number that fits a float, and no boolean."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def shown(value: object) -> str:
-    """Return ``value`` as it may stand in a message: its ``repr``, cut if it is long."""
-    if isinstance(value, int) and abs(value) >= 10**30:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _check_positive(name: str, value: object, high: int = MAX_SIZE) -> None:
-    _check(
-        is_integer(value, 1, high),
-        f"{name} must be a positive integer up to {high}, not {shown(value)}",
-    )
-
-
-def _check_flag(name: str, value: object) -> None:
-    _check(isinstance(value, bool), f"{name} must be true or false, not {shown(value)}")
 
 
 def check_thresholds(thresholds: tuple[float, ...], n_layers: int, routing: Routing) -> None:
@@ -117,50 +73,6 @@ def check_thresholds(thresholds: tuple[float, ...], n_layers: int, routing: Rout
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """What is computed from the last hidden states."""
-
-    kind: HeadKind = "hidden"
-    """``hidden``: the states themselves. ``lm``: logits per token. ``embedding``: one vector per
-    sequence. ``classify``: logits per sequence."""
-    pooling: Pooling | None = None
-    """How a sequence becomes one vector (``embedding`` and ``classify`` only)."""
-    normalize: bool = False
-    """Scale embeddings to unit L2 norm (``embedding`` only)."""
-    n_classes: int | None = None
-    """Number of classes (``classify`` only)."""
-    dense_tanh: bool = False
-    """A linear layer and a tanh before the classifier, as BERT has them (``classify`` only)."""
-    bias: bool = True
-    """Whether the output projection has a bias (``lm`` and ``classify`` only)."""
-
-    def __post_init__(self) -> None:
-        check_choice("head.kind", self.kind, HeadKind)
-        for name in ("normalize", "dense_tanh", "bias"):
-            _check_flag(f"head.{name}", getattr(self, name))
-        if self.per_sequence:
-            check_choice("head.pooling", self.pooling, Pooling)
-        else:
-            _check(self.pooling is None, f"head.pooling has no meaning for head {self.kind!r}")
-        _check(
-            not self.normalize or self.kind == "embedding",
-            f"head.normalize has no meaning for head {self.kind!r}",
-        )
-        if self.kind == "classify":
-            _check_positive("head.n_classes", self.n_classes)
-        else:
-            _check(
-                self.n_classes is None and not self.dense_tanh,
-                f"head.n_classes and head.dense_tanh have no meaning for head {self.kind!r}",
-            )
-
-    @property
-    def per_sequence(self) -> bool:
-        """Whether there is one output row per sequence rather than one per token."""
-        return self.kind in ("embedding", "classify")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything about a depth-sparse transformer except its weights."""
 
@@ -173,16 +85,31 @@ class ModelConfig:
     """The longest sequence, in tokens."""
     position_offset: int = 0
     """Row of the position table that holds the first position (RoBERTa: 2)."""
+    rotary: RotaryConfig | None = None
+    """Queries and keys are turned by their positions, and there is no position table."""
+    n_kv_heads: int = 0
+    """Heads of keys and values, each shared by as many of queries (grouped-query attention); 0:
+    ``n_heads``."""
+    head_dim: int = 0
+    """Width of a head; 0: ``d_model / n_heads``."""
     n_token_types: int = 0
     """Size of the token type table; 0: there is none."""
     activation: Activation = "gelu"
+    gated: bool = False
+    """The feed-forward is ``down(activation(gate(x)) · up(x))`` (with ``silu``: SwiGLU)."""
+    attention_bias: bool = True
+    """Whether the products of attention have biases."""
+    feed_forward_bias: bool = True
+    """Whether those of the feed-forward have."""
+    norm: Norm = "layer"
+    """Kind of every norm: ``layer``: LayerNorm, ``rms``: RMSNorm."""
     norm_placement: NormPlacement = "pre"
     embedding_norm: bool = False
-    """LayerNorm on the embedded input."""
+    """A norm on the embedded input."""
     final_norm: bool = True
-    """LayerNorm on the last states of all tokens."""
+    """A norm on the last states of all tokens."""
     eps: float = 1e-5
-    """Epsilon of every LayerNorm."""
+    """Epsilon of every norm."""
     context: Context = "all"
     """Which tokens the active ones see: ``active`` (each other) or ``all`` (finished ones too)."""
     causal: bool = False
@@ -209,19 +136,37 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_heads", "d_ff", "max_positions"):
             _check_positive(name, getattr(self, name))
         _check_positive("n_layers", self.n_layers, MAX_LAYERS)
-        for name in ("position_offset", "n_token_types"):
+        for name in ("position_offset", "n_token_types", "n_kv_heads", "head_dim"):
             value = getattr(self, name)
             _check(
                 is_integer(value, 0),
                 f"{name} must be a non-negative integer up to {MAX_SIZE}, not {shown(value)}",
             )
-        for name in ("embedding_norm", "final_norm", "causal"):
+        flags = ("embedding_norm", "final_norm", "causal", "gated")
+        for name in (*flags, "attention_bias", "feed_forward_bias"):
             _check_flag(name, getattr(self, name))
         _check(
-            self.d_model % self.n_heads == 0,
+            self.head_dim > 0 or self.d_model % self.n_heads == 0,
             f"d_model must be a multiple of n_heads: {self.d_model} is none of {self.n_heads}",
         )
+        _check(
+            self.n_heads % self.n_key_heads == 0,
+            f"n_heads must be a multiple of n_kv_heads: {self.n_heads} is none of "
+            f"{self.n_key_heads}",
+        )
+        if self.rotary is not None:
+            _check(
+                isinstance(self.rotary, RotaryConfig),
+                f"rotary must be a RotaryConfig or None, not {shown(self.rotary)}",
+            )
+            _check(
+                self.causal and self.position_offset == 0 and self.head_width % 2 == 0,
+                "rotary positions need causal attention, heads of an even width and no "
+                f"position_offset; this model has causal {self.causal}, heads of "
+                f"{self.head_width} and position_offset {self.position_offset}",
+            )
         check_choice("activation", self.activation, Activation)
+        check_choice("norm", self.norm, Norm)
         check_choice("norm_placement", self.norm_placement, NormPlacement)
         check_choice("context", self.context, Context)
         check_choice("probe", self.probe, ProbeKind)
@@ -261,6 +206,33 @@ class ModelConfig:
             )
 
     @property
+    def n_key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether GPUs and single files know the layers, which are then those of BERT and GPT-2.
+
+        So with LayerNorms and biases, without a gate and rotary positions, with as many heads of
+        keys as of queries, all together as wide as the model.
+        """
+        biased = self.attention_bias and self.feed_forward_bias
+        full = self.n_key_heads == self.n_heads and self.n_heads * self.head_width == self.d_model
+        others = self.gated or self.activation == "silu" or self.rotary is not None
+        return self.norm == "layer" and biased and full and not others
+
+    @property
+    def score_axes(self) -> tuple[int, ...]:
+        """Axes of scores behind those of the tokens: with routing ``per_layer`` one, of layers."""
+        return (self.n_layers,) if self.routing == "per_layer" else ()
+
+    @property
     def scored_once(self) -> bool:
         """Whether one score a token, compared with thresholds, decides: what GPUs route by."""
         return self.routing == "once" and self.selection == "threshold"
@@ -274,8 +246,10 @@ class ModelConfig:
     @property
     def largest_tensor(self) -> int:
         """Number of elements of the largest parameter."""
-        tables = (self.vocab_size, self.max_positions + self.position_offset, self.n_token_types)
-        return self.d_model * max(*tables, self.d_model, self.d_ff, self.output_width)
+        places = self.max_positions + self.position_offset if self.rotary is None else 0
+        heads = self.n_heads * self.head_width
+        tables = (self.vocab_size, places, self.n_token_types)
+        return self.d_model * max(*tables, self.d_model, heads, self.d_ff, self.output_width)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes``, validated anew."""
@@ -294,6 +268,8 @@ class ModelConfig:
         """
         values = _plain(cls, "model config", data)
         head = _plain(HeadConfig, "head", values.get("head", {}))
+        if (rotary := values.get("rotary")) is not None:
+            values["rotary"] = RotaryConfig(**_plain(RotaryConfig, "rotary", rotary))
         for name in ("thresholds", "pinned_token_ids"):
             if name in values:
                 _check(

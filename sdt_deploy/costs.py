@@ -25,9 +25,10 @@ def layer_flops(config: ModelConfig, *, n_active: float, n_context: float, n_pai
         n_context: rows with keys and values.
         n_pairs: query–key pairs.
     """
-    d = config.d_model
-    per_active = 4 * d * d + 4 * d * config.d_ff
-    return n_active * per_active + n_context * 4 * d * d + n_pairs * 4 * d
+    d, heads = config.d_model, config.n_heads * config.head_width
+    keys = config.n_key_heads * config.head_width
+    per_active = 4 * d * heads + (6 if config.gated else 4) * d * config.d_ff
+    return n_active * per_active + n_context * 4 * d * keys + n_pairs * 4 * heads
 
 
 def head_flops(config: ModelConfig, *, n_tokens: int, batch: int) -> float:
@@ -87,12 +88,13 @@ def scratch_bytes_per_sequence(config: ModelConfig, length: int) -> float:
     """Estimate the memory above the weights that each sequence of ``length`` tokens adds to a run.
 
     Counted is the widest layer in float32, every token active: while it attends, the logits, their
-    softmax and five times the states; in the feed-forward, twice its inner width, and of what the
+    softmax and five times the states; in the feed-forward, twice its inner width (three times where
+    it is gated), and of what the
     attention left in the arena the logits once and, buffers of the run included, eleven times the
     states. Besides, the output. That live tensors need the former follows from the graphs; what an
     arena's holes add is fitted to peaks, see ``benchmarks/memory_estimate.py``.
     """
-    feed_forward = length * config.d_ff
+    feed_forward = length * config.d_ff * (1.5 if config.gated else 1.0)
     states = length * config.d_model
     logits = config.n_heads * length * length
     output = config.output_width * (1 if config.head.per_sequence else length)

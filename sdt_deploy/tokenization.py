@@ -137,6 +137,11 @@ class TextTokenizer:
         """Return the token of each id, as written in the vocabulary."""
         return [self._tokenizer.id_to_token(int(i)) or f"<{int(i)}>" for i in input_ids]
 
+    def decode(self, input_ids: np.ndarray) -> str:
+        """Return the text of ``input_ids [n_tokens]``, without special tokens."""
+        with _errors_of_the_library():
+            return str(self._tokenizer.decode([int(i) for i in input_ids]))
+
     def ends(self) -> tuple[list[int], list[int]]:
         """Return the special ids that are put before and after every text."""
         with _errors_of_the_library():

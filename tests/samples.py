@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sdt_deploy.bundle import _digest
 from sdt_deploy.bundle_files import MANIFEST, list_files
-from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
+from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig, RotaryConfig
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.batch import TokenBatch
@@ -256,6 +256,39 @@ def cut_points(n_layers: int) -> st.SearchStrategy[list[float]]:
 
 
 @st.composite
+def llama_like(draw: st.DrawFn, config: ModelConfig) -> ModelConfig:
+    """The parts of a Llama layout, in any combination; rotary positions if it is causal."""
+    n_kv_heads = draw(st.integers(1, 2))
+    head_dim = draw(st.integers(1, 4)) * 2
+    rotary = None
+    if config.causal and draw(st.booleans()):
+        theta = draw(st.sampled_from([2.0, 50.0, 10_000.0]))
+        rotary = draw(
+            st.sampled_from(
+                [
+                    RotaryConfig(theta=theta),
+                    RotaryConfig(theta=theta, scaling="linear", factor=3.0),
+                    RotaryConfig(
+                        theta=theta, scaling="llama3", factor=4.0, original_max_positions=12
+                    ),
+                ]
+            )
+        )
+    return config.replace(
+        n_kv_heads=n_kv_heads,
+        n_heads=n_kv_heads * draw(st.integers(1, 3)),
+        head_dim=head_dim,
+        rotary=rotary,
+        position_offset=0 if rotary else config.position_offset,
+        gated=draw(st.booleans()),
+        activation=draw(st.sampled_from(["silu", config.activation])),
+        attention_bias=draw(st.booleans()),
+        feed_forward_bias=draw(st.booleans()),
+        norm=draw(st.sampled_from(["layer", "rms"])),
+    )
+
+
+@st.composite
 def model_configs(
     draw: st.DrawFn, selections: Sequence[str] = ("threshold",), causal: bool = False
 ) -> tuple[ModelConfig, ExportConfig]:
@@ -288,9 +321,12 @@ def model_configs(
         context=draw(st.sampled_from(["active", "all"])),
         pinned_token_ids=tuple(range(draw(st.integers(0, 2)))),
         selection=draw(st.sampled_from(selections)),
-        causal=causal and draw(st.booleans()),
         head=head,
     )
+    if causal:
+        config = config.replace(causal=draw(st.booleans()))
+        if draw(st.booleans()):
+            config = draw(llama_like(config))
     stops = sorted({*draw(st.lists(st.integers(1, n_layers), max_size=4)), n_layers})
     sizes = tuple(b - a for a, b in pairwise([0, *stops]))
     even = ExportConfig(layers_per_stage=draw(st.integers(1, n_layers)))

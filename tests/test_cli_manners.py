@@ -18,6 +18,7 @@ import pytest
 import typer.main
 
 from sdt_deploy import cli, console
+from sdt_deploy.config import HeadConfig
 from sdt_deploy.errors import SdtDeployError
 from tests.test_cli import SCRIPT, call
 from tests.textmodels import CONFIG, save_teacher, texts
@@ -31,6 +32,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("manners")
     save_teacher(path / "teacher", CONFIG.replace(n_layers=2, thresholds=()))
     call("export", path / "teacher", path / "bundle", "--no-single-file")
+    causal = CONFIG.replace(
+        n_layers=1, thresholds=(), causal=True, head=HeadConfig(kind="lm"), probe="none"
+    )
+    save_teacher(path / "causal", causal)
+    call("export", path / "causal", path / "decoder")
     (path / "texts.txt").write_text("\n".join(texts(40)))
     np.save(path / "ids.npy", np.array([[1, 2, 3], [4, 5, 6]]))
     return path
@@ -43,6 +49,7 @@ ARGUMENTS: dict[str, str] = {
     "verify": "bundle",
     "run": "bundle --ids ids.npy",
     "bench": "bundle --cases 1x4 --budget 0.1 --no-memory",
+    "generate": "decoder --ids ids.npy --max-new-tokens 4",
     "explain": "bundle --ids ids.npy --html routes.html",
     "profile": "bundle --case 2x4 --budget 0.1 --trace trace.json",
     "build-engine": "bundle --target tensorrt-rtx --compute-capability 8.9 --graph head "

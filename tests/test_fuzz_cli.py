@@ -16,7 +16,7 @@ from sdt_deploy.cli import main
 from tests.samples import GOLDEN, THOROUGH
 
 COMMANDS = (
-    *("convert", "export", "inspect", "verify", "run", "bench", "explain", "profile"),
+    *("convert", "export", "inspect", "verify", "run", "bench", "explain", "profile", "generate"),
     *("--version", "--help", "fly"),
 )
 OPTIONS = (

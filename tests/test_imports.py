@@ -24,6 +24,8 @@ LEVELS = (
     "arrays",
     "external_data",
     "forking",
+    "checks",
+    "config_parts",
     "config",
     "combinations",
     "buckets",

@@ -12,6 +12,7 @@ from sdt_deploy.exporters.layers import (
     HeadLayout,
     Mask,
     PackedLayer,
+    Sight,
     key_bias,
     not_later,
 )
@@ -37,6 +38,7 @@ class _PaddedGraph(GraphModule):
         config = model.config
         self.n_heads = config.n_heads
         self.causal = config.causal
+        self.rotary = config.rotary is not None
         names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.n_token_types > 0)
         self.inputs = tuple(int32(name, "batch", "seq") for name in names)
         axes = ("batch",) if config.head.per_sequence else ("batch", "seq")
@@ -72,9 +74,13 @@ class _PaddedGraph(GraphModule):
         if self.fused:
             return layer(states, None, None, see)
         assert isinstance(see, Tensor)
-        layout = HeadLayout(self.n_heads, batch=see.shape[0])
-        causal = not_later(see.shape[-2]) if self.causal else None
-        return layer(states, layout, states, layout, see, causal)
+        batch, seq = see.shape[0], see.shape[-2]
+        layout = HeadLayout(self.n_heads, batch=batch)
+        causal = not_later(seq) if self.causal else None
+        positions = None
+        if self.rotary:
+            positions = torch.arange(seq, dtype=torch.int32).expand(batch, seq).reshape(-1)
+        return layer(states, states, Sight(layout, layout, see, causal, positions, positions))
 
     def finish(self, states: Tensor, mask: Tensor) -> Tensor:
         if self.fused:

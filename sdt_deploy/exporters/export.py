@@ -119,7 +119,11 @@ def export_stages(
 
     What comes back describes them, and is no bundle to keep: it has no baselines and no manifest.
     """
-    parts = [part for part in partition(model, config) if part.name not in ("dense", "masked")]
+    parts = [
+        part
+        for part in partition(model, config)
+        if part.layers is not None or part.name in ("entry", "head")
+    ]
     hashes = _write_graphs(parts, model.config, directory, config, progress)
     graphs = {part.name: part.spec(config, graph_sha256=hashes[part.name]) for part in parts}
     files = list_files(directory)

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdt_deploy.config import FUSED_OPSET
-from sdt_deploy.model.blocks import FeedForward, TransformerLayer
+from sdt_deploy.exporters.products import PackedFeedForward, PackedLinear, packed_norm
+from sdt_deploy.model.blocks import TransformerLayer, turned
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -68,6 +69,15 @@ class HeadLayout:
         return rows.reshape(self.batch, -1, self.n_heads, rows.shape[-1] // self.n_heads).transpose(
             1, 2
         )
+
+    def of_keys(self, n_kv_heads: int) -> HeadLayout:
+        """Lay out rows that are cut into fewer heads, each serving as many of queries."""
+        if n_kv_heads == self.n_heads:
+            return self
+        index, size = self.gather_index, self.n_heads // n_kv_heads
+        if index is not None:
+            index = index[:, ::size] // size
+        return HeadLayout(n_kv_heads, batch=self.batch, gather_index=index)
 
     def collect(self, mixed: Tensor) -> Tensor:
         """Undo :meth:`spread`."""
@@ -113,40 +123,22 @@ def within(lengths: Tensor, max_seqlen: int) -> Tensor:
     return torch.arange(max_seqlen, dtype=torch.int32)[None, :] < lengths[:, None]
 
 
-class PackedLinear(nn.Module):
-    """``rows @ weight + bias`` in ``dtype`` with the weight stored as ``[in, out]``."""
+@dataclass(frozen=True)
+class Sight:
+    """What the rows of a layer see: where queries and keys stand, and which keys are hidden."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, biased: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().T.to(dtype).contiguous())
-        self.bias = None
-        if biased and linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach().to(dtype))
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""
-        product = rows @ self.weight
-        return product if self.bias is None else product + self.bias
-
-
-class PackedFeedForward(nn.Module):
-    """The feed-forward block over packed rows."""
-
-    def __init__(self, block: FeedForward, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.activation = block.activation
-        self.up = PackedLinear(block.up, dtype)
-        self.down = PackedLinear(block.down, dtype)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map ``[n_tokens, d_model]`` to the same shape."""
-        inner = self.up(rows)
-        if self.activation == "relu":
-            return self.down(torch.relu(inner))
-        if self.activation == "gelu_tanh":
-            cubic = (inner * inner * inner * 0.044715 + inner) * math.sqrt(2 / math.pi)
-            return self.down(inner * (torch.tanh(cubic) + 1.0) * 0.5)
-        return self.down(inner * (torch.erf(inner / math.sqrt(2)) + 1.0) * 0.5)
+    layout: HeadLayout
+    """Of the rows that are updated."""
+    context_layout: HeadLayout
+    """Of the rows that are seen; the same where these are the same."""
+    bias: Tensor
+    """:func:`key_bias` of the rows that are seen."""
+    causal: Tensor | None = None
+    """:func:`not_later`, where later keys are hidden as well."""
+    positions: Tensor | None = None
+    """``[n_tokens]`` int32, place of each updated row in its sequence; for rotary positions."""
+    context_positions: Tensor | None = None
+    """``[n_context]`` int32, likewise of the rows that are seen."""
 
 
 class PackedLayer(nn.Module):
@@ -159,65 +151,76 @@ class PackedLayer(nn.Module):
         super().__init__()
         attention = layer.attention
         self.pre_norm = layer.pre_norm
-        self.n_heads = attention.n_heads
+        self.n_heads, self.n_kv_heads = attention.n_heads, attention.n_kv_heads
+        self.frequencies = attention.frequencies
         self.query = PackedLinear(attention.query, dtype)
         self.key = PackedLinear(attention.key, dtype)
         self.value = PackedLinear(attention.value, dtype)
         self.output = PackedLinear(attention.output, dtype)
         self.feed_forward = PackedFeedForward(layer.feed_forward, dtype)
-        self.attention_norm = layer.attention_norm
-        self.feed_forward_norm = layer.feed_forward_norm
+        self.attention_norm = packed_norm(layer.attention_norm)
+        self.feed_forward_norm = packed_norm(layer.feed_forward_norm)
 
-    def attend(
-        self,
-        states: Tensor,
-        layout: HeadLayout,
-        context: Tensor,
-        context_layout: HeadLayout,
-        bias: Tensor,
-        causal: Tensor | None,
-    ) -> Tensor:
-        """Attention from ``states`` (normed, packed) to ``context`` (normed, packed)."""
-        query = layout.spread(self.query(states))
-        key = context_layout.spread(self.key(context))
-        value = context_layout.spread(self.value(context))
+    def normed(self, rows: Tensor) -> Tensor:
+        """Return ``[n_tokens, d_model]`` as attention takes it."""
+        return self.attention_norm(rows.float()).to(rows.dtype) if self.pre_norm else rows
+
+    def keys_and_values(self, context: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return both of ``context [n_context, d_model]``, which is normed: ``[n_context, width]``.
+
+        ``positions``: see :attr:`Sight.positions`.
+        """
+        return self._turned(self.key(context), self.n_kv_heads, positions), self.value(context)
+
+    def attend(self, states: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
+        """Attention from ``states`` (normed, packed) to packed keys and values."""
+        layout, bias, causal = sight.layout, sight.bias, sight.causal
+        query = layout.spread(self._turned(self.query(states), self.n_heads, sight.positions))
+        around = sight.context_layout.of_keys(self.n_kv_heads)
+        key, value = around.spread(keys), around.spread(values)
         # The mask as one more dimension of the product, [q, 1] · [k, bias]: adding it to the
         # logits would be another pass over [batch, heads, max_seqlen, max_seqlen].
         # Adjacent to the product, the scale is fused into it.
         scale = 1.0 / math.sqrt(query.shape[-1])
         query = functional.pad(query, (0, 1), value=1.0) * scale
-        key = torch.cat([key, bias], -1)
-        logits = query @ key.transpose(-1, -2)
+        n_sharing = self.n_heads // self.n_kv_heads
+        if n_sharing > 1:  # one more axis: queries that share a head of keys
+            query = query.unflatten(1, (self.n_kv_heads, n_sharing))
+            if bias.shape[1] == self.n_heads:
+                bias = bias[:, ::n_sharing]
+            key, value, bias = (x.unsqueeze(2) for x in (key, value, bias))
+            causal = causal.unsqueeze(1) if causal is not None and causal.ndim > 2 else causal
+        logits = query @ torch.cat([key, bias], -1).transpose(-1, -2)
         if causal is not None:
             logits = torch.where(causal, logits, torch.finfo(logits.dtype).min / 2)
-        weights = logits.float().softmax(dim=-1).to(value.dtype)
-        return self.output(layout.collect(weights @ value))
+        mixed = logits.float().softmax(dim=-1).to(value.dtype) @ value
+        return self.output(layout.collect(mixed.flatten(1, 2) if n_sharing > 1 else mixed))
 
-    def forward(
-        self,
-        states: Tensor,
-        layout: HeadLayout,
-        context: Tensor,
-        context_layout: HeadLayout,
-        bias: Tensor,
-        causal: Tensor | None = None,
-    ) -> Tensor:
+    def _turned(self, rows: Tensor, n_heads: int, positions: Tensor | None) -> Tensor:
+        if not self.frequencies:
+            return rows
+        assert positions is not None
+        heads = rows.reshape(-1, n_heads, rows.shape[-1] // n_heads)
+        return turned(heads, positions, self.frequencies).reshape(-1, rows.shape[-1])
+
+    def forward(self, states: Tensor, context: Tensor, sight: Sight) -> Tensor:
         """Update ``states [n_tokens, d_model]``.
 
-        Keys and values come from ``context [n_context, d_model]``, hidden where ``bias``, its
-        :func:`key_bias`, says so. Pass the same tensor and layout twice where every token that is
-        seen is also updated. ``causal``: :func:`not_later`, where later keys are hidden as well.
+        Keys and values come from ``context [n_context, d_model]``. Pass the same tensor twice where
+        every token that is seen is also updated.
         """
+        queries = self.normed(states)
+        context = queries if context is states else self.normed(context)
+        keys, values = self.keys_and_values(context, sight.context_positions)
+        return self.finish(states, self.attend(queries, keys, values, sight))
+
+    def finish(self, states: Tensor, mixed: Tensor) -> Tensor:
+        """Add what attention found to ``states`` and apply the feed-forward."""
         dtype, wide = states.dtype, states.float()
         if self.pre_norm:
-            queries = self.attention_norm(wide).to(dtype)
-            keys = queries
-            if context is not states:
-                keys = self.attention_norm(context.float()).to(dtype)
-            wide = wide + self.attend(queries, layout, keys, context_layout, bias, causal).float()
+            wide = wide + mixed.float()
             inner = self.feed_forward_norm(wide).to(dtype)
             return (wide + self.feed_forward(inner).float()).to(dtype)
-        mixed = self.attend(states, layout, context, context_layout, bias, causal)
         wide = self.attention_norm(wide + mixed.float())
         return self.feed_forward_norm(wide + self.feed_forward(wide.to(dtype)).float()).to(dtype)
 

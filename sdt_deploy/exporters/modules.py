@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from sdt_deploy.bundle import TensorSpec
 from sdt_deploy.config import ModelConfig, Precision
-from sdt_deploy.exporters.layers import PackedLinear
-from sdt_deploy.model.blocks import Head
+from sdt_deploy.exporters.products import PackedLinear, packed_norm
+from sdt_deploy.model.blocks import Head, Scorer
 
 
 class GraphModule(nn.Module):
@@ -35,8 +35,7 @@ def states_of(name: str, *axes: str | int, precision: Precision) -> TensorSpec:
 
 def scores_of(config: ModelConfig, *axes: str) -> TensorSpec:
     """Return the scores of rows; with a probe for each layer there is one more axis."""
-    probes = (config.n_layers,) if config.routing == "per_layer" else ()
-    return float32("scores", *axes, *probes)
+    return float32("scores", *axes, *config.score_axes)
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
@@ -55,7 +54,7 @@ class PackedHead(nn.Module):
         super().__init__()
         self.config = head.config
         self.dtype = dtype
-        self.norm = head.norm
+        self.norm = None if head.norm is None else packed_norm(head.norm)
         self.dense = None if head.dense is None else PackedLinear(head.dense, dtype)
         self.projection = None if head.projection is None else PackedLinear(head.projection, dtype)
 
@@ -91,3 +90,15 @@ class PackedHead(nn.Module):
             return self.project(self.normed(states.select(1, 0)))
         assert mask is not None
         return self.project(self.pool(self.normed(states), mask))
+
+
+class Probes(nn.Module):
+    """The probes of all layers, ``sigmoid(states · weight + bias)`` in float32, without pins."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.weight, self.bias = scorer.weight, scorer.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Score ``states [n_tokens, d_model]``: ``[n_tokens, n_layers]``."""
+        return torch.sigmoid(states.float() @ self.weight + self.bias)

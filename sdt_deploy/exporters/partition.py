@@ -12,20 +12,22 @@ outputs. The states between graphs have the precision of the export.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec, pieces
-from sdt_deploy.combinations import check_combination
+from sdt_deploy.combinations import can_generate, check_combination
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.baselines import DenseGraph, MaskedGraph
+from sdt_deploy.exporters.decoding import DecodeGraph
 from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,
     PackedLayer,
+    Sight,
     gather_rows,
     narrowed,
     not_later,
@@ -34,6 +36,7 @@ from sdt_deploy.exporters.layers import (
 from sdt_deploy.exporters.modules import (
     GraphModule,
     PackedHead,
+    Probes,
     float32,
     int32,
     scores_of,
@@ -66,31 +69,23 @@ class EntryGraph(GraphModule):
         self.embeddings = model.embeddings
         self.scorer = model.scorer
         config = model.config
-        names = ["input_ids", "position_ids"] + ["token_type_ids"] * (config.n_token_types > 0)
-        self.inputs = tuple(int32(name, *axes) for name in names)
+        self.has_places = config.rotary is None
+        names = ["position_ids"] * self.has_places + ["token_type_ids"] * (config.n_token_types > 0)
+        self.inputs = tuple(int32(name, *axes) for name in ("input_ids", *names))
         self.outputs = (
             states_of("hidden_states", *axes, config.d_model, precision=precision),
             scores_of(config, *axes),
         )
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Embed and score tokens, packed, or for fused stages in the places of a padded batch."""
-        embedded = self.embeddings(input_ids, position_ids, token_type_ids)
+    def forward(self, input_ids: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed and score tokens, packed, or for fused stages in the places of a padded batch.
+
+        ``rest``: positions, unless they are rotary, and token types, if there are any.
+        """
+        position_ids = rest[0] if self.has_places else None
+        types = rest[-1] if len(rest) > self.has_places else None
+        embedded = self.embeddings(input_ids, position_ids, types)
         return embedded.to(self.dtype), self.scorer(input_ids, embedded)
-
-
-class Probes(nn.Module):
-    """The probes of all layers, ``sigmoid(states · weight + bias)`` in float32, without pins."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        super().__init__()
-        self.weight, self.bias = scorer.weight, scorer.bias
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Score ``states [n_tokens, d_model]``: ``[n_tokens, n_layers]``."""
-        return torch.sigmoid(states.float() @ self.weight + self.bias)
 
 
 class StageGraph(GraphModule):
@@ -107,6 +102,7 @@ class StageGraph(GraphModule):
         self.layers = nn.ModuleList(layers)
         self.n_heads = config.n_heads
         self.causal = config.causal
+        self.rotary = config.rotary is not None
         self.scorer = None if scorer is None else Probes(scorer)
         states = states_of("updated_states", "n_tokens", config.d_model, precision=precision)
         self.outputs = (states, *(scores_of(config, "n_tokens"),) * (scorer is not None))
@@ -132,6 +128,7 @@ class ActiveStageGraph(StageGraph):
             states_of("hidden_states", "n_tokens", config.d_model, precision=precision),
             *_layout(config, "max_seqlen"),
             _bias(config, "max_seqlen", *(len(layers),) * grouped),
+            *(int32("position_ids", "n_tokens"),) * self.rotary,
             *(int32("remaining_depth", "n_tokens"),) * grouped,
         )
 
@@ -141,17 +138,19 @@ class ActiveStageGraph(StageGraph):
         gather_index: Tensor,
         scatter_index: Tensor,
         key_bias: Tensor,
-        remaining_depth: Tensor | None = None,
+        *rest: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Update the active rows; see :class:`sdt_deploy.runtime.routing.RouteStep`."""
         states, bias = hidden_states, narrowed(key_bias, hidden_states.dtype)
         layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
         causal = not_later(key_bias.shape[-2]) if self.causal else None
-        if remaining_depth is None:
-            return self.scored(self.layers[0](states, layout, states, layout, bias, causal))
+        positions = rest[0] if self.rotary else None
+        sight = Sight(layout, layout, bias, causal, positions, positions)
+        if len(self.layers) == 1:
+            return self.scored(self.layers[0](states, states, sight))
         for i, layer in enumerate(self.layers):
-            updated = layer(states, layout, states, layout, bias[i], causal)
-            states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
+            updated = layer(states, states, replace(sight, bias=bias[i]))
+            states = torch.where((rest[-1] > i).unsqueeze(-1), updated, states)
         return self.scored(states)
 
 
@@ -174,6 +173,8 @@ class AllStageGraph(StageGraph):
             int32("context_gather_index", "batch", config.n_heads, "max_context_seqlen"),
             _bias(config, "max_context_seqlen"),
             *(int32("query_places", "batch", "max_seqlen"),) * config.causal,
+            *(int32("position_ids", "n_tokens"),) * self.rotary,
+            *(int32("context_position_ids", "n_context"),) * self.rotary,
             *(int32("remaining_depth", "n_tokens"),) * grouped,
             *(int32("refresh_index", "n_context"),) * grouped,
         )
@@ -192,15 +193,17 @@ class AllStageGraph(StageGraph):
         states, context = hidden_states, context_states
         bias = narrowed(key_bias, states.dtype)
         causal = not_later(key_bias.shape[-2], rest[0]) if self.causal else None
+        positions, around = rest[1:3] if self.rotary else (None, None)
         remaining_depth, refresh_index = rest[-2:] if len(self.layers) > 1 else (None, None)
         layout = HeadLayout(self.n_heads, gather_index=gather_index, scatter_index=scatter_index)
         context_layout = HeadLayout(self.n_heads, gather_index=context_gather_index)
+        sight = Sight(layout, context_layout, bias, causal, positions, around)
         for i, layer in enumerate(self.layers):
             if i == 0 or remaining_depth is None or refresh_index is None:
-                states = layer(states, layout, context, context_layout, bias, causal)
+                states = layer(states, context, sight)
                 continue
             context = gather_rows(torch.cat([context_states, states]), refresh_index)
-            updated = layer(states, layout, context, context_layout, bias, causal)
+            updated = layer(states, context, sight)
             states = torch.where((remaining_depth > i).unsqueeze(-1), updated, states)
         return self.scored(states)
 
@@ -362,7 +365,8 @@ def partition(
 
     The pieces of fused stages follow the stages.
 
-    With ``single_file`` the whole loop in one graph follows. It has the function and the weights of
+    With ``single_file`` the whole loop in one graph follows, and for models that can generate the
+    layers over a cache. The single graph has the function and the weights of
     ``masked``; :mod:`sdt_deploy.exporters.single` builds it instead of tracing it.
 
     Raises:
@@ -399,3 +403,9 @@ def partition(
     if single_file:
         whole = MaskedGraph(model, packed, head)
         yield GraphPart(name="single", module=whole, topology="single")
+    if can_generate(model.config):
+        for number, one in enumerate(packed):
+            scored = model.config.routing == "per_layer" and number + 1 < len(packed)
+            decode = DecodeGraph(one, model.config, model.scorer if scored else None)
+            topology = "decode, scored" if scored else "decode"
+            yield GraphPart(name=f"decode-{number:02d}", module=decode, topology=topology)

@@ -7,6 +7,7 @@ runtime path must compute.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +16,47 @@ from torch.nn import functional as F
 from sdt_deploy.config import ModelConfig
 
 
+def norm(config: ModelConfig) -> nn.Module:
+    """Make a norm over the last axis of states."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.d_model, config.eps)
+
+
 class Embeddings(nn.Module):
-    """Token, position and token type embeddings, summed, then an optional LayerNorm."""
+    """Token, position and token type embeddings, summed, then an optional norm.
+
+    With rotary positions it has no position table: layers turn queries and keys instead.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.position_offset = config.position_offset
         self.token = nn.Embedding(config.vocab_size, config.d_model)
-        self.position = nn.Embedding(config.max_positions + config.position_offset, config.d_model)
+        self.position = None
+        if config.rotary is None:
+            n_places = config.max_positions + config.position_offset
+            self.position = nn.Embedding(n_places, config.d_model)
         self.token_type = (
             nn.Embedding(config.n_token_types, config.d_model) if config.n_token_types else None
         )
-        self.norm = nn.LayerNorm(config.d_model, config.eps) if config.embedding_norm else None
+        self.norm = norm(config) if config.embedding_norm else None
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None
+        self, input_ids: Tensor, position_ids: Tensor | None, token_type_ids: Tensor | None
     ) -> Tensor:
         """Embed tokens.
 
         Args:
             input_ids: ``[..., ]`` integers.
-            position_ids: same shape; place in the sequence, from 0.
+            position_ids: same shape; place in the sequence, from 0; None: rotary positions.
             token_type_ids: same shape, or None for zeros.
 
         Returns:
             Hidden states ``[..., d_model]``.
         """
-        hidden = self.token(input_ids) + self.position(position_ids + self.position_offset)
+        hidden = self.token(input_ids)
+        if self.position is not None and position_ids is not None:
+            hidden = hidden + self.position(position_ids + self.position_offset)
         if self.token_type is not None:
             if token_type_ids is None:
                 token_type_ids = torch.zeros_like(input_ids)
@@ -64,9 +79,8 @@ class Scorer(nn.Module):
         self.linear = config.probe == "linear"
         self.pins = bool(config.pinned_token_ids)
         if self.linear:
-            probes = (config.n_layers,) if config.routing == "per_layer" else ()
-            self.weight = nn.Parameter(torch.empty(config.d_model, *probes))
-            self.bias = nn.Parameter(torch.zeros(probes))
+            self.weight = nn.Parameter(torch.empty(config.d_model, *config.score_axes))
+            self.bias = nn.Parameter(torch.zeros(config.score_axes))
             nn.init.normal_(self.weight, std=1 / math.sqrt(config.d_model))
         pinned = torch.tensor(config.pinned_token_ids, dtype=torch.int32)
         self.register_buffer("pinned_token_ids", pinned, persistent=False)
@@ -118,17 +132,44 @@ def standings(scores: Tensor, attention_mask: Tensor) -> Tensor:
     return torch.where(rank > 0, 1.0 - (rank + 0.5) / n_tokens, 1.0)
 
 
+def turned(heads: Tensor, positions: Tensor, frequencies: Sequence[float]) -> Tensor:
+    """Apply rotary positions (Su et al., 2021): turn number ``j`` with number ``head_dim / 2 + j``.
+
+    Args:
+        heads: ``[..., n_heads, head_dim]``.
+        positions: ``[...]`` integers, the place of each token in its sequence, from 0.
+        frequencies: ``[head_dim / 2]``, radians a position.
+    """
+    speeds = torch.tensor(frequencies, dtype=torch.float32, device=heads.device)
+    angles = positions[..., None, None].float() * speeds
+    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention (Vaswani et al., 2017)."""
+    """Multi-head scaled dot-product attention (Vaswani et al., 2017).
+
+    Keys and values may have fewer heads than queries (Ainslie et al., 2023): each then serves as
+    many of these, in order.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_key_heads
         self.causal = config.causal
-        self.query = nn.Linear(config.d_model, config.d_model)
-        self.key = nn.Linear(config.d_model, config.d_model)
-        self.value = nn.Linear(config.d_model, config.d_model)
-        self.output = nn.Linear(config.d_model, config.d_model)
+        self.frequencies: tuple[float, ...] = ()
+        """Of rotary positions; none: there are none."""
+        if config.rotary is not None:
+            self.frequencies = config.rotary.frequencies(config.head_width)
+        width = config.n_heads * config.head_width
+        kv_width = config.n_key_heads * config.head_width
+        bias = config.attention_bias
+        self.query = nn.Linear(config.d_model, width, bias=bias)
+        self.key = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.value = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.output = nn.Linear(width, config.d_model, bias=bias)
 
     def seen(self, visible: Tensor, places: Tensor | None = None) -> Tensor:
         """Return ``[batch, 1, 1 or seq, seq]`` bool, which keys each query sees.
@@ -155,7 +196,8 @@ class Attention(nn.Module):
         Returns:
             ``[batch, seq, d_model]``; rows of sequences without a visible token mean nothing.
         """
-        mixed = self.weights(hidden, visible, places) @ self._heads(self.value(hidden))
+        value = self._shared(self.value(hidden).unflatten(-1, (self.n_kv_heads, -1)))
+        mixed = self.weights(hidden, visible, places) @ value.transpose(1, 2)
         return self.output(mixed.transpose(1, 2).flatten(-2))
 
     def weights(self, hidden: Tensor, visible: Tensor, places: Tensor | None = None) -> Tensor:
@@ -163,44 +205,62 @@ class Attention(nn.Module):
 
         Queries before keys; see :meth:`forward` for the arguments.
         """
-        query, key = self._heads(self.query(hidden)), self._heads(self.key(hidden))
+        query = self.query(hidden).unflatten(-1, (self.n_heads, -1))
+        key = self.key(hidden).unflatten(-1, (self.n_kv_heads, -1))
+        if self.frequencies:
+            if places is None:
+                places = torch.arange(hidden.shape[1], device=hidden.device).expand_as(visible)
+            query = turned(query, places, self.frequencies)
+            key = turned(key, places, self.frequencies)
+        query, key = query.transpose(1, 2), self._shared(key).transpose(1, 2)
         logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         seen = self.seen(visible, places)
         logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
         return logits.softmax(dim=-1)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+    def _shared(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.n_heads // self.n_kv_heads, dim=-2)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them, which a third one may multiply.
+
+    Gated, it is ``down(activation(gate(x)) · up(x))`` (Shazeer, 2020).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.up = nn.Linear(config.d_model, config.d_ff)
-        self.down = nn.Linear(config.d_ff, config.d_model)
+        bias = config.feed_forward_bias
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=bias)
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=bias) if config.gated else None
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map ``[..., d_model]`` to ``[..., d_model]``."""
-        inner = self.up(hidden)
+        if self.gate is None:
+            return self.down(self._activated(self.up(hidden)))
+        return self.down(self._activated(self.gate(hidden)) * self.up(hidden))
+
+    def _activated(self, inner: Tensor) -> Tensor:
         if self.activation == "relu":
-            return self.down(F.relu(inner))
+            return F.relu(inner)
+        if self.activation == "silu":
+            return F.silu(inner)
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        return self.down(F.gelu(inner, approximate=approximate))
+        return F.gelu(inner, approximate=approximate)
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each with a residual and a LayerNorm before or after."""
+    """Attention and feed-forward, each with a residual and a norm before or after."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pre_norm = config.norm_placement == "pre"
         self.attention = Attention(config)
-        self.attention_norm = nn.LayerNorm(config.d_model, config.eps)
+        self.attention_norm = norm(config)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.d_model, config.eps)
+        self.feed_forward_norm = norm(config)
 
     def forward(self, hidden: Tensor, visible: Tensor, places: Tensor | None = None) -> Tensor:
         """Update every token of ``hidden [batch, seq, d_model]``; keys are the ``visible`` ones.
@@ -221,7 +281,7 @@ class Head(nn.Module):
         super().__init__()
         head = config.head
         self.config = head
-        self.norm = nn.LayerNorm(config.d_model, config.eps) if config.final_norm else None
+        self.norm = norm(config) if config.final_norm else None
         self.dense = nn.Linear(config.d_model, config.d_model) if head.dense_tanh else None
         self.projection = (
             nn.Linear(config.d_model, config.output_width, bias=head.bias)

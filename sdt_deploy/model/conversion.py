@@ -36,6 +36,8 @@ from sdt_deploy.tokenization import TextTokenizer
 
 HELD_OUT_EVERY = 5
 FIT_TOKENS = 60_000
+FIT_LENGTH = 1024
+"""Longest sequence that a probe is fitted on where embeddings know no places (rotary)."""
 SAMPLE_TOKENS = 32_768
 
 
@@ -195,6 +197,8 @@ def with_probe(
     if not fitted:
         raise CheckpointError("the text has a single line; a probe needs at least two")
     longest = model.config.max_positions
+    if model.config.rotary is not None:
+        longest = min(longest, FIT_LENGTH)
     fit_sample, held_sample = (
         TokenSample(input_ids=ids, cu_seqlens=cu)
         for ids, cu in (

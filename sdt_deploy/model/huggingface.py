@@ -1,7 +1,7 @@
-"""Hugging Face directories: the BERT family (BERT, MiniLM, RoBERTa) and GPT-2.
+"""Hugging Face directories: the BERT family (BERT, MiniLM, RoBERTa), GPT-2 and Llama.
 
-Read straight from ``config.json`` and the safetensors file; transformers is not needed. A directory
-of sentence-transformers also tells the pooling and whether embeddings are normalised.
+Read straight from ``config.json`` and the safetensors files; transformers is not needed. A
+directory of sentence-transformers also tells the pooling and whether embeddings are normalised.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from sdt_deploy.model.checkpoints import (
     read_tokenizer,
 )
 from sdt_deploy.model.gpt2 import gpt2_config, gpt2_names
+from sdt_deploy.model.llama import llama_config, llama_names
 
 MAX_CARD_BYTES = 2**22
 _PREFIXES = ("bert.", "roberta.")
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
 _LAYER_NAMES = {
     "attention.self.query": "attention.query",
@@ -53,31 +55,28 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
     """Read a dense model.
 
     Args:
-        source: directory with ``config.json`` and ``model.safetensors``.
+        source: directory with ``config.json`` and ``model.safetensors``, or several such files and
+            ``model.safetensors.index.json``.
         head: ``hidden``, ``embedding`` or ``classify``; None: ``classify`` for a sequence
             classifier, ``embedding`` where the directory names a pooling, else ``hidden``. Of
-            GPT-2 ``hidden`` or ``lm``; None: ``lm`` for a language model.
+            GPT-2 and Llama ``hidden`` or ``lm``; None: ``lm`` for a language model.
 
     Raises:
         CheckpointError: if the directory is incomplete or the architecture is not supported.
     """
     config = _read_object(source / "config.json")
     kind = config.get("model_type")
-    if kind not in ("bert", "roberta", "gpt2"):
+    if kind not in ("bert", "roberta", "gpt2", "llama", "mistral"):
         raise CheckpointError(
             f"{source}: model_type {kind!r} is not supported; supported are 'bert' (with MiniLM), "
-            "'roberta' and 'gpt2'"
+            "'roberta', 'gpt2', 'llama' and 'mistral'"
         )
-    weights = source / "model.safetensors"
-    if not weights.exists():
-        raise CheckpointError(
-            f"{source} has no model.safetensors (other formats are not read, since they can run "
-            "code); save the model again with safe_serialization=True"
-        )
-    tensors = {_unprefixed(name): value for name, value in read_safetensors(weights).items()}
+    tensors = {_unprefixed(name): value for name, value in _read_weights(source).items()}
     try:
         if kind == "gpt2":
             model_config = gpt2_config(config, head)
+        elif kind in ("llama", "mistral"):
+            model_config = llama_config(config, head)
         else:
             model_config = _model_config(source, config, tensors, head)
     except KeyError as error:
@@ -86,11 +85,14 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{source / 'config.json'}: {error}") from error
     if kind == "gpt2":
         renamed = gpt2_names(tensors, model_config)
+    elif kind in ("llama", "mistral"):
+        tied = config.get("tie_word_embeddings", False) is True
+        renamed = llama_names(tensors, model_config, tied=tied)
     else:
         renamed = _rename(tensors, model_config, kind)
     card = _model_card(source / "README.md")
     return Checkpoint(
-        model=model_with_weights(model_config, renamed, where=str(weights)),
+        model=model_with_weights(model_config, renamed, where=str(source)),
         provenance={
             "source": card.get("title") or source.name,
             "source_format": f"Hugging Face {kind}",
@@ -105,6 +107,33 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return content
+
+
+def _read_weights(source: Path) -> dict[str, Tensor]:
+    """Read ``model.safetensors``, or the files that ``model.safetensors.index.json`` names."""
+    whole, index = source / "model.safetensors", source / "model.safetensors.index.json"
+    if whole.exists():
+        return read_safetensors(whole)
+    if not index.exists():
+        raise CheckpointError(
+            f"{source} has neither model.safetensors nor model.safetensors.index.json (other "
+            "formats are not read, since they can run code); save the model again with "
+            "safe_serialization=True"
+        )
+    places = _read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and _SHARD.fullmatch(name) for name in places.values()
+    ):
+        raise CheckpointError(
+            f"{index}: weight_map must say in which file beside it, NAME.safetensors, each tensor "
+            "is"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        tensors |= read_safetensors(source / name)
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise CheckpointError(f"{source}: tensors that {index.name} lists are missing: {missing}")
+    return tensors
 
 
 def _module_kinds(path: Path) -> list[str]:

@@ -6,7 +6,6 @@ off the dense model. Which target is best is an experiment: ``benchmarks/importa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -188,15 +187,8 @@ def _dense_importance(
 
 def _attention_received(layer: TransformerLayer, hidden: Tensor, mask: Tensor) -> Tensor:
     """Return ``[batch, seq]``, the mean weight of each key over heads and valid queries."""
-    attention = layer.attention
     states = layer.attention_norm(hidden) if layer.pre_norm else hidden
-    query, key = (
-        projection(states).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
-        for projection in (attention.query, attention.key)
-    )
-    logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    logits = logits.masked_fill(~attention.seen(mask), torch.finfo(logits.dtype).min)
-    weights = logits.softmax(dim=-1) * mask[:, None, :, None]
+    weights = layer.attention.weights(states, mask) * mask[:, None, :, None]
     return weights.sum(dim=2).mean(dim=1)
 
 
@@ -314,15 +306,20 @@ def set_thresholds(
 
 
 def widest_gap(ordered: npt.NDArray[np.float32], share: float) -> float:
-    """Return the middle of the widest gap near the place below which ``share`` of scores lie."""
+    """Return the middle of the widest gap near the place below which ``share`` of scores lie.
+
+    Where embeddings know no places, a frequent token has one score, and the next gap may be far.
+    """
     n = len(ordered)
     place = share * n
     if place < 0.5:
         return 0.0
-    reach = max(1.0, GAP_WINDOW * n)
-    low = max(0, int(place - reach))
-    high = min(n - 1, int(place + reach))
-    gaps = np.diff(ordered[low : high + 1])
+    reach, low, high = max(1.0, GAP_WINDOW * n), n, -1
+    gaps = np.zeros(0, dtype=np.float32)
+    while not gaps.any() and (low > 0 or high < n - 1):
+        low, high = max(0, int(place - reach)), min(n - 1, int(place + reach))
+        gaps = np.diff(ordered[low : high + 1])
+        reach *= 2
     if len(gaps) == 0:
         return float(np.nextafter(np.float32(1), np.float32(0)))
     at = low + int(gaps.argmax())

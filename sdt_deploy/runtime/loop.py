@@ -134,6 +134,7 @@ def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, Array]:
     """
     layout: HeadLayout | PaddedLayout = step.queries
     context: HeadLayout | PaddedLayout | None = step.context
+    positions = step.position_ids
     if spec.attention_layout == "padded":  # format version 1
         layout, context = step.queries.padded, step.context and step.context.padded
     available = {
@@ -143,6 +144,8 @@ def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, Array]:
         "key_bias": step.key_bias,
         "remaining_depth": step.remaining_depth,
         "query_places": step.query_places,
+        "position_ids": positions if positions is None else positions[: step.n_active],
+        "context_position_ids": positions,
         "refresh_index": step.refresh_index,
     }
     if context is not None:

@@ -33,8 +33,7 @@ def padded_arrays(
     outputs = {"output": np.empty((*rows, config.output_width), dtype=np.float32)}
     if path != "dense":
         inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
-        probes = (config.n_layers,) if config.routing == "per_layer" else ()
-        outputs["scores"] = np.empty((*shape, *probes), dtype=np.float32)
+        outputs["scores"] = np.empty((*shape, *config.score_axes), dtype=np.float32)
     return inputs, outputs
 
 

@@ -96,6 +96,9 @@ class RouteStep:
     refresh_index: Int32 | None
     """With ``context="all"``, for stages of several layers: ``[n_tokens]``, for each row its place
     in the concatenation of all rows and the active ones."""
+    position_ids: Int32 | None = None
+    """``[n_tokens]``, place of each row's token in its sequence, of all rows; for rotary
+    positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,7 @@ class RouteRules:
     selection: Selection = "threshold"
     leaving: Leaving = "exit"
     causal: bool = False
+    rotary: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -148,6 +152,7 @@ class RouteRules:
             selection=model.selection,
             leaving=model.leaving,
             causal=model.causal,
+            rotary=model.rotary is not None,
         )
 
 
@@ -347,6 +352,9 @@ def plan_route(
         if around:
             around *= len(new) // len(around)
 
+    position_of = None  # of each row
+    if rules.causal:
+        position_of = (rows - np.repeat(cu_seqlens[:-1], lengths))[order]
     steps: list[RouteStep] = []
     number = -1
     for stage, n_rows in enumerate(n_active):
@@ -355,9 +363,8 @@ def plan_route(
         bias = (seen or layout).key_bias
         assert bias is not None
         remaining = refresh = places = None
-        if rules.causal and seen is not None:
-            tokens = order[layout.gather_index[:, 0] // np.int32(n_heads)]
-            places = (rows - np.repeat(cu_seqlens[:-1], lengths))[tokens]
+        if position_of is not None and seen is not None:
+            places = position_of[layout.gather_index[:, 0] // np.int32(n_heads)]
         first, stop = stage_layers[stage]
         if stop - first > 1:
             remaining = depths[order[:n_rows]] - np.int32(first)
@@ -378,6 +385,7 @@ def plan_route(
                 key_bias=bias,
                 remaining_depth=remaining,
                 query_places=places,
+                position_ids=position_of if rules.rotary else None,
                 refresh_index=refresh,
             )
         )

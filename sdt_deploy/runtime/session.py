@@ -137,6 +137,11 @@ class Session:
         return self.bundle.manifest
 
     @property
+    def part_limits(self) -> PartLimits:
+        """What batches are cut into parts by."""
+        return self._part_limits
+
+    @property
     def on_device(self) -> bool:
         """Whether batches stay on a GPU, in captured graphs, from their ids to their outputs."""
         return self._device_loop is not None

@@ -44,12 +44,14 @@ def run_sparse(
     start = perf_counter()
     n_tokens = batch.n_tokens
     entry, stages, head = graphs
-    probes = (config.n_layers,) if config.routing == "per_layer" else ()
+    probes = config.score_axes
     lent = buffers.take()
     try:
         states, other = lent.reserve(n_tokens)
         scores = backend.empty((n_tokens, *probes), "float32")
-        ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        ids = {"input_ids": batch.input_ids}
+        if config.rotary is None:
+            ids["position_ids"] = batch.position_ids
         if config.n_token_types:
             ids["token_type_ids"] = batch.types
         entry_ms = timed(entry.bind(ids, {"hidden_states": states, "scores": scores}))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sdt_deploy.bundle import Bundle, GraphSpec, Manifest
 from sdt_deploy.config import ExportConfig
+from sdt_deploy.exporters.decoding import DecodeGraph
+from sdt_deploy.exporters.layers import PackedLayer
 from sdt_deploy.exporters.partition import partition
 from sdt_deploy.model.blocks import TransformerLayer
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -125,6 +127,8 @@ class _OracleGraph:
                 assert array.size, f"{self._spec.name} was called with nothing in {spec.name}"
         if self._spec.layers is not None:
             found = self._stage(inputs)
+        elif self._spec.name.startswith("decode-"):
+            found = self._decode(inputs)
         else:
             name, _, layer = self._spec.name.partition("-")
             run = getattr(self, f"_{name}")
@@ -133,7 +137,8 @@ class _OracleGraph:
             np.copyto(outputs[name], tensor.numpy(), casting="no")
 
     def _entry(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
-        ids, positions = _long(inputs["input_ids"]), _long(inputs["position_ids"])
+        ids = _long(inputs["input_ids"])
+        positions = _long(inputs["position_ids"]) if "position_ids" in inputs else None
         types = _long(inputs["token_type_ids"]) if "token_type_ids" in inputs else None
         embedded = self._model.embeddings(ids, positions, types)
         return {"hidden_states": embedded, "scores": self._model.scorer(ids, embedded)}
@@ -174,6 +179,11 @@ class _OracleGraph:
                 )
                 if sees_all:
                     own = _long(inputs["query_places"])
+                if layer.attention.frequencies:
+                    own = theirs = _long(inputs["position_ids"])[gather]
+                    if sees_all:
+                        index = _long(inputs["context_gather_index"])[:, 0] // n_heads
+                        theirs = _long(inputs["context_position_ids"])[index]
                 places = torch.cat([own, theirs], dim=1)
             # The oracle's layer updates all it sees: run it on queries and keys side by side.
             joined = torch.cat([queries, keys], dim=1)
@@ -183,6 +193,17 @@ class _OracleGraph:
         if len(self._spec.outputs) == 1:
             return {"updated_states": states}
         return {"updated_states": states, "scores": self._model.scorer.logits(states).sigmoid()}
+
+    def _decode(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        """Run the module that is exported: the oracle keeps no keys of earlier calls."""
+        states = inputs["hidden_states"]
+        self._calls.append(StageCall(stage=self._spec.name, n_rows=len(states)))
+        number, config = int(self._spec.name.removeprefix("decode-")), self._model.config
+        layer = PackedLayer(self._model.blocks[number], torch.float32)
+        scorer = self._model.scorer if len(self._spec.outputs) > 3 else None
+        module = DecodeGraph(layer, config, scorer)
+        found = module(*(torch.from_numpy(inputs[spec.name].copy()) for spec in self._spec.inputs))
+        return dict(zip((spec.name for spec in self._spec.outputs), found, strict=True))
 
     def _fused(self, layer: TransformerLayer, inputs: Mapping[str, Array]) -> Tensor:
         gather, scatter = _long(inputs["gather_index"]), _long(inputs["scatter_index"])

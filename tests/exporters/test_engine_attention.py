@@ -21,10 +21,10 @@ from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.errors import BuildError, ConfigError, ExportError
 from sdt_deploy.exporters import engine_plan
+from sdt_deploy.exporters.cases import stage_case
 from sdt_deploy.exporters.engine_graphs import masked_attention, packed_attention
 from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.tensorrt import build_engines
-from sdt_deploy.exporters.verify import _stage_case
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.testing import memory_bundle
 from tests.exporters.building import ADA, built_graphs, reopened
@@ -83,7 +83,7 @@ def test_adapted_stages_agree_with_the_oracle(
     )
     assert not any(len(node.input) > 4 for node in proto.graph.node if node.op_type == "Attention")
     rng = np.random.default_rng(sum(lengths))
-    inputs, expected = _stage_case(sample.model, (1, 2), "fused", np.array(lengths), rng)
+    inputs, expected = stage_case(sample.model, (1, 2), "fused", np.array(lengths), rng)
     evaluator = ReferenceEvaluator(proto, new_ops=[TRT_Attention])
     (wanted,) = expected["updated_states"].detach().numpy()
     for padded in (inputs, _in_a_larger_bucket(inputs)):

@@ -14,7 +14,7 @@ from sdt_deploy.bundle import STATES, Bundle
 from sdt_deploy.config import TOLERANCES, ExportConfig, Precision
 from sdt_deploy.errors import BackendError, ExportError, VerificationError
 from sdt_deploy.exporters.export import export
-from sdt_deploy.exporters.layers import HeadLayout, PackedLayer, key_bias
+from sdt_deploy.exporters.layers import HeadLayout, PackedLayer, Sight, key_bias
 from sdt_deploy.exporters.onnx import parameters_of
 from sdt_deploy.exporters.partition import PackedHead, partition
 from sdt_deploy.exporters.restore import restore
@@ -274,7 +274,7 @@ def test_sums_that_float16_cannot_hold() -> None:
         key_bias(visible, layout.n_heads, torch.float16),
     )
     rows = states[0].half()
-    found = packed(rows, layout, rows, layout, bias)
+    found = packed(rows, rows, Sight(layout, layout, bias))
     expected = layer(rows.float()[None], visible)[0]
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.02)
     packed_head = PackedHead(head, torch.float16)

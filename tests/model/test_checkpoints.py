@@ -115,7 +115,7 @@ def test_broken_directories(saved: Path, tmp_path: Path) -> None:
     [
         ({"vocab_size": 0}, "vocab_size must be a positive integer"),
         ({"n_heads": 3}, "multiple of n_heads"),
-        ({"activation": "swish"}, "'relu', 'gelu', 'gelu_tanh', not 'swish'"),
+        ({"activation": "swish"}, "'gelu_tanh', 'silu', not 'swish'"),
         ({"context": "some"}, "context"),
         ({"eps": 0.0}, "eps"),
         ({"thresholds": (0.1,)}, "one per layer is needed, 2"),

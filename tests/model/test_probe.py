@@ -20,6 +20,7 @@ from sdt_deploy.model.probe import (
     padded_batches,
     set_thresholds,
     token_features,
+    widest_gap,
 )
 from tests.samples import random_model
 
@@ -214,3 +215,11 @@ def test_samples_put_together_count_their_pinned_tokens() -> None:
     both = joined([a, b])
     assert both.pinned_share == pytest.approx(3 / 18)
     assert both.importance.tolist() == [1.0] * 6 + [0.0] * 9
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.6, 0.97])
+def test_thresholds_are_no_scores(share: float) -> None:
+    """Without places in the embeddings a frequent token has one score, which must not flip."""
+    scores = np.sort(np.repeat([0.2, 0.5, 0.6], [30, 900, 70])).astype(np.float32)
+    found = widest_gap(scores, share)
+    assert np.abs(scores - found).min() > 0.04
