@@ -22,7 +22,9 @@ from sdt_deploy.model.conversion import load_any
 from sdt_deploy.training.calibration import calibrated
 
 
-def ship(data: Path, trained: Path, out: Path, model: Path) -> None:
+def ship(
+    data: Path, trained: Path, out: Path, model: Path, target_depth: float | None = None
+) -> None:
     """Write the adapter file; see the module."""
     base = load_any(model)
     with safetensors.safe_open(trained, framework="pt") as file:
@@ -43,7 +45,7 @@ def ship(data: Path, trained: Path, out: Path, model: Path) -> None:
     finished = calibrated(
         merged(base, adapter),
         read_packed(data / "calibration.xz"),
-        target_depth=recipe["target_depth"],
+        target_depth=target_depth or recipe["target_depth"],
         levels=recipe["levels"],
         shallow_depth=recipe["shallow_depth"],
     )
@@ -72,9 +74,10 @@ def main() -> None:
     parser.add_argument("trained", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--target-depth", type=float, help="default: that of the training")
     arguments = parser.parse_args()
     model = arguments.model or default_model()
-    ship(arguments.data, arguments.trained, arguments.out, model)
+    ship(arguments.data, arguments.trained, arguments.out, model, arguments.target_depth)
 
 
 if __name__ == "__main__":

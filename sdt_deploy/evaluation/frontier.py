@@ -157,14 +157,14 @@ def plot(found: Frontier, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = (("mean_cosine", "mean cosine"), ("top1_agreement", "nearest neighbour is the same"))
+    panels = (("mean_cosine", "mean cosine"), ("top1_agreement", "same nearest neighbour"))
     for number, (key, label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
         for name in dict.fromkeys(point.model for point in found.points):
             own = [point.quality for point in found.points if point.model == name]
             axes.plot([q.mean_depth for q in own], [getattr(q, key) for q in own], "o-", label=name)
         axes.set_xlabel("mean layers per token")
-        axes.set_ylabel(f"{label}, to the dense teacher")
+        axes.set_ylabel(f"{label} (dense teacher)")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     stream = io.BytesIO()

@@ -39,6 +39,9 @@ class DistillConfig:
     probe: ProbeTraining = "fixed"
     """``fixed``: the probe stays as it was fitted, which won so far; ``annealed``: a soft gate that
     becomes hard."""
+    refit_at: float | None = None
+    """``fixed``, two levels, a head per sequence: share of the run after which the probe is fitted
+    anew, to what skipping a token costs the student as it is then; None: never."""
     first_temperature: float = 1.0
     last_temperature: float = 0.1
     """Of the gates, in standard deviations of the scores' logits."""
@@ -87,6 +90,12 @@ class DistillConfig:
             "replaced_share",
         ):
             _check(0 <= getattr(self, name) <= 1, name, self, "in 0..1")
+        refits = self.refit_at is not None
+        _check(not refits or 0 <= self.refit_at <= 1, "refit_at", self, "in 0..1, or null")  # type: ignore[operator]
+        if refits and (self.probe, self.levels) != ("fixed", "two-level"):
+            raise ConfigError(
+                f"refit_at is for a fixed probe and two levels, not {self.probe} and {self.levels}"
+            )
         for name, choices in (
             ("probe", ProbeTraining),
             ("levels", Levels),

@@ -28,6 +28,7 @@ from sdt_deploy.training.schedule import (
     learning_rate_at,
     temperature_at,
 )
+from sdt_deploy.training.skipping import refitted_probe
 from sdt_deploy.training.state import optimizer_tensors, restore_optimizer
 from sdt_deploy.training.teacher import Teacher
 
@@ -112,6 +113,7 @@ class Distillation:
             fused=self._device.type == "cuda",
         )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._sample, self._refitted = sample, config.refit_at is None
         self.step = 0
 
     @property
@@ -162,6 +164,8 @@ class Distillation:
         """
         config, model = self.config, self.model
         progress = min(1.0, self._progress(self.step))
+        if config.refit_at is not None and progress >= config.refit_at and not self._refitted:
+            self._refit()
         after = min(1.0, self._progress(self.step + 1))
         factor = learning_rate_at(after, warm_up=config.warm_up)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
@@ -222,6 +226,30 @@ class Distillation:
             n_tokens=n_tokens,
         )
 
+    def _refit(self) -> None:
+        """Fit the probe to what skipping costs the student as it is; see :mod:`.skipping`."""
+        student, scorer = self._merged().to(self._device), self.model.scorer
+        limits = torch.zeros(student.config.n_layers)
+        if len(self._window.logits):
+            limits = self._limits(self.config.target_depth).sigmoid()
+        found = refitted_probe(
+            student,
+            self.teacher.model,
+            self._sample,
+            limits.tolist(),
+            shallow_depth=self.config.shallow_depth,
+        )
+        with torch.no_grad():
+            for parameter, value in zip((scorer.weight, scorer.bias), found, strict=True):
+                parameter.copy_(value)
+        self._window = ScoreWindow(self.config.n_window)  # of this probe from now on
+        self._refitted = True
+
+    def _merged(self) -> SparseDepthTransformer:
+        model = SparseDepthTransformer(self.model.config)
+        model.load_state_dict(merged_weights(self.model))
+        return model.eval()
+
     def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         config, tokens = self.config, self._tokens
         ids, mask, index = tokens.padded(self._stream(self.step), config.crop_share, rng)
@@ -269,6 +297,8 @@ class Distillation:
         memory = self._memory.rows()
         rest = {} if memory is None else {"memory": memory}
         window = {"window/logits": self._window.logits, "window/counts": self._window.counts}
+        if self.config.refit_at is not None and self._refitted:
+            rest |= {f"scorer/{name}": p for name, p in self.model.scorer.named_parameters()}
         return {**trained, **optimizer_tensors(self._optimizer), **window, **rest}
 
     @torch.no_grad()
@@ -277,6 +307,10 @@ class Distillation:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(tensors[f"model/{name}"])
+        for name, parameter in self.model.scorer.named_parameters():
+            if f"scorer/{name}" in tensors:
+                parameter.copy_(tensors[f"scorer/{name}"])
+                self._refitted = True
         restore_optimizer(self._optimizer, tensors)
         self._window.logits = tensors["window/logits"].to(self._device)
         self._window.counts = tensors["window/counts"]
@@ -293,9 +327,7 @@ class Distillation:
         Raises:
             ConfigError: if the depth cannot be reached on that text.
         """
-        model = SparseDepthTransformer(self.model.config)
-        model.load_state_dict(merged_weights(self.model))
-        model.eval()
+        model = self._merged()
         provenance = {
             **self._start.provenance,
             "distillation": {**self.config.to_dict(), "steps_made": self.step},
@@ -320,6 +352,11 @@ def _check_fit(
     if not 0 < config.target_depth <= mine.n_layers:
         raise ConfigError(
             f"target depth must lie in (0, {mine.n_layers}], not {config.target_depth}"
+        )
+    if config.refit_at is not None and not (mine.head.per_sequence and mine.probe == "linear"):
+        raise ConfigError(
+            "refit_at needs a probe and a head per sequence, embedding or classify, not "
+            f"{mine.head.kind}"
         )
     if mine.probe != "linear" and config.target_depth < mine.n_layers:
         raise ConfigError("the student has no probe: fit one with texts first")

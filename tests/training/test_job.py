@@ -69,7 +69,7 @@ def test_training_brings_the_model_closer_to_its_teacher(teacher: Path, tmp_path
 
 
 CHILD = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from tests.textmodels import texts
 from tests.training.test_job import TEXTS, config, options
@@ -79,31 +79,50 @@ def each(report):
     if report.step == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-distill(Path(sys.argv[1]), Path(sys.argv[2]), TEXTS, config(), options(), each=each)
+refits = config(refit_at=json.loads(sys.argv[4]))
+distill(Path(sys.argv[1]), Path(sys.argv[2]), TEXTS, refits, options(), each=each)
 """
 
 
-@pytest.mark.parametrize("at", [6, 10])
-def test_a_killed_run_goes_on_with_the_same_numbers(teacher: Path, tmp_path: Path, at: int) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    distill(teacher, whole, TEXTS, config(), options())
-    arguments = [sys.executable, "-c", CHILD, str(teacher), str(killed), str(at)]
+@pytest.mark.parametrize(("at", "refit_at"), [(6, None), (10, None), (10, 0.4), (6, 0.9)])
+def test_a_killed_run_goes_on_with_the_same_numbers(
+    teacher: Path, tmp_path: Path, at: int, refit_at: float | None
+) -> None:
+    """Killed before the probe is fitted anew, and behind it."""
+    whole, killed, chosen = tmp_path / "whole", tmp_path / "killed", config(refit_at=refit_at)
+    distill(teacher, whole, TEXTS, chosen, options())
+    refits = json.dumps(refit_at)
+    arguments = [sys.executable, "-c", CHILD, str(teacher), str(killed), str(at), refits]
     done = subprocess.run(arguments, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not killed.exists()
     with pytest.raises(OutputError, match="--resume"):
-        distill(teacher, killed, TEXTS, config(), options())
+        distill(teacher, killed, TEXTS, chosen, options())
     with pytest.raises(CheckpointError, match="of another run"):
         distill(teacher, killed, TEXTS, config(seed=1), options(resume=True))
-    distill(teacher, killed, TEXTS, config(), options(resume=True))
+    distill(teacher, killed, TEXTS, chosen, options(resume=True))
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(killed).items())
     assert steps_of(killed) == steps_of(whole)
 
 
-def test_an_adapter_file_gives_the_same_model(teacher: Path, tmp_path: Path) -> None:
+def test_a_probe_that_is_fitted_anew_is_another(teacher: Path, tmp_path: Path) -> None:
+    kept, _ = distill(teacher, tmp_path / "kept", TEXTS, config(), options())
+    again, last = distill(teacher, tmp_path / "again", TEXTS, config(refit_at=0.5), options())
+    assert not torch.allclose(kept.model.scorer.weight, again.model.scorer.weight, atol=1e-3)
+    assert last is not None
+    assert abs(last.depth - last.wanted_depth) < 0.7, "the budget holds with the new probe"
+    for wrong in ({"refit_at": 1.5}, {"refit_at": 0.5, "probe": "annealed"}):
+        with pytest.raises(ConfigError, match="refit_at"):
+            config(**wrong)
+
+
+@pytest.mark.parametrize("refit_at", [None, 0.5])
+def test_an_adapter_file_gives_the_same_model(
+    teacher: Path, tmp_path: Path, refit_at: float | None
+) -> None:
     path = tmp_path / "a.safetensors"
-    low_rank = config(lora_rank=4, learning_rate=1e-2)
+    low_rank = config(lora_rank=4, learning_rate=1e-2, refit_at=refit_at)
     finished, last = distill(teacher, tmp_path / "out", TEXTS, low_rank, options(adapter=path))
     assert last is not None
     assert last.step == 12
