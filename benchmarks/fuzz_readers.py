@@ -26,7 +26,8 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 with atheris.instrument_imports(include=["sdt_deploy", "json"]):
-    from sdt_deploy.bundle import MANIFEST, Manifest, _digest
+    from sdt_deploy.bundle import Manifest, _digest
+    from sdt_deploy.bundle_files import MANIFEST
     from sdt_deploy.errors import BundleError
     from sdt_deploy.external_data import external_tensors
 

@@ -9,25 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from sdt_deploy.bundle_files import MANIFEST, check_entry, check_file, check_inside, typed
 from sdt_deploy.combinations import check_combination
 from sdt_deploy.config import MAX_SIZE, ExportConfig, ModelConfig, is_integer, is_number, shown
 from sdt_deploy.engines import EngineSet
 from sdt_deploy.errors import BundleFormatError, BundleIntegrityError, ConfigError
 from sdt_deploy.external_data import check_places
-from sdt_deploy.files import (
-    MAX_JSON_BYTES,
-    is_partial,
-    parse_json,
-    read_bytes,
-    sha256,
-    write_file,
-)
+from sdt_deploy.files import MAX_JSON_BYTES, is_partial, parse_json, read_bytes, write_file
 
 FORMAT = "sdt-bundle"
 FORMAT_VERSION = 4
@@ -39,7 +32,6 @@ ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
     4: {"decomposed": "padded-heads", "fused": "padded-rows"},
 }
 """How a stage lays rows out for attention, by format version and :attr:`ExportConfig.attention`."""
-MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 REFERENCE = "reference.npz"
 TOKENIZER = "tokenizer.json"
@@ -49,7 +41,6 @@ STATES = frozenset(
 )
 """Inputs and outputs in the precision of the export; the others are float32 or integers in all."""
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def pieces(layer: int) -> tuple[str, str]:
@@ -194,22 +185,22 @@ class Manifest:
 
     @classmethod
     def _from_body(cls, body: dict[str, Any]) -> Self:
-        graphs = [_graph(raw) for raw in _typed("graphs", body["graphs"], list)]
+        graphs = [_graph(raw) for raw in typed("graphs", body["graphs"], list)]
         quantiles = body["score_quantiles"]
         manifest = cls(
             model=ModelConfig.from_dict(body["model"]),
-            export=ExportConfig(**_typed("export", body["export"], dict)),
+            export=ExportConfig(**typed("export", body["export"], dict)),
             graphs={spec.name: spec for spec in graphs},
-            files=_typed("files", body["files"], dict),
-            created_by=_typed("created_by", body["created_by"], dict),
-            provenance=_typed("provenance", body["provenance"], dict),
+            files=typed("files", body["files"], dict),
+            created_by=typed("created_by", body["created_by"], dict),
+            provenance=typed("provenance", body["provenance"], dict),
             score_quantiles=(
-                None if quantiles is None else tuple(_typed("score_quantiles", quantiles, list))
+                None if quantiles is None else tuple(typed("score_quantiles", quantiles, list))
             ),
             pinned_share=body["pinned_share"],
-            quality=(None if body["quality"] is None else _typed("quality", body["quality"], dict)),
+            quality=(None if body["quality"] is None else typed("quality", body["quality"], dict)),
             engines=tuple(
-                map(EngineSet.from_dict, _typed("engines", body.get("engines", []), list))
+                map(EngineSet.from_dict, typed("engines", body.get("engines", []), list))
             ),
             format_version=body["format_version"],
         )
@@ -226,8 +217,8 @@ class Manifest:
             ConfigError: if the parts contradict each other.
         """
         for name, entry in self.files.items():
-            _check_inside(name)
-            _check_entry(name, entry)
+            check_inside(name)
+            check_entry(name, entry)
         for tool, version in self.created_by.items():
             _check_text(f"created_by: {tool}", version)
         check_combination(self.model, self.export, single_file="single" in self.graphs)
@@ -319,7 +310,7 @@ class Bundle:
         manifest = Manifest.from_json(content, where=str(directory / MANIFEST))
         for name, expected in manifest.files.items():
             try:
-                _check_file(directory, name, expected, check_files)
+                check_file(directory, name, expected, check_files)
             except (OSError, ValueError, RuntimeError) as error:  # odd names, loops of links
                 raise BundleIntegrityError(f"{directory / name} cannot be read: {error}") from error
         n_bytes = manifest.files[WEIGHTS]["size_bytes"] if WEIGHTS in manifest.files else 0
@@ -342,18 +333,6 @@ class Bundle:
         return name in self.manifest.files
 
 
-def list_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return :attr:`Manifest.files` for everything in ``directory`` but the manifest."""
-    return {
-        path.relative_to(directory).as_posix(): {
-            "sha256": sha256(path),
-            "size_bytes": path.stat().st_size,
-        }
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-
-
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest`` into ``directory``, whole or not at all."""
     write_file(directory / MANIFEST, manifest.to_json())
@@ -365,64 +344,21 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _graph(raw: Any) -> GraphSpec:
-    values = dict(_typed("a graph", raw, dict))
+    values = dict(typed("a graph", raw, dict))
     for side in ("inputs", "outputs"):
         values[side] = tuple(
             TensorSpec(
-                name=_typed("a tensor", tensor, dict)["name"],
-                axes=tuple(_typed("axes", tensor["axes"], list)),
+                name=typed("a tensor", tensor, dict)["name"],
+                axes=tuple(typed("axes", tensor["axes"], list)),
                 dtype=tensor["dtype"],
             )
-            for tensor in _typed(side, values[side], list)
+            for tensor in typed(side, values[side], list)
         )
     if values["layers"] is not None:
-        values["layers"] = tuple(_typed("layers", values["layers"], list))
+        values["layers"] = tuple(typed("layers", values["layers"], list))
     return GraphSpec(**values)
-
-
-def _typed(what: str, value: Any, kind: type[list[Any]] | type[dict[str, Any]]) -> Any:
-    if not isinstance(value, kind):
-        name = "an object" if kind is dict else "a list"
-        raise ConfigError(f"{what} must be {name}, not {shown(value)}")
-    return value
 
 
 def _check_text(what: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{what} must be a string, not {shown(value)}")
-
-
-def _check_inside(name: str) -> None:
-    parts = name.split("/")
-    if not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in name:
-        raise BundleIntegrityError(f"the manifest names a file outside the bundle: {name!r}")
-
-
-def _check_entry(name: str, entry: Any) -> None:
-    if name == MANIFEST:
-        raise ConfigError(f"files: {MANIFEST} cannot list itself")
-    entry = _typed(f"files: {name}", entry, dict)
-    digest = entry["sha256"]
-    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        raise ConfigError(
-            f"files: sha256 of {name} must be 64 hexadecimal digits, not {shown(digest)}"
-        )
-    if not is_integer(entry["size_bytes"], 0, 2**63 - 1):
-        raise ConfigError(
-            f"files: size_bytes of {name} must be a size, not {shown(entry['size_bytes'])}"
-        )
-
-
-def _check_file(
-    directory: Path, name: str, expected: Mapping[str, Any], check_content: bool
-) -> None:
-    path = directory / name
-    if not path.is_file() or path.resolve() != directory.resolve() / name:
-        raise BundleIntegrityError(f"{path} is missing or not a regular file")
-    size = path.stat().st_size
-    if size != expected["size_bytes"]:
-        raise BundleIntegrityError(
-            f"{path} has {size} bytes, the manifest says {expected['size_bytes']}"
-        )
-    if check_content and sha256(path) != expected["sha256"]:
-        raise BundleIntegrityError(f"{path} was altered after the export: SHA-256 mismatch")

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from sdt_deploy.bundle import MANIFEST, _digest, list_files
+from sdt_deploy.bundle import _digest
+from sdt_deploy.bundle_files import MANIFEST, list_files
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig, RotaryConfig
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
-from sdt_deploy.bundle import MANIFEST, STATES, WEIGHTS, Bundle, Manifest, _digest
+from sdt_deploy.bundle import STATES, WEIGHTS, Bundle, Manifest, _digest
+from sdt_deploy.bundle_files import MANIFEST
 from sdt_deploy.errors import BundleError, BundleFormatError, BundleIntegrityError, OutputError
 from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.onnx import ALIGNMENT
@@ -73,9 +74,9 @@ def test_every_byte_of_every_file_counts(copied: Path) -> None:
 
 
 def test_a_newer_version_says_so(copied: Path) -> None:
-    edit(copied, lambda body: body.update(format_version=4))
+    edit(copied, lambda body: body.update(format_version=5))
     with pytest.raises(
-        BundleFormatError, match=r"format version 4; this release.*versions 1, 2, 3"
+        BundleFormatError, match=r"format version 5; this release.*versions 1, 2, 3, 4"
     ):
         Bundle.open(copied)
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from sdt_deploy.bundle import MANIFEST, Bundle, Manifest, _digest
+from sdt_deploy.bundle import Bundle, Manifest, _digest
+from sdt_deploy.bundle_files import MANIFEST
 from sdt_deploy.errors import BundleError, SdtDeployError
 from sdt_deploy.runtime.session import Session
 from tests.samples import GOLDEN, THOROUGH, sign_bundle

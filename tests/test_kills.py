@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdt_deploy.bundle import MANIFEST, Bundle
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.bundle_files import MANIFEST
 from sdt_deploy.errors import SdtDeployError
 from sdt_deploy.files import is_partial
 from sdt_deploy.model import checkpoints

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.bundle import MANIFEST, Bundle, write_manifest
+from sdt_deploy.bundle import Bundle, write_manifest
+from sdt_deploy.bundle_files import MANIFEST
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import CheckpointError, InputError
 from sdt_deploy.evaluation.agreement import agreement

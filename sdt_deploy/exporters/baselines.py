@@ -12,7 +12,6 @@ from sdt_deploy.exporters.layers import (
     HeadLayout,
     Mask,
     PackedLayer,
-    ProductScorer,
     Sight,
     key_bias,
     not_later,
@@ -122,7 +121,7 @@ class MaskedGraph(_PaddedGraph):
         head: PackedHead,
     ) -> None:
         super().__init__(model, layers, head)
-        self.scorer = ProductScorer(model.scorer) if self.fused else model.scorer
+        self.scorer = model.scorer
         self.context = model.config.context
         self.by_capacity = model.config.selection == "capacity"
         self.per_layer = model.config.routing == "per_layer"

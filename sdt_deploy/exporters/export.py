@@ -12,16 +12,15 @@ import onnx
 
 from sdt_deploy.bundle import (
     FORMAT,
-    MANIFEST,
     REFERENCE,
     SAMPLE,
     TOKENIZER,
     WEIGHTS,
     Bundle,
     Manifest,
-    list_files,
     write_manifest,
 )
+from sdt_deploy.bundle_files import MANIFEST, list_files
 from sdt_deploy.combinations import knows_single_file
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.errors import ConfigError

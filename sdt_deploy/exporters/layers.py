@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from sdt_deploy.config import FUSED_OPSET
 from sdt_deploy.exporters.products import PackedFeedForward, PackedLinear, packed_norm
-from sdt_deploy.model.blocks import Scorer, TransformerLayer, turned
+from sdt_deploy.model.blocks import TransformerLayer, turned
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -252,25 +252,6 @@ def fused_attention(
         version=FUSED_OPSET,
     )
     return mixed
-
-
-class ProductScorer(Scorer):
-    """Scores by a matrix product, fastest on a GPU, where rounding depends on sizes anyway.
-
-    Args:
-        scorer: of one probe; its parameters are shared.
-    """
-
-    def __init__(self, scorer: Scorer) -> None:
-        nn.Module.__init__(self)
-        self.linear, self.pins = scorer.linear, scorer.pins
-        if scorer.linear:
-            self.weight, self.bias = scorer.weight, scorer.bias
-        self.register_buffer("pinned_token_ids", scorer.pinned_token_ids, persistent=False)
-
-    def logits(self, embedded: Tensor) -> Tensor:
-        """Return ``embedded [..., d_model] @ weight + bias``, float32."""
-        return embedded.float() @ self.weight.float() + self.bias.float()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from sdt_deploy.exporters.layers import (
     FusedLayer,
     HeadLayout,
     PackedLayer,
-    ProductScorer,
     Sight,
     gather_rows,
     narrowed,
@@ -67,8 +67,7 @@ class EntryGraph(GraphModule):
         super().__init__()
         self.dtype = torch_dtype(precision)
         self.embeddings = model.embeddings
-        padded = len(axes) > 1
-        self.scorer = ProductScorer(model.scorer) if padded else model.scorer
+        self.scorer = model.scorer
         config = model.config
         self.has_places = config.rotary is None
         names = ["position_ids"] * self.has_places + ["token_type_ids"] * (config.n_token_types > 0)
@@ -242,20 +241,22 @@ class ProjectGraph(GraphModule):
         super().__init__()
         norm = ("attention_norm",) * layer.pre_norm
         self.layers = nn.ModuleList([layer.with_only(*norm, "query", "key", "value")])
-        packed = (1, "n_tokens", config.d_model)
-        places = ("batch", "max_context_seqlen", config.d_model)
+        packed: tuple[str | int, ...] = (1, "n_tokens", config.d_model)
+        places: tuple[str | int, ...] = ("batch", "max_context_seqlen", config.d_model)
         sees_all = config.context == "all"
         keys = places if sees_all else packed
-        axes = {"hidden_states": packed, **({"context_states": places} if sees_all else {})}
-        self.inputs = tuple(states_of(name, *axes[name], precision=precision) for name in axes)
-        axes = {"query": packed, "key": keys, "value": keys}
-        self.outputs = tuple(states_of(name, *axes[name], precision=precision) for name in axes)
+        states = partial(states_of, precision=precision)
+        self.inputs = (
+            states("hidden_states", *packed),
+            *(states("context_states", *places) for _ in range(sees_all)),
+        )
+        self.outputs = states("query", *packed), states("key", *keys), states("value", *keys)
 
     def forward(
         self, hidden_states: Tensor, context_states: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project the active rows, and what they see."""
-        return self.layers[0].project(hidden_states, context_states)  # type: ignore[no-any-return, operator]
+        return self.layers[0].project(hidden_states, context_states)  # type: ignore[operator]
 
 
 class UpdateGraph(GraphModule):
@@ -276,7 +277,7 @@ class UpdateGraph(GraphModule):
 
     def forward(self, hidden_states: Tensor, mixed_states: Tensor) -> Tensor:
         """Update the active rows."""
-        return self.layers[0].update(hidden_states, mixed_states)  # type: ignore[no-any-return, operator]
+        return self.layers[0].update(hidden_states, mixed_states)  # type: ignore[operator]
 
 
 class FusedHeadGraph(GraphModule):

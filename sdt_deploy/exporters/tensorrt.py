@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits, plan_profiles
-from sdt_deploy.bundle import MANIFEST, Bundle, Manifest, write_manifest
+from sdt_deploy.bundle import Bundle, Manifest, write_manifest
+from sdt_deploy.bundle_files import MANIFEST
 from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import ENGINES, EngineSet, EngineSpec
 from sdt_deploy.errors import (

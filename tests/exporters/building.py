@@ -7,7 +7,8 @@ from typing import Any
 
 import onnx
 
-from sdt_deploy.bundle import MANIFEST, Bundle
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.bundle_files import MANIFEST
 from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import EngineSet
 from tests.samples import sign_bundle

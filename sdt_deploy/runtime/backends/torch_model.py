@@ -190,7 +190,7 @@ class TorchModel:
         p = self.entry
         if self.config.probe == "none":
             return torch.ones_like(ids, dtype=torch.float32)
-        scores = torch.sigmoid(embedded @ p["scorer.weight"] + p["scorer.bias"])
+        scores = torch.sigmoid((embedded * p["scorer.weight"]).sum(dim=-1) + p["scorer.bias"])
         if not self.config.pinned_token_ids:
             return scores
         pinned = (ids[..., None] == p["scorer.pinned_token_ids"]).any(dim=-1)
@@ -265,7 +265,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, n_heads: int, seen: Tenso
     n_keys = key.shape[1]
     if query.is_cuda and query.dtype != torch.float32 and seen.ndim == 1:
         starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
-        mixed = torch.ops.aten._flash_attention_forward(
+        mixed: Tensor = torch.ops.aten._flash_attention_forward(
             query.reshape(-1, n_heads, d_model // n_heads),
             key.reshape(-1, n_heads, d_model // n_heads),
             value.reshape(-1, n_heads, d_model // n_heads),
