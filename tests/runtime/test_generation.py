@@ -239,7 +239,7 @@ def test_draws(exported: tuple[SparseDepthTransformer, Session]) -> None:
     assert drawn(seed=1) != drawn(seed=2)
     greedy = drawn(temperature=0.0)
     assert drawn(top_k=1) == greedy
-    assert drawn(temperature=1e-6) == greedy
+    assert drawn(temperature=1e-6) == drawn(temperature=1e-320) == greedy
     assert drawn(top_k=47) == drawn()
 
 
