@@ -101,7 +101,7 @@ def _rotary(config: Mapping[str, Any]) -> RotaryConfig:
             f"rope_type {kind!r} is not supported; supported: default, linear, llama3"
         )
     for place in (rope, config):
-        if place.get("partial_rotary_factor", 1.0) != 1.0:
+        if (place.get("partial_rotary_factor") or 1.0) != 1.0:
             raise ConfigError(
                 f"partial_rotary_factor {place['partial_rotary_factor']} is not supported: all "
                 "numbers of a head are turned"

@@ -353,7 +353,8 @@ class Sampling:
         if self.temperature == 0:
             return int(logits.argmax())
         scaled = logits.astype(np.float64)
-        scaled = (scaled - scaled.max()) / self.temperature
+        with np.errstate(over="ignore"):  # then a token has no chance
+            scaled = (scaled - scaled.max()) / self.temperature
         if self.top_k is not None and self.top_k < len(scaled):
             scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf
         shares = np.exp(scaled)

@@ -23,7 +23,7 @@ from sdt_deploy.runtime.generation import GenerationResult, Sampling, generate
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import PartLimits
 from sdt_deploy.testing import OracleBackend, memory_bundle
-from tests.samples import CONFIGS, llama_like, model_configs, random_model
+from tests.samples import CONFIGS, in_threads, llama_like, model_configs, random_model
 
 GPT2 = ModelConfig(
     vocab_size=47,
@@ -214,6 +214,19 @@ def test_sequences_that_end_are_not_run(
     assert [len(tokens) for tokens in every.tokens] == [1] * 4
 
 
+def test_threads_share_a_session(exported: tuple[SparseDepthTransformer, Session]) -> None:
+    _, session = exported
+    alone = [generate(session, [prompt], max_new_tokens=8) for prompt in PROMPTS]
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            found = generate(session, [PROMPTS[i]], max_new_tokens=8)
+            np.testing.assert_array_equal(found.tokens[0], alone[i].tokens[0])
+            assert found.cache == alone[i].cache
+
+    in_threads(len(PROMPTS), work)
+
+
 def test_draws(exported: tuple[SparseDepthTransformer, Session]) -> None:
     _, session = exported
     options = {"max_new_tokens": 10, "temperature": 1.5}
@@ -226,7 +239,7 @@ def test_draws(exported: tuple[SparseDepthTransformer, Session]) -> None:
     assert drawn(seed=1) != drawn(seed=2)
     greedy = drawn(temperature=0.0)
     assert drawn(top_k=1) == greedy
-    assert drawn(temperature=1e-6) == greedy
+    assert drawn(temperature=1e-6) == drawn(temperature=1e-320) == greedy
     assert drawn(top_k=47) == drawn()
 
 
