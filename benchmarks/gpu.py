@@ -2,6 +2,8 @@
 
     python benchmarks/gpu.py --backend onnxruntime-cuda --models minilm,base --json gpu.json
 
+First the GPU tests run (``--no-tests``: not), and their outcome is part of the JSON.
+
 The weights are random and the ids too, so this speaks of speed, and of parity with the oracle, not
 of quality. Thresholds are quantiles of the scores, so that every depth holds as many tokens.
 """
@@ -13,12 +15,14 @@ import contextlib
 import itertools
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -108,6 +112,24 @@ def floor_ms(row: CaseResult, config: ModelConfig, limits: dict[str, float]) -> 
     }
 
 
+def run_tests(limit_s: float) -> dict[str, Any]:
+    """Run the GPU tests; return how many passed, failed and were skipped, and which failed."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
+        try:
+            subprocess.run([*command, f"--junitxml={report}"], check=False, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            return {"ended_after_s": limit_s}
+        if not report.exists():
+            return {"error": "pytest wrote no report"}
+        cases = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314, made just now
+    failed = [c.attrib["name"] for c in cases if {"failure", "error"} & {x.tag for x in c}]
+    n_skipped = sum(case.find("skipped") is not None for case in cases)
+    n_passed = len(cases) - len(failed) - n_skipped
+    return {"passed": n_passed, "skipped": n_skipped, "failed": failed}
+
+
 def gpu_state() -> str:
     """Return the GPU's name, driver, clocks and power, as the driver reports them."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw"
@@ -130,6 +152,8 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true", help="compare with the PyTorch model")
     parser.add_argument("--bundles", type=Path, help="keep exported bundles here, and reuse them")
     parser.add_argument("--export-only", action="store_true", help="with --bundles; needs no GPU")
+    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--tests-limit", type=float, default=240, help="seconds")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.export_only:
@@ -137,12 +161,14 @@ def main() -> None:
             for size, context, precision in wanted(options):
                 exported(directory, size, context, precision, options)
         return
+    tests = None if options.no_tests else run_tests(options.tests_limit)
     limits = ceilings()
     found: dict[str, Any] = {
+        "tests": tests,
         "environment": {**environment(), "gpu": gpu_state(), **limits},
         "models": [],
     }
-    console.print(found["environment"])
+    console.print({"tests": tests, **found["environment"]})
     with bundles_in(options.bundles) as directory:
         for size, context, precision in wanted(options):
             bundle = exported(directory, size, context, precision, options)
@@ -164,6 +190,9 @@ def main() -> None:
                 {**asdict(case), "floor_ms": floor_ms(case, config, limits)}
                 for case in outcome.cases
             ]
+            for row in rows:
+                floor = ", ".join(f"{k} {ms:.3f}" for k, ms in row["floor_ms"].items())
+                console.print(f"{row['batch']}x{row['seq']}: floor in ms: {floor}")
             head = {"model": size, "context": context, "precision": precision}
             rest = {"levels": options.levels, "attention": options.attention}
             found["models"].append({**head, **rest, "gpu_after": gpu_state(), "cases": rows})
