@@ -22,6 +22,7 @@ from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig, RotaryConfi
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.batch import TokenBatch
+from sdt_deploy.runtime.generation import GenerationResult
 from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.routing import RouteRules
 from sdt_deploy.runtime.session import Session
@@ -192,6 +193,32 @@ def assert_parity(
     if path != "dense":
         np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-5)
     return result
+
+
+def assert_generates_as_oracle(
+    model: SparseDepthTransformer, result: GenerationResult, thresholds: tuple[float, ...]
+) -> None:
+    """Each step's logits are those of the oracle over all tokens so far, and so are the layers."""
+    assert result.logits is not None
+    for prompt, new, logits, active in zip(
+        result.prompts, result.tokens, result.logits, result.active, strict=True
+    ):
+        whole = np.concatenate([prompt, new])
+        for step in range(len(new)):
+            ids = whole[: len(prompt) + step]
+            cu = np.array([0, len(ids)], dtype=np.int32)
+            found = oracle_output(model, ids, cu, thresholds=thresholds)
+            np.testing.assert_allclose(logits[step], found.output[-1], atol=1e-4, rtol=0)
+            np.testing.assert_array_equal(active[: len(ids)], found.active)
+        assert len(active) == len(whole) - 1
+    usage, config = result.cache, model.config
+    taken = np.concatenate(result.active)
+    token_bytes = 2 * 4 * config.n_key_heads * config.head_width
+    assert usage.dense_bytes == taken.size * token_bytes
+    assert result.layer_usage.active_tokens == tuple(taken.sum(axis=0))
+    if config.context == "active":
+        assert usage.layer_tokens == tuple(taken.sum(axis=0))
+        assert usage.n_bytes == taken.sum() * token_bytes
 
 
 def deviation(

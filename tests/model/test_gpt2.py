@@ -16,10 +16,12 @@ from sdt_deploy.exporters.export import export, export_stages
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.conversion import load_any
 from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.runtime.generation import generate
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
+    assert_generates_as_oracle,
     assert_parity,
     quantile_thresholds,
     random_batch,
@@ -114,6 +116,9 @@ def test_exported(tmp_path: Path) -> None:
         check_on_onnxruntime(session, model, ("sparse", "masked"))
         batch = random_batch(model.config, [5, 17], 0)
         assert_parity(session, model, batch, path="dense")
+        prompts = batch.input_ids[:12], [0, 5, 12]
+        result = generate(session, *prompts, max_new_tokens=14, return_logits=True)
+        assert_generates_as_oracle(model, result, model.config.thresholds)
 
 
 def test_stages_with_context_active(tmp_path: Path) -> None:

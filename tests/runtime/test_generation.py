@@ -19,11 +19,18 @@ from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.caches import LayerCache, NewTokens
-from sdt_deploy.runtime.generation import GenerationResult, Sampling, generate
+from sdt_deploy.runtime.generation import Sampling, generate
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import PartLimits
 from sdt_deploy.testing import OracleBackend, memory_bundle
-from tests.samples import CONFIGS, in_threads, llama_like, model_configs, random_model
+from tests.samples import (
+    CONFIGS,
+    assert_generates_as_oracle,
+    in_threads,
+    llama_like,
+    model_configs,
+    random_model,
+)
 
 GPT2 = ModelConfig(
     vocab_size=47,
@@ -60,32 +67,6 @@ def session_of(model: SparseDepthTransformer) -> Session:
     return Session(bundle, OracleBackend(bundle, model))
 
 
-def assert_as_oracle(
-    model: SparseDepthTransformer, result: GenerationResult, thresholds: tuple[float, ...]
-) -> None:
-    """Each step's logits are those of the oracle over all tokens so far, and so are the layers."""
-    assert result.logits is not None
-    for prompt, new, logits, active in zip(
-        result.prompts, result.tokens, result.logits, result.active, strict=True
-    ):
-        whole = np.concatenate([prompt, new])
-        for step in range(len(new)):
-            ids = whole[: len(prompt) + step]
-            cu = np.array([0, len(ids)], dtype=np.int32)
-            found = oracle_output(model, ids, cu, thresholds=thresholds)
-            np.testing.assert_allclose(logits[step], found.output[-1], atol=1e-4, rtol=0)
-            np.testing.assert_array_equal(active[: len(ids)], found.active)
-        assert len(active) == len(whole) - 1
-    usage, config = result.cache, model.config
-    taken = np.concatenate(result.active)
-    token_bytes = 2 * 4 * config.n_key_heads * config.head_width
-    assert usage.dense_bytes == taken.size * token_bytes
-    assert result.layer_usage.active_tokens == tuple(taken.sum(axis=0))
-    if config.context == "active":
-        assert usage.layer_tokens == tuple(taken.sum(axis=0))
-        assert usage.n_bytes == taken.sum() * token_bytes
-
-
 def far_from(scores: np.ndarray, thresholds: tuple[float, ...]) -> bool:
     return bool(np.abs(scores[..., None] - np.array(thresholds)).min() > 1e-4)
 
@@ -101,7 +82,7 @@ def test_logits_of_every_step(layout: ModelConfig, context: str, way: dict[str, 
     assert [len(tokens) for tokens in result.tokens] == [17] * 4
     depths = np.concatenate([active.sum(axis=1) for active in result.active])
     assert set(depths) >= {1, 2, 3}  # tokens leave early, at different layers
-    assert_as_oracle(model, result, model.config.thresholds)
+    assert_generates_as_oracle(model, result, model.config.thresholds)
     for tokens, logits in zip(result.tokens, result.logits or (), strict=True):
         np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
 
@@ -143,15 +124,15 @@ def test_any_model(
         ends = np.array([0, len(whole)], dtype=np.int32)
         if not far_from(oracle_output(model, whole, ends, thresholds=limits).scores, limits):
             return  # rounding could flip a depth
-    assert_as_oracle(model, result, limits)
+    assert_generates_as_oracle(model, result, limits)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module")
 def exported(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[SparseDepthTransformer, Session]]:
-    config = GPT2 if request.param == "gpt2" else LLAMA.replace(context="active", **EXIT)
-    model = random_model(config, 5)
+    """A Llama with early exit; of GPT-2, ``tests/model/test_gpt2.py`` exports one."""
+    model = random_model(LLAMA.replace(context="active", **EXIT), 5)
     path = tmp_path_factory.mktemp("generation") / "bundle"
     export(Checkpoint(model=model, provenance={}), path)
     with Session.open(path) as session:
@@ -161,13 +142,12 @@ def exported(
 def test_exported(exported: tuple[SparseDepthTransformer, Session]) -> None:
     model, session = exported
     result = generate(session, PACKED, CU, max_new_tokens=20, return_logits=True)
-    assert_as_oracle(model, result, model.config.thresholds)
+    assert_generates_as_oracle(model, result, model.config.thresholds)
     assert result.n_steps == 19
-    if model.config.context == "active":
-        shallow = generate(session, PACKED, CU, max_new_tokens=20, thresholds=(0.4, 0.8, 0.9))
-        assert shallow.cache.n_bytes < result.cache.n_bytes < result.cache.dense_bytes
-        assert shallow.cache.saved_bytes > result.cache.saved_bytes
-        assert 0 < shallow.cache.ratio < result.cache.ratio < 1
+    shallow = generate(session, PACKED, CU, max_new_tokens=20, thresholds=(0.4, 0.8, 0.9))
+    assert shallow.cache.n_bytes < result.cache.n_bytes < result.cache.dense_bytes
+    assert shallow.cache.saved_bytes > result.cache.saved_bytes
+    assert 0 < shallow.cache.ratio < result.cache.ratio < 1
 
 
 def test_neighbours_and_parts_change_nothing(
