@@ -125,6 +125,11 @@ def distill(
             f"{teacher} routes by capacities or layer by layer, and a distillation trains routing "
             "by thresholds on one score: give the dense model"
         )
+    if dense.model.config.causal or not dense.model.config.is_plain:
+        raise ConfigError(
+            f"{teacher} is causal, or its layers are not those of BERT: a distillation trains "
+            "encoders whose tokens see each other only"
+        )
     n_layers = dense.model.config.n_layers
     if not 0 < config.target_depth <= n_layers:
         raise ConfigError(f"target depth must lie in (0, {n_layers}], not {config.target_depth}")

@@ -135,6 +135,14 @@ def test_an_adapter_file_gives_the_same_model(
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("changed", [{"causal": True}, {"gated": True}])
+def test_what_the_loop_does_not_train_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    config_of_teacher = CONFIG.replace(n_token_types=0, **changed)
+    path = save_teacher(tmp_path / "teacher", config_of_teacher)
+    with pytest.raises(ConfigError, match="encoders whose tokens see each other"):
+        distill(path, tmp_path / "out", TEXTS, config(), options())
+
+
 @pytest.mark.parametrize("depth", [4.01, 100.0])
 def test_a_depth_beyond_the_layers_is_refused(teacher: Path, tmp_path: Path, depth: float) -> None:
     with pytest.raises(ConfigError, match=r"target depth must lie in \(0, 4\]"):
