@@ -24,9 +24,9 @@ from sdt_deploy.tokenization import read_lines
 
 WHOLE_MODELS = frozenset({"dense", "masked"})
 """Graphs other than stages that have attention."""
-NO_ENGINES = "single", "project-", "update-"
+NO_ENGINES = "single", "project-", "update-", "decode-"
 """What graphs without engines begin with: the single file, whose shapes depend on its data inside,
-and the pieces of stages, whose attention is in their engines."""
+the pieces of stages, whose attention is in their engines, and steps with cached keys."""
 
 
 def target_gpus(config: BuildConfig, chosen: trt.Flavour) -> tuple[str, ...]:

@@ -21,7 +21,8 @@ def stages_only(bundle: Bundle) -> BuildConfig:
 
 
 def built_graphs(bundle: Bundle) -> list[str]:
-    return [name for name in bundle.manifest.graphs if name != "single"]
+    others = "single", "project-", "update-", "decode-"
+    return [name for name in bundle.manifest.graphs if not name.startswith(others)]
 
 
 def reopened(bundle: Bundle) -> EngineSet:
