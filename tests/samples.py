@@ -26,6 +26,7 @@ from sdt_deploy.runtime.generation import GenerationResult
 from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.routing import RouteRules
 from sdt_deploy.runtime.session import Session
+from sdt_deploy.testing import OracleBackend, memory_bundle
 
 TOLERANCE = 2e-4
 GOLDEN = Path(__file__).parent / "data" / "golden-bundle-v1"
@@ -219,6 +220,38 @@ def assert_generates_as_oracle(
     if config.context == "active":
         assert usage.layer_tokens == tuple(taken.sum(axis=0))
         assert usage.n_bytes == taken.sum() * token_bytes
+
+
+def assert_parity_on_random_batches(
+    session: Session,
+    model: SparseDepthTransformer,
+    paths: tuple[str, ...],
+    *,
+    n_batches: int,
+    longest: int,
+) -> None:
+    """Run up to five sequences of up to ``longest`` tokens at random depths, again and again."""
+    rng = np.random.default_rng(0)
+    n_layers = model.config.n_layers
+    for seed in range(n_batches):
+        lengths = rng.integers(1, longest + 1, rng.integers(1, 6)).tolist()
+        batch = random_batch(model.config, lengths, seed)
+        limits = quantile_thresholds(model, batch, rng.random(n_layers).tolist())
+        for path in paths:
+            assert_parity(session, model, batch, limits, path)
+
+
+def assert_rows_of_stages(model: SparseDepthTransformer, stages: tuple[int, ...]) -> None:
+    """Every stage gets the rows that are active in its first layer, and no others."""
+    bundle = memory_bundle(model, ExportConfig(stages=stages))
+    backend = OracleBackend(bundle, model)
+    batch = random_batch(model.config, [9, 1, 26, 14], 2)
+    limits = quantile_thresholds(model, batch, [0.1, 0.4, 0.7])
+    result = assert_parity(Session(bundle, backend), model, batch, limits)
+    firsts = [first for first, _ in bundle.manifest.stage_layers]
+    assert [call.n_rows for call in backend.calls] == [
+        int((result.depths > first).sum()) for first in firsts
+    ]
 
 
 def deviation(

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sdt_deploy.config import HeadConfig, ModelConfig
+from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import ConfigError
+from sdt_deploy.model.decoders import activation_of, head_of
 
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -51,17 +52,7 @@ def gpt2_config(config: Mapping[str, Any], head: str | None) -> ModelConfig:
     for name, value in _PLAIN.items():
         if config.get(name, value) != value:
             raise ConfigError(f"{name}: {config[name]} is not supported")
-    activation = ACTIVATIONS.get(config["activation_function"])
-    if activation is None:
-        raise ConfigError(
-            f"activation_function {config['activation_function']!r} is not supported; supported: "
-            f"{', '.join(ACTIVATIONS)}"
-        )
-    if head is None:
-        is_lm = any("LMHead" in name for name in config.get("architectures") or ())
-        head = "lm" if is_lm else "hidden"
-    if head not in ("lm", "hidden"):
-        raise ConfigError(f"head {head!r} of GPT-2 is not supported; supported: lm, hidden")
+    activation = activation_of(config, "activation_function", ACTIVATIONS)
     return ModelConfig(
         vocab_size=config["vocab_size"],
         d_model=config["n_embd"],
@@ -75,7 +66,7 @@ def gpt2_config(config: Mapping[str, Any], head: str | None) -> ModelConfig:
         context="all",
         causal=True,
         probe="none",
-        head=HeadConfig(kind="lm", bias=False) if head == "lm" else HeadConfig(),
+        head=head_of(config, head, language_model="LMHead", family="GPT-2"),
     )
 
 

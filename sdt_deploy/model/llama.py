@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sdt_deploy.config import HeadConfig, ModelConfig, RotaryConfig
+from sdt_deploy.config import ModelConfig, RotaryConfig
 from sdt_deploy.errors import ConfigError
+from sdt_deploy.model.decoders import activation_of, head_of
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -51,23 +52,13 @@ def llama_config(config: Mapping[str, Any], head: str | None) -> ModelConfig:
         ConfigError: if something is not supported.
         KeyError: if the file lacks something.
     """
-    activation = ACTIVATIONS.get(config["hidden_act"])
-    if activation is None:
-        raise ConfigError(
-            f"hidden_act {config['hidden_act']!r} is not supported; supported: "
-            f"{', '.join(ACTIVATIONS)}"
-        )
+    activation = activation_of(config, "hidden_act", ACTIVATIONS)
     n_places, window = config["max_position_embeddings"], config.get("sliding_window")
     if window is not None and config.get("use_sliding_window", True) and window < n_places:
         raise ConfigError(
             f"sliding_window {window} is not supported: attention here reaches back to the first "
             f"token. Set max_position_embeddings to {window} to use the model up to that length"
         )
-    if head is None:
-        is_lm = any("ForCausalLM" in name for name in config.get("architectures") or ())
-        head = "lm" if is_lm else "hidden"
-    if head not in ("lm", "hidden"):
-        raise ConfigError(f"head {head!r} of Llama is not supported; supported: lm, hidden")
     return ModelConfig(
         vocab_size=config["vocab_size"],
         d_model=config["hidden_size"],
@@ -88,7 +79,7 @@ def llama_config(config: Mapping[str, Any], head: str | None) -> ModelConfig:
         context="all",
         causal=True,
         probe="none",
-        head=HeadConfig(kind="lm", bias=False) if head == "lm" else HeadConfig(),
+        head=head_of(config, head, language_model="ForCausalLM", family="Llama"),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
@@ -15,15 +14,15 @@ from sdt_deploy.errors import BackendError, CheckpointError, ConfigError
 from sdt_deploy.exporters.export import export, export_stages
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.conversion import load_any
-from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.generation import generate
 from sdt_deploy.runtime.session import Session
-from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
+from sdt_deploy.testing import OracleDeviceBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
     assert_generates_as_oracle,
     assert_parity,
-    quantile_thresholds,
+    assert_parity_on_random_batches,
+    assert_rows_of_stages,
     random_batch,
     random_model,
 )
@@ -86,26 +85,7 @@ def test_what_comes_later_changes_nothing() -> None:
 def test_rows_of_each_stage(context: str, stages: tuple[int, ...]) -> None:
     config = CAUSAL.replace(context=context, n_layers=3, thresholds=())
     model = random_model(config, 5)
-    bundle = memory_bundle(model, ExportConfig(stages=stages))
-    backend = OracleBackend(bundle, model)
-    batch = random_batch(config, [9, 1, 26, 14], 2)
-    limits = quantile_thresholds(model, batch, [0.1, 0.4, 0.7])
-    result = assert_parity(Session(bundle, backend), model, batch, limits)
-    firsts = [first for first, _ in bundle.manifest.stage_layers]
-    assert [call.n_rows for call in backend.calls] == [
-        int((result.depths > first).sum()) for first in firsts
-    ]
-
-
-def check_on_onnxruntime(
-    session: Session, model: SparseDepthTransformer, paths: tuple[str, ...]
-) -> None:
-    rng = np.random.default_rng(0)
-    for seed in range(25):
-        batch = random_batch(model.config, rng.integers(1, 30, rng.integers(1, 6)).tolist(), seed)
-        limits = quantile_thresholds(model, batch, rng.random(3).tolist())
-        for path in paths:
-            assert_parity(session, model, batch, limits, path)
+    assert_rows_of_stages(model, stages)
 
 
 def test_exported(tmp_path: Path) -> None:
@@ -113,7 +93,9 @@ def test_exported(tmp_path: Path) -> None:
     export(Checkpoint(model=model, provenance={}), tmp_path / "b", ExportConfig(stages=(2, 1)))
     with Session.open(tmp_path / "b") as session:
         assert not session.backend.has("single")
-        check_on_onnxruntime(session, model, ("sparse", "masked"))
+        assert_parity_on_random_batches(
+            session, model, ("sparse", "masked"), n_batches=25, longest=29
+        )
         batch = random_batch(model.config, [5, 17], 0)
         assert_parity(session, model, batch, path="dense")
         prompts = batch.input_ids[:12], [0, 5, 12]
@@ -126,7 +108,7 @@ def test_stages_with_context_active(tmp_path: Path) -> None:
     config = ExportConfig(stages=(1, 2))
     bundle = export_stages(model, tmp_path, config, lambda what, done, total: None)
     with Session.open(bundle) as session:
-        check_on_onnxruntime(session, model, ("sparse",))
+        assert_parity_on_random_batches(session, model, ("sparse",), n_batches=25, longest=29)
 
 
 def test_what_makes_no_sense(tmp_path: Path) -> None:

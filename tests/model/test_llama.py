@@ -31,11 +31,12 @@ from sdt_deploy.model.conversion import convert, load_any
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.verification import verify_bundle
-from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
+from sdt_deploy.testing import OracleDeviceBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
     assert_parity,
-    quantile_thresholds,
+    assert_parity_on_random_batches,
+    assert_rows_of_stages,
     random_batch,
     random_model,
 )
@@ -202,26 +203,7 @@ def test_turning_keeps_only_distances() -> None:
 @pytest.mark.parametrize("stages", [(1, 1, 1), (2, 1)])
 def test_rows_of_each_stage(context: str, stages: tuple[int, ...]) -> None:
     model = random_model(LLAMA.replace(context=context), 5)
-    bundle = memory_bundle(model, ExportConfig(stages=stages))
-    backend = OracleBackend(bundle, model)
-    batch = random_batch(model.config, [9, 1, 26, 14], 2)
-    limits = quantile_thresholds(model, batch, [0.1, 0.4, 0.7])
-    result = assert_parity(Session(bundle, backend), model, batch, limits)
-    firsts = [first for first, _ in bundle.manifest.stage_layers]
-    assert [call.n_rows for call in backend.calls] == [
-        int((result.depths > first).sum()) for first in firsts
-    ]
-
-
-def check_on_onnxruntime(
-    session: Session, model: SparseDepthTransformer, paths: tuple[str, ...]
-) -> None:
-    rng = np.random.default_rng(0)
-    for seed in range(15):
-        batch = random_batch(model.config, rng.integers(1, 33, rng.integers(1, 6)).tolist(), seed)
-        limits = quantile_thresholds(model, batch, rng.random(3).tolist())
-        for path in paths:
-            assert_parity(session, model, batch, limits, path)
+    assert_rows_of_stages(model, stages)
 
 
 def test_exported(tmp_path: Path) -> None:
@@ -229,7 +211,9 @@ def test_exported(tmp_path: Path) -> None:
     export(Checkpoint(model=model, provenance={}), tmp_path / "b", ExportConfig(stages=(2, 1)))
     with Session.open(tmp_path / "b") as session:
         assert not session.backend.has("single")
-        check_on_onnxruntime(session, model, ("sparse", "masked"))
+        assert_parity_on_random_batches(
+            session, model, ("sparse", "masked"), n_batches=15, longest=32
+        )
         batch = random_batch(model.config, [5, 17, 33], 0)
         assert_parity(session, model, batch, path="dense")
         assert session.run_batch(batch).path in ("sparse", "masked")
@@ -247,7 +231,7 @@ def test_stages_with_context_active(tmp_path: Path, stages: tuple[int, ...]) -> 
     config = ExportConfig(stages=stages)
     bundle = export_stages(model, tmp_path, config, lambda what, done, total: None)
     with Session.open(bundle) as session:
-        check_on_onnxruntime(session, model, ("sparse",))
+        assert_parity_on_random_batches(session, model, ("sparse",), n_batches=15, longest=32)
 
 
 def test_operations_are_counted() -> None:
