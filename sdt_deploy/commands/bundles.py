@@ -59,13 +59,18 @@ def inspect(
         f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
         "head": config.head.kind,
         "context": config.context,
-        "routing": " ".join([config.routing, config.selection])
-        + (f" {config.leaving}" if config.routing == "per_layer" else ""),
+        "routing": f"{config.routing}, selection {config.selection}"
+        + (f", leaving {config.leaving}" if config.routing == "per_layer" else ""),
         "numbers": manifest.export.numbers,
         "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
         "source": manifest.provenance.get("source", "unknown"),
         "licence": manifest.provenance.get("license") or "unknown",
-        "quality": "not evaluated" if manifest.quality is None else json.dumps(manifest.quality),
+        "quality": "not evaluated"
+        if manifest.quality is None
+        else ", ".join(
+            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in manifest.quality.items()
+        ),
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.created_by.items()),
         "size": f"{sum(f['size_bytes'] for f in manifest.files.values()) / 1e6:.1f} MB",
     }
