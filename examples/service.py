@@ -29,7 +29,7 @@ MAX_TOKENS = int(os.environ.get("SDT_MAX_TOKENS", "4096"))
 MAX_WAIT_S = float(os.environ.get("SDT_MAX_WAIT_MS", "3")) / 1e3
 """How long a text waits for others; while a batch runs, they gather anyway."""
 MAX_WAITING = int(os.environ.get("SDT_MAX_WAITING", "1024"))
-"""Texts that may wait; beyond it, requests are turned away with 503."""
+"""Texts that may wait or run; beyond it, requests are turned away with 503."""
 TIMEOUT_S = float(os.environ.get("SDT_TIMEOUT_MS", "10000")) / 1e3
 """A request without an answer by then gets a 504."""
 
@@ -51,7 +51,9 @@ class Batcher:
     """
 
     session: sdt_deploy.Session
-    queue: asyncio.Queue[Waiting] = field(default_factory=lambda: asyncio.Queue(MAX_WAITING))
+    queue: asyncio.Queue[Waiting] = field(default_factory=asyncio.Queue)
+    n_waiting: int = 0
+    """Texts that somebody waits for; the queue also holds what was given up."""
     n_batches: int = 0
     n_texts: int = 0
 
@@ -66,13 +68,17 @@ class Batcher:
         ids, cu_seqlens = await asyncio.to_thread(
             self.session.tokenizer.encode, texts, max_length=limit
         )
-        if self.queue.maxsize - self.queue.qsize() < len(texts):
+        if self.n_waiting + len(texts) > MAX_WAITING:
             raise asyncio.QueueFull
         loop = asyncio.get_running_loop()
         waiting = [Waiting(one, loop.create_future()) for one in np.split(ids, cu_seqlens[1:-1])]
         for one in waiting:
             self.queue.put_nowait(one)
-        return await asyncio.gather(*(one.embedding for one in waiting))
+        self.n_waiting += len(waiting)
+        try:
+            return await asyncio.gather(*(one.embedding for one in waiting))
+        finally:
+            self.n_waiting -= len(waiting)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -123,7 +129,10 @@ class Batcher:
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the bundle before the first request, and run one batch, so that none waits for it."""
-    with sdt_deploy.Session.open(os.environ["SDT_BUNDLE"]) as session:
+    bundle = os.environ.get("SDT_BUNDLE")
+    if bundle is None:
+        raise RuntimeError("SDT_BUNDLE has to name the directory of a bundle")
+    with sdt_deploy.Session.open(bundle) as session:
         head = session.manifest.model.head
         if head.kind != "embedding":
             raise RuntimeError(f"a bundle with embeddings is served, not with {head.kind!r}")
@@ -176,6 +185,6 @@ async def statistics() -> dict[str, Any]:
     return {
         "n_batches": batcher.n_batches,
         "n_texts": batcher.n_texts,
-        "n_waiting": batcher.queue.qsize(),
+        "n_waiting": batcher.n_waiting,
         "session": asdict(batcher.session.statistics()),
     }

@@ -16,7 +16,10 @@ import pytest
 import typer.main
 
 from sdt_deploy import cli
+from sdt_deploy.config import HeadConfig
 from tests.conftest import ROOT, Once, blocks_of, commands_of, user_environment
+from tests.test_cli import call
+from tests.textmodels import CONFIG, save_teacher, texts
 
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "decisions")
@@ -108,6 +111,48 @@ def test_commands_that_are_not_run_parse(page: Path) -> None:
                 COMMANDS[name].make_context(name, arguments)
 
 
+ELSEWHERE = ("build/gpu", "tensorrt", "cuda")
+"""Words of commands that need a GPU, or a library for one."""
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *(DOCS / "how-to").glob("*.md")], ids=lambda page: page.name
+)
+def test_commands_for_other_models_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of plain text, with tiny models under the names that stand there, and two steps."""
+    commands = [
+        line
+        for kind, text in blocks_of(page)
+        if kind == "text"
+        for line in commands_of(text)
+        if line.startswith("sdt-deploy ") and not any(word in line for word in ELSEWHERE)
+        if "--resume" not in line  # of a run that was killed: tests/training/test_job.py
+    ]
+    monkeypatch.chdir(tmp_path)
+    wide = CONFIG.replace(n_layers=6, thresholds=(), d_model=64, d_ff=64)
+    small = CONFIG.replace(n_layers=2, thresholds=(), max_positions=90)
+    save_teacher(tmp_path / "MINILM", wide)
+    save_teacher(tmp_path / "my-encoder", small)
+    save_teacher(tmp_path / "my-llama", small.replace(causal=True, head=HeadConfig(kind="lm")))
+    for number, name in enumerate(("texts.txt", "held-out.txt", "prompts.txt")):
+        (tmp_path / name).write_text("\n".join(texts(40, seed=number)))
+    for line in commands:
+        _, name, *arguments = shlex.split(line)
+        if name in ("convert", "distill", "export"):
+            arguments.append("--overwrite")  # blocks show several ways to make the same
+        if name == "distill":
+            arguments += ["--steps", "2", "--batch-size", "4"]
+        if name == "export":
+            arguments.append("--no-single-file")
+        if "./my-" in line:
+            arguments += ["--target-depth", "1.5"] if "--target-depth" in arguments else []
+        call(name, *arguments)
+    if page.name in ("README.md", "own-model.md", "generation.md"):
+        assert len(commands) > 3
+
+
 RUN = """
 import sys, traceback
 from pathlib import Path
@@ -138,11 +183,11 @@ def test_blocks_run(readme: Path, tmp_path: Path) -> None:
                 scripts.append(str(script))
     assert len(commands) > 5
     assert len(scripts) > 5
-    for call in (
+    for command in (
         ["bash", "-euxo", "pipefail", "-c", "\n".join(commands)],
         [sys.executable, "-c", RUN, *scripts],
     ):
         done = subprocess.run(
-            call, cwd=readme, env=user_environment(), capture_output=True, text=True, check=False
+            command, cwd=readme, env=user_environment(), capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -211,13 +211,13 @@ def test_what_nobody_waits_for_is_not_run(
             )
 
         async def waiting(n: int) -> None:
-            while batcher.queue.qsize() != n:
+            while batcher.n_waiting != n:
                 await asyncio.sleep(0.01)
 
         first = ask(["w3"])
         await asyncio.to_thread(session.began.wait, 30)
         lost = ask(["w4"] * 8, leaves)
-        await waiting(8)
+        await waiting(9)
         leaves.set()
         with pytest.raises(service.HTTPException):
             await lost
@@ -226,17 +226,19 @@ def test_what_nobody_waits_for_is_not_run(
             await ask(["w4"] * 7)
         assert too_late.value.status_code == 504
         monkeypatch.setattr(service, "TIMEOUT_S", 30)
-        kept = ask(["w5", "w6"])
-        await waiting(17)
+        await waiting(1)
+        kept = ask(["w5", "w6"] * 19)  # what was given up takes no place
+        await waiting(39)
         with pytest.raises(service.HTTPException) as too_many:
-            await ask(["w3"] * 24)
+            await ask(["w3"] * 2)
         assert too_many.value.status_code == 503
         session.may_run.set()
         rows = [*(await first).embeddings, *(await kept).embeddings]
-        ids, cu_seqlens = session.tokenizer.encode(["w3", "w5", "w6"], max_length=40)
+        wanted = ["w3", *["w5", "w6"] * 19]
+        ids, cu_seqlens = session.tokenizer.encode(wanted, max_length=40)
         assert rows == [[part.sum()] for part in np.split(ids, cu_seqlens[1:-1])]
-        assert session.n_texts == batcher.n_texts == 3
-        assert batcher.queue.empty()
+        assert session.n_texts == batcher.n_texts == 39
+        assert batcher.n_waiting == batcher.queue.qsize() == 0
         worker.cancel()
 
     with Session.open(text_bundle) as session:
