@@ -48,21 +48,15 @@ def inspect(
         sdt-deploy inspect bundle --json
     """
     from sdt_deploy.bundle import Bundle
+    from sdt_deploy.description import described
 
     manifest = Bundle.open(bundle, check_files=False).manifest
     if as_json:
         print_json(json.loads(manifest.to_json()))
         return
-    config = manifest.model
     facts = {
-        "model": f"{config.n_layers} layers, d_model {config.d_model}, {config.n_heads} heads, "
-        f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
-        "head": config.head.kind,
-        "context": config.context,
-        "routing": " ".join([config.routing, config.selection])
-        + (f" {config.leaving}" if config.routing == "per_layer" else ""),
+        **described(manifest.model),
         "numbers": manifest.export.numbers,
-        "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
         "source": manifest.provenance.get("source", "unknown"),
         "licence": manifest.provenance.get("license") or "unknown",
         "quality": "not evaluated" if manifest.quality is None else json.dumps(manifest.quality),
@@ -70,7 +64,7 @@ def inspect(
         "size": f"{sum(f['size_bytes'] for f in manifest.files.values()) / 1e6:.1f} MB",
     }
     for name, value in facts.items():
-        console.print(f"[bold]{name:<11}[/bold]{escape(str(value))}", highlight=False)
+        console.print(f"[bold]{name:<13}[/bold]{escape(str(value))}", highlight=False)
     print_graphs(manifest.graphs.values())
     print_engines(manifest.engines)
 
