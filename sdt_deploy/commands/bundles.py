@@ -192,6 +192,7 @@ def bench(
         sdt-deploy bench bundle --texts texts.txt --plot bench.png --no-memory
         sdt-deploy bench bundle --report report.html
         sdt-deploy bench bundle --n-threads 1 --json
+        sdt-deploy bench bundle --beside bundle-auto --cases 2x20,8x128
     """
     from sdt_deploy.bench.run import BenchOptions, run_bench
 
