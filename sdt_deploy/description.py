@@ -40,7 +40,7 @@ def _positions(config: ModelConfig) -> str:
 def _routing(config: ModelConfig) -> str:
     if config.probe == "none":
         return "none: every token passes through every layer"
-    ways = [config.routing, config.selection]
+    ways: list[str] = [config.routing, config.selection]
     if config.routing == "per_layer":
         ways.append(config.leaving)
     return " ".join(ways)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sdt_deploy.bundle import Bundle
@@ -100,6 +100,7 @@ def test_any_model(
     data: st.DataObject, drawn: tuple[ModelConfig, ExportConfig], lengths: list[int], seed: int
 ) -> None:
     config = drawn[0].replace(causal=True, head=HeadConfig(kind="lm"))
+    assume(config.d_model >= 8)  # norms of two values magnify rounding without bounds
     if data.draw(st.booleans()):
         config = data.draw(llama_like(config))
     if data.draw(st.booleans()):
