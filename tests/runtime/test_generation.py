@@ -99,7 +99,8 @@ def test_logits_of_every_step(layout: ModelConfig, context: str, way: dict[str, 
 def test_any_model(
     data: st.DataObject, drawn: tuple[ModelConfig, ExportConfig], lengths: list[int], seed: int
 ) -> None:
-    config = drawn[0].replace(causal=True, head=HeadConfig(kind="lm"))
+    # Without a final norm logits grow to 20 and more, and rounding with them.
+    config = drawn[0].replace(causal=True, head=HeadConfig(kind="lm"), final_norm=True)
     assume(config.d_model >= 8)  # norms of two values magnify rounding without bounds
     if data.draw(st.booleans()):
         config = data.draw(llama_like(config))
