@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, HTTPException
+from fastapi import Request as Connection
 from pydantic import BaseModel, Field
 
 import sdt_deploy
@@ -29,6 +30,8 @@ MAX_WAIT_S = float(os.environ.get("SDT_MAX_WAIT_MS", "3")) / 1e3
 """How long a text waits for others; while a batch runs, they gather anyway."""
 MAX_WAITING = int(os.environ.get("SDT_MAX_WAITING", "1024"))
 """Texts that may wait; beyond it, requests are turned away with 503."""
+TIMEOUT_S = float(os.environ.get("SDT_TIMEOUT_MS", "10000")) / 1e3
+"""A request without an answer by then gets a 504."""
 
 
 @dataclass
@@ -41,7 +44,11 @@ class Waiting:
 
 @dataclass
 class Batcher:
-    """Runs what waits in batches within the budget, in the order of arrival."""
+    """Runs what waits in batches within the budget, in the order of arrival.
+
+    What nobody waits for any more, because the client has gone or was told that it took too long,
+    is not run: a service that is behind would never catch up with answers that nobody reads.
+    """
 
     session: sdt_deploy.Session
     queue: asyncio.Queue[Waiting] = field(default_factory=lambda: asyncio.Queue(MAX_WAITING))
@@ -49,7 +56,7 @@ class Batcher:
     n_texts: int = 0
 
     async def embed(self, texts: list[str]) -> list[np.ndarray]:
-        """Return one embedding per text.
+        """Return one embedding per text; to cancel this gives up what has not begun to run.
 
         Raises:
             InputError: if a text is too long, or gives no token.
@@ -71,7 +78,8 @@ class Batcher:
         """Serve until cancelled."""
         left: Waiting | None = None
         while True:
-            batch, left = await self._next(left or await self.queue.get())
+            first = left if left and not left.embedding.done() else await self._get()
+            batch, left = await self._next(first)
             ids = np.concatenate([one.ids for one in batch])
             cu_seqlens = np.cumsum([0, *(len(one.ids) for one in batch)])
             try:
@@ -83,12 +91,18 @@ class Batcher:
             self.n_batches += 1
             self.n_texts += len(batch)
             for one, outcome in zip(batch, outcomes, strict=True):
-                if one.embedding.done():  # its client has gone
+                if one.embedding.done():  # given up while it ran
                     continue
                 if isinstance(outcome, Exception):
                     one.embedding.set_exception(outcome)
                 else:
                     one.embedding.set_result(outcome)
+
+    async def _get(self) -> Waiting:
+        """Return the first text in the queue that somebody waits for."""
+        while (one := await self.queue.get()).embedding.done():
+            pass
+        return one
 
     async def _next(self, first: Waiting) -> tuple[list[Waiting], Waiting | None]:
         """Gather a batch around ``first``; also return the text that did not fit any more."""
@@ -97,7 +111,7 @@ class Batcher:
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    one = await self.queue.get()
+                    one = await self._get()
             except TimeoutError:
                 return batch, None
             longest = max(longest, len(one.ids))
@@ -126,7 +140,7 @@ app = FastAPI(title="Embeddings", lifespan=lifespan)
 class Request(BaseModel):
     """Texts to embed."""
 
-    texts: Annotated[list[str], Field(min_length=1, max_length=256)]
+    texts: Annotated[list[str], Field(min_length=1, max_length=min(256, MAX_WAITING))]
 
 
 class Reply(BaseModel):
@@ -136,14 +150,22 @@ class Reply(BaseModel):
 
 
 @app.post("/embed")
-async def embed(request: Request) -> Reply:
+async def embed(request: Request, connection: Connection) -> Reply:
     """Embed texts."""
+    work = asyncio.create_task(app.state.batcher.embed(request.texts))
+    gone = asyncio.create_task(connection.receive())  # after the body comes only its end
     try:
-        rows = await app.state.batcher.embed(request.texts)
+        await asyncio.wait((work, gone), timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise HTTPException(504, f"no answer within {TIMEOUT_S:g} s")
+        rows = work.result()
     except sdt_deploy.InputError as error:
         raise HTTPException(422, str(error)) from error
     except asyncio.QueueFull as error:
         raise HTTPException(503, "too many texts are waiting", {"retry-after": "1"}) from error
+    finally:
+        work.cancel()
+        gone.cancel()
     return Reply(embeddings=[row.tolist() for row in rows])
 
 

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 class Output(Console):
-    """A console that ends the process as other tools end where its reader has gone."""
+    """A console that leaves text for programs whole, and ends when its reader has gone."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; where there is no terminal, text is not broken into lines of its width."""
+        if not self.is_terminal and all(isinstance(one, str) for one in objects):
+            options.setdefault("soft_wrap", True)
+        super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         """Exit with 128 + SIGPIPE, and leave nothing to be flushed."""
@@ -112,7 +118,8 @@ def print_graphs(graphs: Any) -> None:
         table.add_column(name)
     seen: dict[str, str] = {}
     for spec in graphs:
-        layers = "" if spec.layers is None else f"{spec.layers[0]}–{spec.layers[1] - 1}"
+        first, end = spec.layers or (0, 0)
+        layers = "–".join(map(str, sorted({first, end - 1}))) if end else ""
         inputs = ", ".join(f"{t.name}\\[{', '.join(map(str, t.axes))}]" for t in spec.inputs)
         if spec.graph_sha256 in seen:
             inputs = f"as {seen[spec.graph_sha256]}"

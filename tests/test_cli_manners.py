@@ -166,6 +166,16 @@ def test_progress_bars_vanish_when_piped(place: Path) -> None:
     assert b"\x1b" not in done.stdout
 
 
+def test_piped_text_is_not_broken(place: Path) -> None:
+    """Whole lines for ``grep``; a terminal wraps them itself."""
+    done = subprocess.run(
+        [str(SCRIPT), "inspect", str(place / "bundle")], capture_output=True, text=True, check=True
+    )
+    model = next(line for line in done.stdout.splitlines() if line.startswith("model "))
+    assert len(model) > 80
+    assert "positions " in model
+
+
 def test_a_reader_that_goes_away(place: Path) -> None:
     """As ``sdt-deploy inspect bundle --json | head -1`` under ``set -o pipefail``."""
     for arguments in (["--json"], []):

@@ -59,7 +59,12 @@ def inspect(
         "numbers": manifest.export.numbers,
         "source": manifest.provenance.get("source", "unknown"),
         "licence": manifest.provenance.get("license") or "unknown",
-        "quality": "not evaluated" if manifest.quality is None else json.dumps(manifest.quality),
+        "quality": "not evaluated"
+        if manifest.quality is None
+        else ", ".join(
+            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in manifest.quality.items()
+        ),
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.created_by.items()),
         "size": f"{sum(f['size_bytes'] for f in manifest.files.values()) / 1e6:.1f} MB",
     }

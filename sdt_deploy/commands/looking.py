@@ -127,9 +127,12 @@ def profile(
 ) -> None:
     """Show where the time of one batch goes: graphs, operators, and the host around them.
 
+    On a GPU, graphs are timed by CUDA events and are NVTX ranges; operators are not timed.
+
     Examples::
 
         sdt-deploy profile bundle
+        sdt-deploy profile bundle --backend onnxruntime-cuda
         sdt-deploy profile bundle --case 16x256 --trace trace.json
         sdt-deploy profile bundle --texts texts.txt --path dense --json
     """

@@ -51,8 +51,8 @@ def explanation_page(
     mean_depth = sum(int(text.depths.sum()) for text in texts) / n_tokens
     page = Page(
         title=f"Where tokens go: {name}",
-        subtitle=f"{len(texts)} texts, {n_tokens} tokens, mean depth {mean_depth:.2f} of "
-        f"{config.n_layers} layers; context {config.context}",
+        subtitle=f"{len(texts)} text{'s' * (len(texts) > 1)}, {n_tokens} tokens, "
+        f"mean depth {mean_depth:.2f} of {config.n_layers} layers; context {config.context}",
     )
     page.html(_STYLE)
     page.text(
@@ -184,10 +184,10 @@ def attention_chart(text: ExplainedText, weights: npt.NDArray[np.float32]) -> di
     chosen = [
         {
             "name": f"chosen_{name}",
-            "value": first,
+            "value": 0,  # the first layer has the most rows
             "bind": {"input": "range", "min": 0, "max": count - 1, "step": 1, "name": name},
         }
-        for name, count, first in (("layer", n_layers, n_layers - 1), ("head", n_heads, 0))
+        for name, count in (("layer", n_layers), ("head", n_heads))
     ]
     return {
         "height": max(160, 16 * n_tokens),

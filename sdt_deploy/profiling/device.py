@@ -1,6 +1,7 @@
 """Times on a GPU: CUDA events around every piece, and NVTX ranges for Nsight Systems.
 
-Not run on a GPU yet; on ``device="cpu"``, which the tests use, the host's clock takes their place.
+On ``device="cpu"``, which the tests use, the host's clock takes their place. Events and ranges lie
+around the launch of a piece, outside the capture of its graph.
 """
 
 from __future__ import annotations

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import ExportConfig, Precision
 from sdt_deploy.exporters.export import export
 from sdt_deploy.gpu import driver
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.profiling.profile import profile
 from sdt_deploy.runtime.session import Session
 from tests.samples import CONFIGS, in_threads, quantile_thresholds, random_batch, random_model
 
@@ -122,6 +125,33 @@ def test_it_waits_once_for_counts_and_once_at_the_end(made: Made, backend: str) 
             session.run_batch(fresh, path="sparse")
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_profile_has_every_piece_in_its_range(
+    made: Made, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    model, path = made
+    ranges: list[tuple[str, ...]] = []
+    open_ranges: list[str] = []
+    push, pop = torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
+
+    def pushed(name: str) -> Any:
+        open_ranges.append(name)
+        ranges.append(tuple(open_ranges))
+        return push(name)
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", pushed)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: (open_ranges.pop(), pop())[1])
+    batch = random_batch(model.config, [29] * 9, seed=1)
+    found = profile(Bundle.open(path), batch, backend=backend, budget_s=0.1)
+    stages = [f"stage-{i:02d}" for i, n in enumerate(found.active_tokens.values()) if n]
+    assert list(found.engine_ms) == ["entry", *stages, "head"]
+    assert min(found.engine_ms.values()) > 0
+    assert sum(found.engine_ms.values()) < found.total_ms
+    once = [("run",), *(("run", name) for name in found.engine_ms)]
+    assert ranges == once * (len(ranges) // len(once))
+    assert not open_ranges
 
 
 def test_triton_routes_and_attends_as_torch_does() -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sdt_deploy.profiling.inputs import profiled_batch
 from sdt_deploy.profiling.profile import OPERATOR_RUNS, profile
 from sdt_deploy.profiling.recorder import RecordingBackend, Span
 from sdt_deploy.profiling.trace import chrome_trace
+from sdt_deploy.runtime.graph_cache import GraphCache
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleDeviceBackend, memory_bundle
 from tests.samples import CONFIGS, ExportedModel, random_batch, random_model
@@ -160,3 +162,74 @@ def test_a_backend_that_cannot_be_profiled(exported: Exported) -> None:
     batch = random_batch(bundle.manifest.model, [3], 0)
     with pytest.raises(BackendError):
         profile(bundle, batch, backend="fpga")
+
+
+class CudaLog:
+    """What a timer and a cache of graphs ask of ``torch.cuda``, written down in order."""
+
+    def __init__(self) -> None:
+        said: list[str] = []
+        self.said = said
+
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                said.append("event")
+
+            def elapsed_time(self, other: Event) -> float:
+                return 1.0
+
+        class Graph:
+            def capture_begin(self, **_: object) -> None:
+                said.append("capture")
+
+            def capture_end(self) -> None:
+                said.append("captured")
+
+            def replay(self) -> None:
+                said.append("replay")
+
+        self.Event, self.CUDAGraph = Event, Graph
+        self.graph_pool_handle = object
+        self.nvtx = SimpleNamespace(
+            range_push=lambda name: said.append(f"<{name}>"), range_pop=lambda: said.append("</>")
+        )
+
+
+def test_ranges_and_events_lie_around_pieces_and_outside_captures() -> None:
+    """CUDA is played by a log here; ``tests/gpu`` runs it."""
+    cuda = CudaLog()
+    torch = SimpleNamespace(cuda=cuda)
+    backend = SimpleNamespace(torch=torch, device=SimpleNamespace(type="cuda"), wait=lambda: None)
+    timer = DeviceTimer(backend)  # type: ignore[arg-type]
+    graphs = GraphCache(torch, enabled=True)
+    graphs.observer = timer.piece
+
+    def run() -> list[str]:
+        cuda.said.clear()
+        with timer.run():
+            graphs.launch(("entry", "bucket"), lambda: cuda.said.append("work"))
+            graphs.launch(("stage", 3, "bucket"), lambda: cuda.said.append("work"))
+        return cuda.said
+
+    first = ["work", "capture", "work", "captured"]
+    assert run() == [
+        *("event", "<run>"),
+        *("event", "<entry>", *first, "</>", "event"),
+        *("event", "<stage-03>", *first, "</>", "event"),
+        "</>",
+    ]
+    assert [span.name for span in timer.spans()] == ["run", "entry", "stage-03"]
+    assert [one for one in run() if one == "replay" or one.startswith("<")] == [
+        *("<run>", "<entry>", "replay", "</>", "<stage-03>", "replay", "</>", "</>"),
+    ]
+
+    def fails() -> None:
+        raise BackendError("an engine failed")
+
+    cuda.said.clear()
+    with pytest.raises(BackendError), timer.run():
+        graphs.launch(("head", "bucket"), fails)
+    assert cuda.said.count("</>") == 2, "a range was left open"
