@@ -31,14 +31,15 @@ from sdt_deploy.errors import (
 if TYPE_CHECKING:
     from sdt_deploy.bundle import Bundle, Manifest
     from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig, RotaryConfig
-    from sdt_deploy.runtime.generation import CacheUsage, GenerationResult, generate
+    from sdt_deploy.runtime.caches import CacheUsage
+    from sdt_deploy.runtime.generation import GenerationResult, generate
     from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
     from sdt_deploy.runtime.session import Session
     from sdt_deploy.runtime.statistics import DepthDriftWarning, SessionStatistics
 
 _LAZY = {
     "Bundle": "sdt_deploy.bundle",
-    "CacheUsage": "sdt_deploy.runtime.generation",
+    "CacheUsage": "sdt_deploy.runtime.caches",
     "GenerationResult": "sdt_deploy.runtime.generation",
     "generate": "sdt_deploy.runtime.generation",
     "DepthDriftWarning": "sdt_deploy.runtime.statistics",

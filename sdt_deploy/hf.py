@@ -100,6 +100,11 @@ class SdtConfig(transformers.PretrainedConfig):  # type: ignore[misc]
         return int(self.model["n_heads"])
 
     @property
+    def num_key_value_heads(self) -> int:
+        """Number of heads of keys and values, likewise."""
+        return self.sdt.n_key_heads
+
+    @property
     def vocab_size(self) -> int:
         """Size of the vocabulary, likewise."""
         return int(self.model["vocab_size"])

@@ -144,6 +144,7 @@ def test_cards_of_all_kinds() -> None:
         card = model_card(config, provenance={}, quality=None)
         assert "Not measured" in card
         assert "license: unknown" in card
+        assert f"| model | {config.n_layers} layers" in card
     quality = {"quality": {"mean_cosine": 0.5}}
     assert "0.5000" in model_card(CONFIG, provenance={"adapter": quality}, quality=None)
 

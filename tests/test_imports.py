@@ -27,6 +27,7 @@ LEVELS = (
     "checks",
     "config_parts",
     "config",
+    "description",
     "combinations",
     "buckets",
     "gpu",

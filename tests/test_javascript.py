@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sdt_deploy.model.inference import oracle_output
-from tests.samples import ExportedModel
+from tests.samples import TOLERANCE, ExportedModel
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "javascript"
 
@@ -60,7 +60,7 @@ def test_javascript(example: Path, exported: Callable[[str], ExportedModel], nam
     if not sample.model.config.head.per_sequence:
         output = output[mask]
     np.testing.assert_allclose(scores, expected.scores, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(output, expected.output, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(output, expected.output, rtol=0, atol=TOLERANCE)
 
 
 def test_usage(example: Path) -> None:

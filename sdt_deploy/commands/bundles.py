@@ -48,21 +48,15 @@ def inspect(
         sdt-deploy inspect bundle --json
     """
     from sdt_deploy.bundle import Bundle
+    from sdt_deploy.description import described
 
     manifest = Bundle.open(bundle, check_files=False).manifest
     if as_json:
         print_json(json.loads(manifest.to_json()))
         return
-    config = manifest.model
     facts = {
-        "model": f"{config.n_layers} layers, d_model {config.d_model}, {config.n_heads} heads, "
-        f"d_ff {config.d_ff}, vocabulary {config.vocab_size}, positions {config.max_positions}",
-        "head": config.head.kind,
-        "context": config.context,
-        "routing": f"{config.routing}, selection {config.selection}"
-        + (f", leaving {config.leaving}" if config.routing == "per_layer" else ""),
+        **described(manifest.model),
         "numbers": manifest.export.numbers,
-        "thresholds": ", ".join(f"{value:.4g}" for value in config.thresholds),
         "source": manifest.provenance.get("source", "unknown"),
         "licence": manifest.provenance.get("license") or "unknown",
         "quality": "not evaluated"
@@ -75,7 +69,7 @@ def inspect(
         "size": f"{sum(f['size_bytes'] for f in manifest.files.values()) / 1e6:.1f} MB",
     }
     for name, value in facts.items():
-        console.print(f"[bold]{name:<11}[/bold]{escape(str(value))}", highlight=False)
+        console.print(f"[bold]{name:<13}[/bold]{escape(str(value))}", highlight=False)
     print_graphs(manifest.graphs.values())
     print_engines(manifest.engines)
 
@@ -203,6 +197,7 @@ def bench(
         sdt-deploy bench bundle --texts texts.txt --plot bench.png --no-memory
         sdt-deploy bench bundle --report report.html
         sdt-deploy bench bundle --n-threads 1 --json
+        sdt-deploy bench bundle --beside bundle-auto --cases 2x20,8x128
     """
     from sdt_deploy.bench.run import BenchOptions, run_bench
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdt_deploy.config import ModelConfig
+from sdt_deploy.description import described
 
 
 def model_card(
@@ -33,22 +34,15 @@ def model_card(
         "tags: [depth-sparse, dynamic-depth, sdt-deploy]",
         "---",
     ]
-    thresholds = ", ".join(f"{value:.4g}" for value in config.thresholds)
     lines = [
         f"# {source or 'A depth-sparse transformer'}, depth-sparse",
         "",
-        "A linear probe scores every token on its embedding; a layer runs for the tokens whose "
-        "score is above its threshold. Tokens below it skip the deeper layers.",
+        _how(config),
         "",
         "| | |",
         "| --- | --- |",
         f"| made from | {source or 'unknown'} |",
-        f"| layers | {config.n_layers} |",
-        f"| width, heads, feed-forward | {config.d_model}, {config.n_heads}, {config.d_ff} |",
-        f"| positions | {config.max_positions} |",
-        f"| head | {config.head.kind} |",
-        f"| context of active tokens | {config.context} |",
-        f"| thresholds | {thresholds} |",
+        *(f"| {name} | {what} |" for name, what in described(config).items()),
         "",
         "## Quality",
         "",
@@ -84,3 +78,25 @@ def model_card(
         "`sdt-deploy export THIS_DIRECTORY bundle`.",
     ]
     return "\n".join([*front, *lines]) + "\n"
+
+
+def _how(config: ModelConfig) -> str:
+    """Say how tokens are routed."""
+    if config.probe == "none":
+        return "A dense model: every token passes through every layer."
+    capacity = config.selection == "capacity"
+    takes = (
+        "the share of a text's tokens that its threshold leaves, those with the highest scores"
+        if capacity
+        else "the tokens whose score is above its threshold"
+    )
+    if config.routing == "once":
+        return (
+            f"A linear probe scores every token on its embedding; a layer runs for {takes}. The "
+            "others skip the deeper layers."
+        )
+    then = "have left for good" if config.leaving == "exit" else "sit out this layer only"
+    return (
+        "Each layer has a linear probe, which scores the states that come into it; the layer runs "
+        f"for {takes}. The others {then}."
+    )

@@ -67,16 +67,22 @@ def with_layer_probes(
         made.scorer.weight[:, layer], made.scorer.bias[layer] = fit_probe(features)
     thresholds = config.thresholds  # of capacities
     if config.selection == "threshold":
-        thresholds = _thresholds(made, sample, 1 - np.cumsum(shares) + shares)
+        thresholds = layer_thresholds(made, sample, 1 - np.cumsum(shares) + shares)
     final = SparseDepthTransformer(made.config.replace(thresholds=thresholds)).eval()
     final.load_state_dict(made.state_dict())
     return final
 
 
-def _thresholds(
+def layer_thresholds(
     model: SparseDepthTransformer, sample: TokenSample, taken: Float64
 ) -> tuple[float, ...]:
-    """Set thresholds so that layer ``i`` takes the share ``taken[i]`` of all tokens."""
+    """Return thresholds at which layer ``i`` takes the share ``taken[i]`` of all tokens.
+
+    Args:
+        model: of routing ``per_layer``, with its probes; its thresholds are not used.
+        sample: packed sequences; the first :data:`THRESHOLD_TOKENS` tokens are run.
+        taken: ``[n_layers]``, pinned tokens included.
+    """
     thresholds: tuple[float, ...] = ()
     for i, share in enumerate(taken):
         so_far = (*thresholds, *(0.0,) * (model.config.n_layers - i))

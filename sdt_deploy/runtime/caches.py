@@ -14,6 +14,28 @@ IntArray: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.integer]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheUsage:
+    """Memory that the caches of all layers took at the end, in bytes."""
+
+    n_bytes: int
+    """Keys and values of the tokens that are cached, and states of those that wait."""
+    dense_bytes: int
+    """Keys and values of every token in every layer: what a dense model keeps."""
+    layer_tokens: tuple[int, ...]
+    """Tokens with keys and values in each layer."""
+
+    @property
+    def saved_bytes(self) -> int:
+        """What skipping saved."""
+        return self.dense_bytes - self.n_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Bytes over those of a dense cache."""
+        return self.n_bytes / self.dense_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class NewTokens:
     """Tokens that go through the layers together, those of one sequence next to each other."""
 

@@ -21,35 +21,13 @@ import numpy.typing as npt
 from sdt_deploy.combinations import can_generate
 from sdt_deploy.config import ModelConfig, is_integer, is_number, shown
 from sdt_deploy.errors import InputError
-from sdt_deploy.runtime.caches import IntArray, LayerCache, NewTokens, QueryLayout
+from sdt_deploy.runtime.caches import CacheUsage, IntArray, LayerCache, NewTokens, QueryLayout
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.result import LayerUsage
 from sdt_deploy.runtime.routing import Float32, Int32, depths_from_scores
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import select, split_batch
 from sdt_deploy.runtime.stopping import StopCheck, stop_check
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheUsage:
-    """Memory that the caches of all layers took at the end, in bytes."""
-
-    n_bytes: int
-    """Keys and values of the tokens that are cached, and states of those that wait."""
-    dense_bytes: int
-    """Keys and values of every token in every layer: what a dense model keeps."""
-    layer_tokens: tuple[int, ...]
-    """Tokens with keys and values in each layer."""
-
-    @property
-    def saved_bytes(self) -> int:
-        """What skipping saved."""
-        return self.dense_bytes - self.n_bytes
-
-    @property
-    def ratio(self) -> float:
-        """Bytes over those of a dense cache."""
-        return self.n_bytes / self.dense_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +77,11 @@ def generate(
     """Continue prompts, all of them together.
 
     A sequence that ended is not run any further. What it becomes does not depend on its neighbours,
-    up to rounding. The graphs for generation are opened by the first call, and hold the weights of
-    the layers once more.
+    up to rounding. The graphs for generation are opened by the first call; ONNX Runtime then holds
+    the weights of the layers once more in memory.
+
+    At the model's own thresholds the session counts it, see
+    :class:`sdt_deploy.runtime.statistics.SessionStatistics`.
 
     Args:
         session: of a causal bundle with head ``lm``, on a CPU.
@@ -176,7 +157,7 @@ def generate(
             n_steps += 1
     active = decoder.active()
     flat = np.concatenate(active)
-    return GenerationResult(
+    result = GenerationResult(
         tokens=tuple(np.array(ids, dtype=np.int32) for ids in chosen),
         prompts=tuple(np.split(batch.input_ids.copy(), batch.cu_seqlens[1:-1])),
         ended=ended,
@@ -188,6 +169,10 @@ def generate(
         decode_ms=(perf_counter() - start) * 1e3 - prefill_ms,
         n_steps=n_steps,
     )
+    if limits is None:
+        n_new = sum(map(len, chosen))
+        session.count_generation(result.layer_usage.depth_histogram, n_new, result.cache)
+    return result
 
 
 class Decoder:

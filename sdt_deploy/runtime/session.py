@@ -23,6 +23,7 @@ from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
+from sdt_deploy.runtime.caches import CacheUsage
 from sdt_deploy.runtime.calibration import measure_costs, random_batch
 from sdt_deploy.runtime.device_loop import DeviceLoop, device_loop
 from sdt_deploy.runtime.device_routing import check_routing
@@ -368,8 +369,22 @@ class Session:
                     self._device_loop.warmup(part.tolist(), shares)
 
     def statistics(self) -> SessionStatistics:
-        """Return what was run so far, and how deep the tokens went."""
+        """Return what was run and generated so far, and how deep the tokens went."""
         return self._monitor.statistics()
+
+    def count_generation(
+        self, depth_histogram: Sequence[int], n_new_tokens: int, cache: CacheUsage
+    ) -> None:
+        """Count a generation at the model's own thresholds, for :meth:`statistics`.
+
+        :func:`sdt_deploy.runtime.generation.generate` does so.
+
+        Args:
+            depth_histogram: of all tokens that were run.
+            n_new_tokens: tokens that were chosen.
+            cache: at its end.
+        """
+        self._monitor.count(depth_histogram, n_new_tokens=n_new_tokens, cache=cache)
 
     def cost_model(self) -> dispatch.CostModel:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.

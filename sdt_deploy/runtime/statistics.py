@@ -15,6 +15,7 @@ from sdt_deploy.bundle import Manifest
 from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.forking import fork_safe_lock
+from sdt_deploy.runtime.caches import CacheUsage
 
 MIN_TOKENS = 2_000
 """Fewer say little: tokens of one text resemble each other, and this is a few dozen texts."""
@@ -31,13 +32,24 @@ class DepthDriftWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionStatistics:
-    """Runs of a session on the ``sparse`` and ``masked`` paths at the model's own thresholds.
+    """Runs on the paths that skip, and generations, of a session at the model's own thresholds.
 
-    Runs with thresholds of their own are left out: their depths say nothing about the traffic.
+    Those with thresholds of their own, or a depth to aim at, are left out: their depths say nothing
+    about the traffic. So are those that failed or were stopped.
     """
 
     n_runs: int
+    """Generations included."""
     n_tokens: int
+    """Tokens that were run, prompts included; the last one of a generated sequence never is."""
+    n_generations: int
+    """Calls of :func:`sdt_deploy.runtime.generation.generate`."""
+    n_new_tokens: int
+    """Tokens that these chose."""
+    cache_bytes: int
+    """What the caches of all generations took at their ends, summed up."""
+    dense_cache_bytes: int
+    """What those of a dense model would have taken."""
     depth_histogram: tuple[int, ...]
     """Tokens that passed through 0, 1, …, n_layers layers."""
     mean_depth: float | None
@@ -90,18 +102,36 @@ class DepthMonitor:
         self._max_drift = max_drift
         self._expected = expected_mean_depth(manifest)
         self._lock = fork_safe_lock()
-        self._n_runs = 0
+        self._n_runs = self._n_generations = self._n_new_tokens = 0
+        self._cache_bytes = self._dense_cache_bytes = 0
         self._histogram = [0] * (manifest.model.n_layers + 1)
         self._recent_tokens = self._recent_depths = 0.0
         self._reported = False
 
-    def count(self, depth_histogram: Sequence[int]) -> None:
-        """Add one run; warns (:class:`DepthDriftWarning`) if the drift has passed the limit."""
+    def count(
+        self,
+        depth_histogram: Sequence[int],
+        *,
+        n_new_tokens: int = 0,
+        cache: CacheUsage | None = None,
+    ) -> None:
+        """Add one run; warns (:class:`DepthDriftWarning`) if the drift has passed the limit.
+
+        Args:
+            depth_histogram: tokens that passed through 0, 1, …, n_layers layers.
+            n_new_tokens: tokens that were generated.
+            cache: of a generation, at its end; None: it was none.
+        """
         n_tokens = sum(depth_histogram)
         depths = sum(depth * count for depth, count in enumerate(depth_histogram))
         kept = math.exp(-n_tokens / WINDOW_TOKENS)
         with self._lock:
             self._n_runs += 1
+            if cache is not None:
+                self._n_generations += 1
+                self._n_new_tokens += n_new_tokens
+                self._cache_bytes += cache.n_bytes
+                self._dense_cache_bytes += cache.dense_bytes
             self._histogram = [a + b for a, b in zip(self._histogram, depth_histogram, strict=True)]
             self._recent_tokens = kept * self._recent_tokens + n_tokens
             self._recent_depths = kept * self._recent_depths + depths
@@ -124,6 +154,10 @@ class DepthMonitor:
             return SessionStatistics(
                 n_runs=self._n_runs,
                 n_tokens=n_tokens,
+                n_generations=self._n_generations,
+                n_new_tokens=self._n_new_tokens,
+                cache_bytes=self._cache_bytes,
+                dense_cache_bytes=self._dense_cache_bytes,
                 depth_histogram=histogram,
                 mean_depth=depths / n_tokens if n_tokens else None,
                 recent_mean_depth=self._recent_depths / self._recent_tokens if n_tokens else None,

@@ -56,10 +56,11 @@ class Distillation:
 
     Args:
         start: the student as it begins, with a probe; its model is copied.
-        teacher: the dense model; its config may have more layers, its head must be the same.
+        teacher: the dense model; its config may have more layers, its head must be the same. It is
+            copied too: it shares its weights with the checkpoint that it was made of.
         sample: the texts as token ids.
         config: how to run.
-        device: where; the teacher is moved there.
+        device: where.
         mixed_precision: compute products in bfloat16 (CUDA only).
         factors: low-rank factors to begin with, by the name of the weight; none: zero.
         progress: gives the share of the run that is over from the steps made; None: by their
@@ -95,7 +96,8 @@ class Distillation:
         max_length = min(config.max_length, start.model.config.max_positions)
         self._tokens = DeviceTokens(sample, max_length, self._device)
         self._stream = BatchStream(self._tokens.lengths, config.batch_size, config.seed)
-        self.teacher = Teacher(teacher.to(self._device), self._tokens, self._autocast)
+        frozen = copy.deepcopy(teacher).to(self._device)
+        self.teacher = Teacher(frozen, self._tokens, self._autocast)
         self._memory = TeacherMemory(config.n_memory)
         self._window = ScoreWindow(config.n_window)
         self._learns_probe = config.probe != "fixed" and self.model.scorer.linear

@@ -22,7 +22,7 @@ from sdt_deploy.gpu import driver
 from sdt_deploy.ort import open_session
 from sdt_deploy.testing import memory_bundle
 from tests.exporters.building import ADA, reopened
-from tests.samples import CONFIGS, ExportedModel, random_model
+from tests.samples import CONFIGS, TOLERANCE, ExportedModel, random_model
 from tests.test_cli import call
 
 
@@ -44,7 +44,7 @@ def test_engines_are_judged_as_graphs_are(
     errors, problems = compare(bundle, report.engines, graphs, right)
     assert not problems
     assert list(errors) == list(graphs)
-    assert all(error < 2e-4 for error in errors.values())
+    assert all(error < TOLERANCE for error in errors.values())
 
     def wrong(bundle: Bundle, spec: EngineSpec) -> Any:
         name = spec.graph.replace("stage-01", "stage-02")

@@ -19,10 +19,12 @@ from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleDeviceBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
+    TOLERANCE,
     assert_generates_as_oracle,
     assert_parity,
     assert_parity_on_random_batches,
     assert_rows_of_stages,
+    benched,
     random_batch,
     random_model,
 )
@@ -59,12 +61,14 @@ def test_logits_and_states_are_those_of_transformers(tmp_path: Path) -> None:
     ids = torch.where(mask, torch.randint(0, 61, mask.shape), 0)
     expected = theirs(input_ids=ids, attention_mask=mask.long()).logits
     found = ours(ids, mask)
-    torch.testing.assert_close(found.output[mask], expected[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.output[mask], expected[mask], atol=TOLERANCE, rtol=0)
     states = saved(tmp_path / "plain", GPT2Model)
     hidden = load_any(tmp_path / "plain").model
     assert hidden.config.head.kind == "hidden"
     expected = states(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-    torch.testing.assert_close(hidden(ids, mask).output[mask], expected[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        hidden(ids, mask).output[mask], expected[mask], atol=TOLERANCE, rtol=0
+    )
     chosen = load_any(tmp_path / "lm", head="hidden").model
     assert chosen.config.head.kind == "hidden"
 
@@ -77,7 +81,7 @@ def test_what_comes_later_changes_nothing() -> None:
         whole = model(ids, torch.ones_like(ids, dtype=torch.bool))
         for n in (1, 5, 11):
             part = model(ids[:, :n], torch.ones(1, n, dtype=torch.bool))
-            torch.testing.assert_close(part.output, whole.output[:, :n], atol=1e-4, rtol=0)
+            torch.testing.assert_close(part.output, whole.output[:, :n], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("context", ["active", "all"])
@@ -101,6 +105,7 @@ def test_exported(tmp_path: Path) -> None:
         prompts = batch.input_ids[:12], [0, 5, 12]
         result = generate(session, *prompts, max_new_tokens=14, return_logits=True)
         assert_generates_as_oracle(model, result, model.config.thresholds)
+    assert benched(tmp_path / "b").single_ms is None
 
 
 def test_stages_with_context_active(tmp_path: Path) -> None:

@@ -34,9 +34,11 @@ from sdt_deploy.runtime.verification import verify_bundle
 from sdt_deploy.testing import OracleDeviceBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
+    TOLERANCE,
     assert_parity,
     assert_parity_on_random_batches,
     assert_rows_of_stages,
+    benched,
     random_batch,
     random_model,
 )
@@ -97,7 +99,7 @@ def assert_same_logits(path: Path, theirs: PreTrainedModel) -> SparseDepthTransf
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=mask.long())[0]
         found = ours(ids, mask).output
-    torch.testing.assert_close(found[mask], expected[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[mask], expected[mask], atol=TOLERANCE, rtol=0)
     return ours
 
 
@@ -184,7 +186,7 @@ def test_positions_are_those_in_the_sequence(context: str) -> None:
         hidden[:, takes] = updated[:, takes[kept]]
     torch.testing.assert_close(model.head(hidden, None), found.output, atol=1e-5, rtol=0)
     part = model(ids[:, :7], torch.ones(1, 7, dtype=torch.bool))  # nothing later is seen
-    torch.testing.assert_close(part.output, found.output[:, :7], atol=1e-4, rtol=0)
+    torch.testing.assert_close(part.output, found.output[:, :7], atol=TOLERANCE, rtol=0)
 
 
 @torch.no_grad()
@@ -218,7 +220,8 @@ def test_exported(tmp_path: Path) -> None:
         assert_parity(session, model, batch, path="dense")
         assert session.run_batch(batch).path in ("sparse", "masked")
         for check in verify_bundle(Bundle.open(tmp_path / "b"), session):
-            assert check.max_abs_error < 1e-4
+            assert check.max_abs_error < TOLERANCE
+    assert benched(tmp_path / "b").single_ms is None
     again = restore(Bundle.open(tmp_path / "b"))
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name

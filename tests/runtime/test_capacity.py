@@ -25,6 +25,7 @@ from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
     assert_parity,
+    benched,
     capacity_thresholds,
     cut_points,
     lengths_lists,
@@ -152,6 +153,7 @@ def test_exported(tmp_path: Path) -> None:
     with Session.open(tmp_path / "bundle") as session:
         assert session.manifest.model == config
         check()
+    assert benched(tmp_path / "bundle").single_ms is not None
 
 
 def test_equal_scores_are_ranked_by_position() -> None:

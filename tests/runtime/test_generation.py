@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig, RotaryConfig
 from sdt_deploy.errors import BackendError, ConfigError, InputError, RunCancelledError
 from sdt_deploy.exporters.export import export
+from sdt_deploy.external_data import external_tensors
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
@@ -25,6 +26,7 @@ from sdt_deploy.runtime.splitting import PartLimits
 from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
+    TOLERANCE,
     assert_generates_as_oracle,
     in_threads,
     llama_like,
@@ -97,7 +99,9 @@ def test_logits_of_every_step(layout: ModelConfig, context: str, way: dict[str, 
 def test_any_model(
     data: st.DataObject, drawn: tuple[ModelConfig, ExportConfig], lengths: list[int], seed: int
 ) -> None:
-    config = drawn[0].replace(causal=True, head=HeadConfig(kind="lm"))
+    # Without a final norm logits grow to 20 and more, and rounding with them.
+    config = drawn[0].replace(causal=True, head=HeadConfig(kind="lm"), final_norm=True)
+    assume(config.d_model >= 8)  # norms of two values magnify rounding without bounds
     if data.draw(st.booleans()):
         config = data.draw(llama_like(config))
     if data.draw(st.booleans()):
@@ -150,6 +154,22 @@ def test_exported(exported: tuple[SparseDepthTransformer, Session]) -> None:
     assert 0 < shallow.cache.ratio < result.cache.ratio < 1
 
 
+def test_graphs_of_generation_store_no_weight_again(
+    exported: tuple[SparseDepthTransformer, Session],
+) -> None:
+    """Layer by layer they name the places in the weights file that the stages name."""
+    bundle = exported[1].bundle
+
+    def places(name: str) -> set[tuple[str, int, int]]:
+        tensors = external_tensors((bundle.path / f"{name}.onnx").read_bytes())
+        return {(one.location, one.offset, one.length) for one in tensors}
+
+    for number in range(3):
+        found = places(f"decode-{number:02d}")
+        assert found == places(f"stage-{number:02d}")
+        assert len(found) >= 9
+
+
 def test_neighbours_and_parts_change_nothing(
     exported: tuple[SparseDepthTransformer, Session],
 ) -> None:
@@ -169,7 +189,7 @@ def test_neighbours_and_parts_change_nothing(
             np.testing.assert_array_equal(alone.tokens[0], other.tokens[i])
             assert alone.logits is not None
             assert other.logits is not None
-            np.testing.assert_allclose(alone.logits[0], other.logits[i], atol=1e-4, rtol=0)
+            np.testing.assert_allclose(alone.logits[0], other.logits[i], atol=TOLERANCE, rtol=0)
         np.testing.assert_array_equal(alone.tokens[0], from_padded.tokens[i])
     assert parts.cache == together.cache
 

@@ -16,6 +16,7 @@ from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.samples import (
     CONFIGS,
+    TOLERANCE,
     ExportedModel,
     assert_parity,
     cut_points,
@@ -86,7 +87,7 @@ def test_extreme_depths(exported: Exported, name: str) -> None:
         full = assert_parity(session, sample.model, batch, (-1.0,) * n_layers)
         assert (full.depths == n_layers).all()
         dense = assert_parity(session, sample.model, batch, path="dense")
-        np.testing.assert_allclose(full.output, dense.output, rtol=0, atol=2e-4)
+        np.testing.assert_allclose(full.output, dense.output, rtol=0, atol=TOLERANCE)
         one = assert_parity(session, sample.model, batch, (-1.0,) + (2.0,) * (n_layers - 1))
         assert (one.depths == 1).all()
         for levels in ((-1.0,) * n_layers, (-1.0,) + (2.0,) * (n_layers - 1), (2.0,) * n_layers):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from sdt_deploy.bundle import Bundle
-from sdt_deploy.errors import ConfigError
+from sdt_deploy.errors import ConfigError, RunCancelledError
+from sdt_deploy.runtime.generation import generate
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.statistics import (
     MIN_TOKENS,
@@ -143,3 +144,53 @@ def test_a_session_warns() -> None:
 def test_the_limit_is_checked(exported: Exported) -> None:
     with pytest.raises(ConfigError, match="max_depth_drift must be positive, not 0"):
         Session.open(exported("active-lm").bundle, max_depth_drift=0)
+
+
+def decoder_session(highest_score: float) -> Session:
+    """A session that generates; the scores of its calibration text were uniform up to the top."""
+    model = random_model(MODEL.config.replace(causal=True), 0)
+    bundle = memory_bundle(model)
+    quantiles = tuple(np.linspace(0.0, highest_score, 101).tolist())
+    manifest = dataclasses.replace(bundle.manifest, score_quantiles=quantiles)
+    bundle = dataclasses.replace(bundle, manifest=manifest)
+    return Session(bundle, OracleBackend(bundle, model), max_depth_drift=0.5)
+
+
+def test_generations_are_counted() -> None:
+    session = decoder_session(1.0)
+    prompts, cu = [4, 9, 30, 2, 2, 51, 7], [0, 4, 5, 7]
+    first = generate(session, prompts, cu, max_new_tokens=6)
+    second = generate(session, prompts, cu, max_new_tokens=1)
+    run = session.run(prompts, cu, path="sparse")
+    generate(session, prompts, cu, max_new_tokens=6, thresholds=(0.0, 0.0, 0.0))
+    generate(session, prompts, cu, max_new_tokens=6, target_depth=2.5)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(RunCancelledError):
+        generate(session, prompts, cu, max_new_tokens=6, cancel=stop)
+    found = session.statistics()
+    assert (found.n_runs, found.n_generations, found.n_new_tokens) == (3, 2, 3 * 6 + 3 * 1)
+    assert found.n_tokens == (7 + 3 * 5) + 7 + 7  # the last new token of a sequence is not run
+    usages = [one.layer_usage for one in (first, second, run)]
+    assert found.depth_histogram == tuple(
+        sum(counts) for counts in zip(*(one.depth_histogram for one in usages), strict=True)
+    )
+    depths = sum(usage.mean_depth * usage.n_tokens for usage in usages)
+    assert found.mean_depth == pytest.approx(depths / found.n_tokens)
+    assert found.cache_bytes == first.cache.n_bytes + second.cache.n_bytes
+    assert found.dense_cache_bytes == first.cache.dense_bytes + second.cache.dense_bytes
+    assert 0 < found.cache_bytes < found.dense_cache_bytes
+
+
+def test_a_generation_warns() -> None:
+    session = decoder_session(0.3)  # nobody was to pass the first layer
+    longest = MODEL.config.max_positions
+    batch = random_batch(MODEL.config, [longest - 8] * (MIN_TOKENS // longest), 0)
+    options: dict[str, int] = {"max_new_tokens": 8}
+    assert batch.n_tokens + 7 * len(batch.lengths) < MIN_TOKENS  # one does not say enough
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(session, batch.input_ids, batch.cu_seqlens, **options)
+    with pytest.warns(DepthDriftWarning, match=r"1\.00 were expected") as caught:
+        generate(session, batch.input_ids, batch.cu_seqlens, **options)
+    assert caught[0].filename == __file__

@@ -318,3 +318,16 @@ def test_a_trained_probe_is_blind_to_position() -> None:
         return float(logits.mean(dim=1).std() / logits.std())
 
     assert spread(after) < 0.4 * spread(base.model)
+
+
+def test_a_run_leaves_the_models_that_it_was_given_alone() -> None:
+    base = start()
+    teacher = base.model.as_dense()  # shares its weights with the checkpoint, as in the command
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    run_ = Distillation(base, teacher, texts(60), DistillConfig(target_depth=2.5, n_steps=2))
+    run(run_)
+    assert all(parameter.requires_grad for parameter in base.model.parameters())
+    its = {parameter.data_ptr() for parameter in run_.teacher.model.parameters()}
+    assert not its & {parameter.data_ptr() for parameter in base.model.parameters()}
+    for name, tensor in base.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
