@@ -48,7 +48,10 @@ def model_card(
         "",
     ]
     if quality is None:
-        lines.append("Not measured. `sdt-deploy evaluate` compares it with its dense teacher.")
+        lines.append(
+            "Not measured. `sdt-deploy evaluate` compares a bundle with its dense teacher and keeps "
+            "the result in it; `sdt_deploy.hf.SdtModel.from_bundle` takes that along."
+        )
     else:
         lines += [
             "Beside its dense teacher on text that was not trained on (`sdt-deploy evaluate`):",
