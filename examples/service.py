@@ -64,21 +64,22 @@ class Batcher:
             InputError: if a text is too long, or gives no token.
             asyncio.QueueFull: if too much waits already.
         """
-        limit = self.session.manifest.model.max_positions
-        ids, cu_seqlens = await asyncio.to_thread(
-            self.session.tokenizer.encode, texts, max_length=limit
-        )
         if self.n_waiting + len(texts) > MAX_WAITING:
             raise asyncio.QueueFull
-        loop = asyncio.get_running_loop()
-        waiting = [Waiting(one, loop.create_future()) for one in np.split(ids, cu_seqlens[1:-1])]
-        for one in waiting:
-            self.queue.put_nowait(one)
-        self.n_waiting += len(waiting)
+        self.n_waiting += len(texts)
         try:
+            limit = self.session.manifest.model.max_positions
+            ids, cu_seqlens = await asyncio.to_thread(
+                self.session.tokenizer.encode, texts, max_length=limit
+            )
+            parts = np.split(ids, cu_seqlens[1:-1])
+            loop = asyncio.get_running_loop()
+            waiting = [Waiting(one, loop.create_future()) for one in parts]
+            for one in waiting:
+                self.queue.put_nowait(one)
             return await asyncio.gather(*(one.embedding for one in waiting))
         finally:
-            self.n_waiting -= len(waiting)
+            self.n_waiting -= len(texts)
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -218,6 +218,8 @@ def test_what_nobody_waits_for_is_not_run(
         await asyncio.to_thread(session.began.wait, 30)
         lost = ask(["w4"] * 8, leaves)
         await waiting(9)
+        while batcher.queue.qsize() != 8:
+            await asyncio.sleep(0.01)
         leaves.set()
         with pytest.raises(service.HTTPException):
             await lost

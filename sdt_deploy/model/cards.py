@@ -49,8 +49,8 @@ def model_card(
     ]
     if quality is None:
         lines.append(
-            "Not measured. `sdt-deploy evaluate` compares a bundle with its dense teacher and keeps "
-            "the result in it; `sdt_deploy.hf.SdtModel.from_bundle` takes that along."
+            "Not measured. `sdt-deploy evaluate` compares a bundle with its dense teacher and "
+            "keeps the result in it; `sdt_deploy.hf.SdtModel.from_bundle` takes that along."
         )
     else:
         lines += [
