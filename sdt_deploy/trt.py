@@ -71,6 +71,8 @@ class Features:
     """Whether ONNX's ``Attention`` can be built."""
     packed_attention: bool
     """Whether attention takes ragged batches (``AttentionIOForm.PACKED_NHD``)."""
+    legacy: bool = False
+    """8.6: its parser reads opset 17, and contexts share a profile only if it is asked for."""
 
 
 def flavour(name: str) -> Flavour:
@@ -148,6 +150,7 @@ def features(chosen: Flavour, found: str) -> Features:
         timing_cache=True,
         fused_attention=_numbers(found) >= (10, 14),
         packed_attention=_numbers(found) >= (11, 1),
+        legacy=not modern,
     )
 
 
@@ -217,9 +220,8 @@ def engine_facts(library: Any, engine: Any) -> dict[str, Any]:
     profiles = range(engine.num_optimization_profiles)
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(library.LayerInformationFormat.JSON)
-    layers = [
-        each["Name"] if isinstance(each, dict) else str(each) for each in json.loads(text)["Layers"]
-    ]
+    found = json.loads(text, strict=False)["Layers"]  # 8.6 may leave control characters in strings
+    layers = [each["Name"] if isinstance(each, dict) else str(each) for each in found]
     return {
         "scratch_bytes": max(scratch_bytes(engine, number) for number in profiles),
         "layers": [name[:MAX_LAYER_NAME] for name in layers],

@@ -1,8 +1,9 @@
-"""Graphs with fused attention as TensorRT takes them; inputs and outputs stay the same.
+"""Graphs as TensorRT takes them; inputs and outputs stay the same.
 
 TensorRT's parser accepts the key lengths of ONNX's ``Attention`` and ignores them (TensorRT-RTX
 1.7.1), so that an engine would also attend to padding. :func:`masked_attention` turns the lengths
 into a mask. :func:`packed_attention` turns padded attention into TensorRT's own ragged one.
+:func:`legacy_graph` is for the parser of 8.6.
 """
 
 from __future__ import annotations
@@ -97,6 +98,35 @@ def packed_attention(proto: onnx.ModelProto) -> onnx.ModelProto:
             node.input[1] = slot
         add.nodes.append(node)
     return add.finished()
+
+
+def legacy_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in opset 17 that TensorRT 8.6 reads as it is meant.
+
+    Its parser ignores what it does not know: the range of ``Shape``, and the axes of ``ReduceMax``
+    where they are an input, as they are since opset 18.
+    """
+    add = _Rewriter(proto)
+    constants = {each.name: each for each in proto.graph.initializer}
+    for node in proto.graph.node:
+        node = add.copy(node)
+        attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        if node.op_type == "Shape" and attributes:
+            places = list(range(attributes["start"], attributes["end"]))
+            whole = add.shape(node.input[0])
+            add("Gather", whole, add.integers(places), output=node.output[0])
+            continue
+        if node.op_type == "ReduceMax" and len(node.input) > 1:
+            axes = numpy_helper.to_array(constants[node.input.pop()]).tolist()
+            del node.attribute[:]
+            keepdims = attributes.get("keepdims", 1)
+            node.attribute.append(helper.make_attribute("keepdims", keepdims))
+            node.attribute.append(helper.make_attribute("axes", axes))
+        add.nodes.append(node)
+    made = add.finished()
+    del made.opset_import[:]
+    made.opset_import.append(helper.make_opsetid("", 17))
+    return made
 
 
 def _ragged(

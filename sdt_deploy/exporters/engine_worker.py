@@ -91,7 +91,7 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
     """Build one engine and report how it went.
 
     Args:
-        job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``strongly_typed``,
+        job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``strongly_typed``, ``legacy``,
             ``precision``, ``timing_cache`` and ``pin_timing_cache``.
         graph: ``name``, ``onnx``, ``output``, ``attention`` and ``profiles``, for each a mapping
             from input to ``[min, opt, max]``. Where no kernel does all of ``fused`` attention it
@@ -143,8 +143,8 @@ def build_bytes(
     progress = monitor(trt, graph["name"], reporter) if hasattr(trt, "IProgressMonitor") else None
     config = build_config(trt, job, graph["profiles"], progress)
     path = Path(graph["onnx"])
-    if graph["attention"] in ("fused", "packed"):
-        path = adapted(path, Path(graph["output"]).parent, attention)
+    if job["legacy"] or graph["attention"] in ("fused", "packed"):
+        path = adapted(path, Path(graph["output"]).parent, attention, legacy=job["legacy"])
     network = NetworkFromOnnxPath(str(path), strongly_typed=job["strongly_typed"])
     save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
     return memoryview(
@@ -152,15 +152,17 @@ def build_bytes(
     )
 
 
-def adapted(path: Path, directory: Path, attention: str | None) -> Path:
-    """Write a graph with fused attention into ``directory`` as TensorRT takes it."""
+def adapted(path: Path, directory: Path, attention: str | None, *, legacy: bool) -> Path:
+    """Write a graph into ``directory`` as TensorRT takes it, or 8.6 if ``legacy``."""
     import onnx
 
     from sdt_deploy.bundle import WEIGHTS
-    from sdt_deploy.exporters.engine_graphs import masked_attention, packed_attention
+    from sdt_deploy.exporters.engine_graphs import legacy_graph, masked_attention, packed_attention
 
     proto = onnx.load(path, load_external_data=False)
-    if attention == "packed":
+    if legacy:
+        proto = legacy_graph(proto)
+    elif attention == "packed":
         proto = packed_attention(proto)
     else:
         proto = masked_attention(proto, decomposable=attention == "decomposed")
@@ -195,6 +197,8 @@ def build_config(
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         return CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
+    if job["legacy"]:  # the others are on by default
+        options["preview_features"] = list(trt.PreviewFeature.__members__.values())
     narrow = job["precision"] == "float16" and not job["strongly_typed"]
     return CreateConfig(fp16=narrow, **options)
 

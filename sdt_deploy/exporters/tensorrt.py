@@ -113,6 +113,8 @@ def build_engines(
         )
     if config.timing_cache is not None and not features.timing_cache:
         raise ConfigError(f"{chosen.name} {version} has no timing cache; leave --timing-cache out")
+    if config.pin_timing_cache and features.legacy:
+        raise ConfigError(f"{chosen.name} {version} cannot pin times; leave --pin-timing-cache out")
     targets = target_gpus(config, chosen)
     new = EngineSet(
         flavour=chosen.name,
@@ -123,8 +125,8 @@ def build_engines(
         workspace_mb=config.workspace_mb,
         engines={},
     )
-    if new.attention != "decomposed":
-        require("onnx", extra=chosen.name, purpose="Building engines with fused attention")
+    if features.legacy or new.attention != "decomposed":
+        require("onnx", extra=chosen.name, purpose="Rewriting graphs for this engine builder")
     jobs = plan_jobs(bundle, new, config.graphs, pinned=pinned_times(config))
     with exclusive(bundle.path), _workplace(bundle.path) as directory:
         old = next((each for each in manifest.engines if each.name == new.name), None)

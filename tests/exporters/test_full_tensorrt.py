@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import polygraphy.backend.trt
 import polygraphy.mod.trt_importer
 import pytest
@@ -21,9 +22,11 @@ from sdt_deploy.engines import EngineSet
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.exporters import engine_plan, engine_worker
 from sdt_deploy.exporters.engine_plan import plan_jobs, worker_options
+from sdt_deploy.exporters.restore import restore
 from sdt_deploy.exporters.tensorrt import BatchLimits, build_engines
+from sdt_deploy.exporters.verify import verify_graph
 from sdt_deploy.gpu import Driver, Gpu
-from tests.samples import ExportedModel
+from tests.samples import CONFIGS, ExportedModel
 
 Exported = Callable[[str], ExportedModel]
 HOPPER = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
@@ -85,12 +88,16 @@ def test_flags_by_version(exported: Exported) -> None:
     """Before version 10 a narrow precision is allowed by a flag; then the graph decides."""
     bundle = Bundle.open(exported("active-lm").bundle)
     config = BuildConfig(flavour="tensorrt", workspace_mb=64)
-    library = SimpleNamespace(MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"))
+    library = SimpleNamespace(
+        MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"),
+        PreviewFeature=SimpleNamespace(__members__={"PROFILE_SHARING_0806": "SHARING"}),
+    )
     for version, typed in (("8.6.1", False), ("10.0.1", True), ("11.4.0.106", True)):
         job = {**job_for(bundle, config, version), "precision": "float16"}
         made = engine_worker.build_config(library, job, SHAPES, None)
         assert job["strongly_typed"] == typed
         assert made.fp16 == (not typed)
+        assert made.preview_features == (None if typed else ["SHARING"])
         assert made.max_aux_streams == 0
         assert made.memory_pool_limits == {"WORKSPACE": 64 << 20}
         assert made.profiles[0]["hidden_states"].opt == [4, 8]
@@ -129,3 +136,22 @@ def test_full_tensorrt_builds_for_its_own_gpu_only(exported: Exported) -> None:
     config = BuildConfig(flavour="tensorrt", compute_capabilities=("8.9",))
     with pytest.raises(ConfigError, match=r"runs the engines, 9.0 here, not for 8.9; tensorrt-rtx"):
         build_engines(bundle, config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_graphs_for_8_6_say_the_same_in_what_its_parser_knows(
+    exported: Exported, tmp_path: Path, name: str
+) -> None:
+    """Opset 17, no part of a shape, and axes as attributes; the export's own check still passes."""
+    bundle = Bundle.open(exported(name).bundle)
+    model = restore(bundle)
+    for graph, spec in bundle.manifest.graphs.items():
+        if graph == "single":
+            continue
+        path = engine_worker.adapted(bundle.file(spec.file), tmp_path, None, legacy=True)
+        proto = onnx.load(path, load_external_data=False)
+        assert [each.version for each in proto.opset_import] == [17]
+        for node in proto.graph.node:
+            assert node.op_type != "Shape" or not node.attribute
+            assert node.op_type != "ReduceMax" or len(node.input) == 1
+        verify_graph(path, graph, spec.layers, model, bundle.manifest.export)

@@ -84,6 +84,12 @@ def test_other_forms_agree_with_the_oracle(
 ) -> None:
     """Half precision and fused attention, which runs in the loop for devices."""
     skip_where_it_does_not_run(flavour)
+    chosen = trt.flavour(flavour)
+    found = trt.features(chosen, pytest.importorskip(chosen.module).__version__)
+    if form.attention == "fused" and not found.fused_attention:
+        pytest.skip("this version has no fused attention")
+    if found.legacy:
+        pytest.xfail("TensorRT 8.6 rounds the scores to float16: they deviate by 0.0005")
     model = random_model(CONFIGS[name][0], seed=5)
     export(Checkpoint(model=model, provenance={}), tmp_path / "bundle", form)
     bundle = Bundle.open(tmp_path / "bundle")
