@@ -120,6 +120,8 @@ def test_it_waits_once_for_counts_and_once_at_the_end(made: Made, backend: str) 
                 waits.clear()
                 session.run_batch(chosen, path=kind)  # type: ignore[arg-type]
                 assert len(waits) == expected
+            if backend == "torch":
+                return  # compiles for sizes that are new, and waits for the GPU while it does
             # Not captured yet, so every copy that is not asynchronous would be noticed.
             fresh = random_batch(model.config, [9, 9], seed=1)
             session.run_batch(fresh, path="sparse")
