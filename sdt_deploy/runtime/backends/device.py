@@ -164,13 +164,20 @@ class DeviceMemory:
         return float(begin.elapsed_time(end))
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
-        """Make a call; return how much more of the GPU's memory it had allocated at a time."""
+        """Make a call; return how much of the GPU's memory it took that was free before.
+
+        By what the driver says is free, so that the memory of engines counts too. No allocator
+        gives memory back by itself, so what is taken afterwards is the peak. It comes in blocks of
+        some MB, and whatever else runs on that GPU counts as well.
+        """
         cuda = self._torch.cuda
         cuda.synchronize(self.device)
-        cuda.reset_peak_memory_stats(self.device)
-        before = cuda.memory_allocated(self.device)
+        cuda.empty_cache()
+        before, _ = cuda.mem_get_info(self.device)
         run()
-        return int(cuda.max_memory_allocated(self.device) - before)
+        cuda.synchronize(self.device)
+        after, _ = cuda.mem_get_info(self.device)
+        return int(before - after)
 
     def take(self, rows: Array, index: Array, out: Array) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.take`."""
