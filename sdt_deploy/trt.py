@@ -71,8 +71,14 @@ class Features:
     """Whether ONNX's ``Attention`` can be built."""
     packed_attention: bool
     """Whether attention takes ragged batches (``AttentionIOForm.PACKED_NHD``)."""
-    legacy: bool = False
-    """8.6: its parser reads opset 17, and contexts share a profile only if it is asked for."""
+
+    @property
+    def legacy(self) -> bool:
+        """Whether it is 8.6, the only one without strong types.
+
+        Its parser reads opset 17, and contexts share a profile only if it is asked for.
+        """
+        return not self.strongly_typed
 
 
 def flavour(name: str) -> Flavour:
@@ -150,7 +156,6 @@ def features(chosen: Flavour, found: str) -> Features:
         timing_cache=True,
         fused_attention=_numbers(found) >= (10, 14),
         packed_attention=_numbers(found) >= (11, 1),
-        legacy=not modern,
     )
 
 

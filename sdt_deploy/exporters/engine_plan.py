@@ -218,7 +218,6 @@ def worker_options(
         "gpu_here": bool(set(local) & set(targets)),
         "workspace_bytes": None if workspace is None else workspace << 20,
         "strongly_typed": features.strongly_typed,
-        "legacy": features.legacy,
         "precision": manifest.export.precision,
         "timing_cache": None if config.timing_cache is None else str(config.timing_cache),
         "pin_timing_cache": config.pin_timing_cache,

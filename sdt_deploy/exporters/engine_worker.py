@@ -91,8 +91,8 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
     """Build one engine and report how it went.
 
     Args:
-        job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``strongly_typed``, ``legacy``,
-            ``precision``, ``timing_cache`` and ``pin_timing_cache``.
+        job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``strongly_typed`` (all but
+            8.6), ``precision``, ``timing_cache`` and ``pin_timing_cache``.
         graph: ``name``, ``onnx``, ``output``, ``attention`` and ``profiles``, for each a mapping
             from input to ``[min, opt, max]``. Where no kernel does all of ``fused`` attention it
             becomes ``decomposed``.
@@ -142,10 +142,10 @@ def build_bytes(
     trt = lazy_import_trt()
     progress = monitor(trt, graph["name"], reporter) if hasattr(trt, "IProgressMonitor") else None
     config = build_config(trt, job, graph["profiles"], progress)
-    path = Path(graph["onnx"])
-    if job["legacy"] or graph["attention"] in ("fused", "packed"):
-        path = adapted(path, Path(graph["output"]).parent, attention, legacy=job["legacy"])
-    network = NetworkFromOnnxPath(str(path), strongly_typed=job["strongly_typed"])
+    path, typed = Path(graph["onnx"]), job["strongly_typed"]
+    if not typed or graph["attention"] in ("fused", "packed"):
+        path = adapted(path, Path(graph["output"]).parent, attention, legacy=not typed)
+    network = NetworkFromOnnxPath(str(path), strongly_typed=typed)
     save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
     return memoryview(
         EngineBytesFromNetwork(network, config=config, save_timing_cache=save_cache)()
@@ -197,10 +197,11 @@ def build_config(
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         return CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
-    if job["legacy"]:  # the others are on by default
-        options["preview_features"] = list(trt.PreviewFeature.__members__.values())
-    narrow = job["precision"] == "float16" and not job["strongly_typed"]
-    return CreateConfig(fp16=narrow, **options)
+    if job["strongly_typed"]:
+        return CreateConfig(**options)
+    # 8.6. Profiles are to be shared; the other features are on by default, if none is named.
+    options["preview_features"] = list(trt.PreviewFeature.__members__.values())
+    return CreateConfig(fp16=job["precision"] == "float16", **options)
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -86,7 +86,6 @@ def test_a_closed_pipe_cancels_the_build(bundle: Bundle, tmp_path: Path) -> None
         "gpu_here": False,
         "workspace_bytes": None,
         "strongly_typed": True,
-        "legacy": False,
         "precision": "float32",
         "timing_cache": None,
         "pin_timing_cache": False,
