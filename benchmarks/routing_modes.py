@@ -40,12 +40,11 @@ from sdt_deploy.model.probe import (
     depth_shares,
     fit_probe,
     set_thresholds,
-    standardised,
 )
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.tokenization import TextTokenizer, read_lines
 from sdt_deploy.training.calibration import free_logits
-from sdt_deploy.training.skipping import MAX_FREE_TOKENS, skipping_costs
+from sdt_deploy.training.skipping import measured_texts
 
 
 def cost_features(
@@ -56,33 +55,21 @@ def cost_features(
     States are those of tokens that have passed through all layers before.
     """
     parts: list[list[torch.Tensor]] = [[] for _ in model.blocks]
-    ranks, places = [], []
-    n_free = n_all = 0
-    dense = model.as_dense()
-    for start, stop in zip(sample.cu_seqlens[:-1], sample.cu_seqlens[1:], strict=True):
-        if n_free >= max_tokens:
-            break
-        ids = torch.from_numpy(sample.input_ids[start:stop].astype(np.int64))
-        free = (~torch.isin(ids.int(), model.scorer.pinned_token_ids)).nonzero()[:, 0]
-        if not 2 <= len(free) <= MAX_FREE_TOKENS:
-            continue
-        mask = torch.ones_like(ids, dtype=torch.bool)[None]
-        hidden = model.embed(ids[None])
-        depths = model.depths(model.scorer(ids[None], hidden), mask)[0]
-        wanted = dense(ids[None], mask).output[0]
-        costs = skipping_costs(model, ids, free, wanted, depths=depths, shallow_depth=1)
-        rank = costs.argsort().argsort().float()[None]
-        ranks.append(standardised(rank, torch.ones_like(rank, dtype=torch.bool))[0])
-        places.append(free)
+    thresholds = model.config.thresholds
+    measured = list(
+        measured_texts(model, model.as_dense(), sample, thresholds, max_tokens=max_tokens)
+    )
+    for one in measured:
+        hidden, mask = one.embedded, torch.ones_like(one.ids, dtype=torch.bool)[None]
         for states, layer in zip(parts, model.blocks, strict=True):
-            states.append(hidden[0, free])
+            states.append(hidden[0, one.free])
             hidden = layer(hidden, mask)
-        n_free, n_all = n_free + len(free), n_all + len(ids)
+    n_free, n_all = sum(len(one.free) for one in measured), sum(len(one.ids) for one in measured)
     return [
         TokenFeatures(
             embedded=torch.cat(states),
-            importance=torch.cat(ranks),
-            position_ids=torch.cat(places),
+            importance=torch.cat([one.ranks for one in measured]),
+            position_ids=torch.cat([one.free for one in measured]),
             pinned_share=1 - n_free / n_all,
         )
         for states in parts

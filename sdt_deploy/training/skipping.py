@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -53,6 +54,53 @@ def skipping_costs(
     return torch.where(deep[free], difference, -difference)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredText:
+    """A text whose unpinned tokens were measured."""
+
+    ids: Tensor
+    """``[seq]`` int64."""
+    free: Tensor
+    """``[n]`` int64, places of the unpinned tokens."""
+    embedded: Tensor
+    """``[1, seq, d_model]``."""
+    ranks: Tensor
+    """``[n]`` float32, of :func:`skipping_costs` within the text, standardised."""
+
+
+def measured_texts(
+    model: SparseDepthTransformer,
+    teacher: DenseTransformer,
+    sample: TokenSample,
+    thresholds: Sequence[float],
+    *,
+    shallow_depth: int = 1,
+    max_tokens: int = FIT_TOKENS,
+) -> Iterator[MeasuredText]:
+    """Measure what skipping costs, text by text; for arguments see :func:`refitted_probe`.
+
+    Gradients are kept unless the caller turns them off.
+    """
+    device = next(model.parameters()).device
+    n_free = 0
+    for start, stop in zip(sample.cu_seqlens[:-1], sample.cu_seqlens[1:], strict=True):
+        if n_free >= max_tokens:
+            break
+        ids = torch.from_numpy(sample.input_ids[start:stop].astype(np.int64)).to(device)
+        free = (~torch.isin(ids.int(), model.scorer.pinned_token_ids)).nonzero()[:, 0]
+        if not 2 <= len(free) <= MAX_FREE_TOKENS:
+            continue
+        mask = torch.ones_like(ids, dtype=torch.bool)[None]
+        embedded = model.embed(ids[None])
+        depths = model.depths(model.scorer(ids[None], embedded), mask, thresholds)[0]
+        wanted = teacher(ids[None], mask).output[0]
+        costs = skipping_costs(model, ids, free, wanted, depths=depths, shallow_depth=shallow_depth)
+        ranks = costs.argsort().argsort().float()[None]
+        ranks = standardised(ranks, torch.ones_like(ranks, dtype=torch.bool))[0]
+        yield MeasuredText(ids=ids, free=free, embedded=embedded, ranks=ranks)
+        n_free += len(free)
+
+
 @torch.no_grad()
 def refitted_probe(
     model: SparseDepthTransformer,
@@ -78,32 +126,22 @@ def refitted_probe(
     Returns:
         ``weight [d_model]`` and ``bias []``, float32, on the CPU.
     """
-    device = next(model.parameters()).device
-    pinned = model.scorer.pinned_token_ids
-    embedded_parts, rank_parts, place_parts = [], [], []
-    n_free = n_all = 0
-    for start, stop in zip(sample.cu_seqlens[:-1], sample.cu_seqlens[1:], strict=True):
-        if n_free >= max_tokens:
-            break
-        ids = torch.from_numpy(sample.input_ids[start:stop].astype(np.int64)).to(device)
-        free = (~torch.isin(ids.int(), pinned)).nonzero()[:, 0]
-        if not 2 <= len(free) <= MAX_FREE_TOKENS:
-            continue
-        mask = torch.ones_like(ids, dtype=torch.bool)[None]
-        embedded = model.embed(ids[None])
-        depths = model.depths(model.scorer(ids[None], embedded), mask, thresholds)[0]
-        wanted = teacher(ids[None], mask).output[0]
-        costs = skipping_costs(model, ids, free, wanted, depths=depths, shallow_depth=shallow_depth)
-        ranks = costs.argsort().argsort().float()[None]
-        rank_parts.append(standardised(ranks, torch.ones_like(ranks, dtype=torch.bool))[0].cpu())
-        embedded_parts.append(embedded[0, free].cpu())
-        place_parts.append(free.cpu())
-        n_free, n_all = n_free + len(free), n_all + len(ids)
+    measured = list(
+        measured_texts(
+            model,
+            teacher,
+            sample,
+            thresholds,
+            shallow_depth=shallow_depth,
+            max_tokens=max_tokens,
+        )
+    )
+    n_free, n_all = sum(len(one.free) for one in measured), sum(len(one.ids) for one in measured)
     return fit_probe(
         TokenFeatures(
-            embedded=torch.cat(embedded_parts),
-            importance=torch.cat(rank_parts),
-            position_ids=torch.cat(place_parts),
+            embedded=torch.cat([one.embedded[0, one.free].cpu() for one in measured]),
+            importance=torch.cat([one.ranks.cpu() for one in measured]),
+            position_ids=torch.cat([one.free.cpu() for one in measured]),
             pinned_share=1 - n_free / n_all,
         )
     )
