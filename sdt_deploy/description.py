@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sdt_deploy.config import ModelConfig
+
+
+def quality_figures(quality: Mapping[str, Any]) -> dict[str, str]:
+    """Return a quality record with its figures as they are shown."""
+    return {
+        name: f"{value:.4f}" if isinstance(value, float) else str(value)
+        for name, value in quality.items()
+    }
 
 
 def described(config: ModelConfig) -> dict[str, str]:

@@ -15,6 +15,7 @@ from sdt_deploy.bench.charts import (
     ratio_chart,
     stages_chart,
 )
+from sdt_deploy.description import quality_figures
 from sdt_deploy.pages import Page
 
 
@@ -150,10 +151,7 @@ def _quality(page: Page, quality: Mapping[str, Any] | None) -> None:
         return
     page.text("Beside the dense teacher on held-out text, as recorded in the bundle.")
     page.definitions(
-        {
-            name.replace("_", " "): f"{value:.4f}" if isinstance(value, float) else value
-            for name, value in quality.items()
-        }
+        {name.replace("_", " "): value for name, value in quality_figures(quality).items()}
     )
 
 

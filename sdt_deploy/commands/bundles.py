@@ -48,7 +48,7 @@ def inspect(
         sdt-deploy inspect bundle --json
     """
     from sdt_deploy.bundle import Bundle
-    from sdt_deploy.description import described
+    from sdt_deploy.description import described, quality_figures
 
     manifest = Bundle.open(bundle, check_files=False).manifest
     if as_json:
@@ -61,10 +61,7 @@ def inspect(
         "licence": manifest.provenance.get("license") or "unknown",
         "quality": "not evaluated"
         if manifest.quality is None
-        else ", ".join(
-            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in manifest.quality.items()
-        ),
+        else ", ".join(f"{k} {v}" for k, v in quality_figures(manifest.quality).items()),
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.created_by.items()),
         "size": f"{sum(f['size_bytes'] for f in manifest.files.values()) / 1e6:.1f} MB",
     }

@@ -48,6 +48,7 @@ def evaluate(
 
     clean_up_on_sigterm()
     require("torch", extra="export", purpose="Running the teacher")
+    from sdt_deploy.description import quality_figures
     from sdt_deploy.evaluation.evaluate import evaluate as measure
     from sdt_deploy.tokenization import read_lines
 
@@ -60,8 +61,7 @@ def evaluate(
     if as_json:
         print_json(quality)
         return
-    for name, value in quality.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+    for name, shown in quality_figures(quality).items():
         console.print(f"[bold]{name:<16}[/bold]{shown}", highlight=False)
 
 

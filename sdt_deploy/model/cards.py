@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdt_deploy.config import ModelConfig
-from sdt_deploy.description import described
+from sdt_deploy.description import described, quality_figures
 
 
 def model_card(
@@ -58,10 +58,7 @@ def model_card(
             "",
             "| measure | value |",
             "| --- | --- |",
-            *(
-                f"| {name} | {f'{value:.4f}' if isinstance(value, float) else value} |"
-                for name, value in quality.items()
-            ),
+            *(f"| {name} | {value} |" for name, value in quality_figures(quality).items()),
         ]
     lines += [
         "",
