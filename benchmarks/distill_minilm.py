@@ -99,6 +99,13 @@ class Student:
 
     def _started(self, probes: dict[str, torch.Tensor], sample: TokenSample) -> Checkpoint:
         model, extra = self.base.model, self.extra
+        if "context" in extra:
+            model = rebuilt(model, context=extra["context"])
+        if "probe_of" in extra:  # an adapter file
+            model, found = rebuilt(model), safetensors.torch.load_file(extra["probe_of"])
+            with torch.no_grad():
+                model.scorer.weight.copy_(found["scorer.weight"])
+                model.scorer.bias.copy_(found["scorer.bias"])
         if "probe" in extra:
             model = rebuilt(model)
             with torch.no_grad():
