@@ -16,6 +16,7 @@ from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.profiling.profile import profile
+from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.session import Session
 from tests.samples import CONFIGS, in_threads, quantile_thresholds, random_batch, random_model
 
@@ -195,3 +196,14 @@ def test_a_warm_session_captures_nothing_more(made: Made, backend: str) -> None:
         # Random models have no quantiles of scores: any depth may come, so only whole graphs.
         session.run_batch(random_batch(model.config, lengths, seed=4), path="masked")
         assert session.device_loop.n_graphs == warm > model.config.n_layers
+
+
+def test_the_memory_of_a_run_is_measured() -> None:
+    torch = pytest.importorskip("torch")
+    memory, kept = DeviceMemory(), []
+    n_bytes = 256 << 20
+    taken = memory.peak_bytes(
+        lambda: kept.append(torch.empty(n_bytes, dtype=torch.uint8, device="cuda"))
+    )
+    assert n_bytes <= taken < 2 * n_bytes
+    assert memory.peak_bytes(lambda: None) < n_bytes
