@@ -23,13 +23,14 @@ from sdt_deploy.external_data import check_places
 from sdt_deploy.files import MAX_JSON_BYTES, is_partial, parse_json, read_bytes, write_file
 
 FORMAT = "sdt-bundle"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Written; older ones are read as well. Version 1 knows no precision but float32."""
 ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
     1: {"decomposed": "padded"},
     2: {"decomposed": "padded-heads"},
     3: {"decomposed": "padded-heads", "fused": "padded-rows"},
     4: {"decomposed": "padded-heads", "fused": "padded-rows"},
+    5: {"decomposed": "padded-heads", "fused": "padded-rows"},
 }
 """How a stage lays rows out for attention, by format version and :attr:`ExportConfig.attention`."""
 WEIGHTS = "weights.bin"
@@ -37,7 +38,10 @@ REFERENCE = "reference.npz"
 TOKENIZER = "tokenizer.json"
 SAMPLE = "sample.npz"
 STATES = frozenset(
-    "hidden_states context_states updated_states query key value mixed_states".split()  # noqa: SIM905
+    {
+        *("hidden_states", "context_states", "updated_states", "mixed_states"),
+        *("query", "key_value", "key", "value"),
+    }
 )
 """Inputs and outputs in the precision of the export; the others are float32 or integers in all."""
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
@@ -134,6 +138,11 @@ class Manifest:
     def stages(self) -> tuple[GraphSpec, ...]:
         """The stage graphs in order."""
         return tuple(spec for spec in self.graphs.values() if spec.layers is not None)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether fused stages come in two pieces each, as they are since version 5, as well."""
+        return self.format_version >= 5 and pieces(0)[0] in self.graphs
 
     @property
     def stage_layers(self) -> tuple[tuple[int, int], ...]:
@@ -243,12 +252,11 @@ class Manifest:
                         f"{' or '.join(allowed)}"
                     )
                 n_axes = 3 if self.export.attention == "fused" else 2
-                if is_state and (
-                    len(tensor.axes) != n_axes or tensor.axes[-1] != self.model.d_model
-                ):
+                width = self.model.d_model * (2 if tensor.name == "key_value" else 1)
+                if is_state and (len(tensor.axes) != n_axes or tensor.axes[-1] != width):
                     raise ConfigError(
                         f"graph {spec.name}: {tensor.name} has the axes {shown(tensor.axes)}, "
-                        f"not {n_axes} of which the last is {self.model.d_model}"
+                        f"not {n_axes} of which the last is {width}"
                     )
         expected = 0
         for first, stop in self.stage_layers:

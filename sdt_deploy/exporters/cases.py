@@ -290,11 +290,13 @@ def _project_case(
         layer.attention_norm(states) if layer.pre_norm else states
         for states in map(torch.from_numpy, inputs.values())
     ]
-    biasless = {
-        name: getattr(attention, name)(normed[-1]) - getattr(attention, name).bias
-        for name in ("key", "value")
-    }
-    return inputs, {"query": attention.query(normed[0]), **biasless}
+    query, *both = (
+        states @ getattr(attention, name).weight.T
+        for name, states in zip(
+            ("query", "key", "value"), (*normed, *normed[-1:] * 2), strict=False
+        )
+    )
+    return inputs, {"query": query, "key_value": torch.cat(both, dim=-1)}
 
 
 def _update_case(

@@ -308,7 +308,8 @@ class FusedLayer(nn.Module):
             context: ``[batch, max_context_seqlen, d_model]``, what is seen; None: the states.
             lengths: see :func:`fused_attention`.
         """
-        query, key, value = self.project(states, context)
+        queries, keys = self.normed(states, context)
+        query, key, value = self.query(queries), self.key(keys), self.value(keys)
         laid_out = places if context is None else None
         mixed = fused_attention(
             _spread(query, places),
@@ -327,13 +328,12 @@ class FusedLayer(nn.Module):
         part._modules = {name: self._modules[name] for name in names}
         return part
 
-    def project(self, states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries of ``states``, and keys and values of ``context`` or the states."""
+    def normed(self, states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the states, and ``context`` or the states again, as their products take them."""
         queries = self.attention_norm(states) if self.pre_norm else states
-        keys = queries
-        if context is not None:
-            keys = self.attention_norm(context) if self.pre_norm else context
-        return self.query(queries), self.key(keys), self.value(keys)
+        if context is None:
+            return queries, queries
+        return queries, self.attention_norm(context) if self.pre_norm else context
 
     def update(self, states: Tensor, mixed: Tensor) -> Tensor:
         """Update ``states`` by what attention has ``mixed`` for them, of the same shape."""

@@ -240,7 +240,9 @@ class ProjectGraph(GraphModule):
     def __init__(self, layer: FusedLayer, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         norm = ("attention_norm",) * layer.pre_norm
-        self.layers = nn.ModuleList([layer.with_only(*norm, "query", "key", "value")])
+        part = layer.with_only(*norm)
+        part.query, part.key_value = layer.query.without_bias(), layer.key.beside(layer.value)
+        self.layers = nn.ModuleList([part])
         packed: tuple[str | int, ...] = (1, "n_tokens", config.d_model)
         places: tuple[str | int, ...] = ("batch", "max_context_seqlen", config.d_model)
         sees_all = config.context == "all"
@@ -250,13 +252,16 @@ class ProjectGraph(GraphModule):
             states("hidden_states", *packed),
             *(states("context_states", *places) for _ in range(sees_all)),
         )
-        self.outputs = states("query", *packed), states("key", *keys), states("value", *keys)
+        both = states("key_value", *keys[:-1], 2 * config.d_model)
+        self.outputs = states("query", *packed), both
 
     def forward(
         self, hidden_states: Tensor, context_states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project the active rows, and what they see."""
-        return self.layers[0].project(hidden_states, context_states)  # type: ignore[operator]
+    ) -> tuple[Tensor, Tensor]:
+        """Project the active rows, without bias, and what they see."""
+        layer = self.layers[0]
+        queries, keys = layer.normed(hidden_states, context_states)  # type: ignore[operator]
+        return layer.query(queries), layer.key_value(keys)  # type: ignore[operator]
 
 
 class UpdateGraph(GraphModule):

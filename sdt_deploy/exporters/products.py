@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -19,6 +20,19 @@ class PackedLinear(nn.Module):
         self.bias = None
         if biased and linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach().to(dtype))
+
+    def without_bias(self) -> PackedLinear:
+        """Return the product alone, which shares the weight."""
+        part = copy.copy(self)
+        part._parameters = {**self._parameters, "bias": None}
+        return part
+
+    def beside(self, other: PackedLinear) -> PackedLinear:
+        """Return one product for both, without bias: the columns of this one, then the other's."""
+        joined = self.without_bias()
+        columns = torch.cat([self.weight.detach(), other.weight.detach()], dim=1)
+        joined._parameters["weight"] = nn.Parameter(columns)
+        return joined
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""

@@ -25,6 +25,7 @@ class DeviceAttention(Protocol):
         value: Any,
         out: Any,
         *,
+        query_bias: Any,
         n_heads: int,
         grid: Any,
         query_lengths: Any,
@@ -39,6 +40,7 @@ class DeviceAttention(Protocol):
             key: ``[n_key_rows, d_model]``; its rows may lie apart.
             value: like ``key``.
             out: ``[n_rows, d_model]``.
+            query_bias: ``[d_model]``, added to every query.
             n_heads: heads that ``d_model`` is cut into.
             grid: ``[batch, max_seqlen]`` int32, the row in each slot of a sequence.
             query_lengths: ``[batch]`` int64, slots of each sequence that attend; its first ones.
@@ -62,6 +64,7 @@ class TorchAttention:
         value: Any,
         out: Any,
         *,
+        query_bias: Any,
         n_heads: int,
         grid: Any,
         query_lengths: Any,
@@ -71,6 +74,7 @@ class TorchAttention:
     ) -> None:
         """See :meth:`DeviceAttention.__call__`."""
         torch = self._torch
+        query = (query.float() + query_bias.float()).to(query.dtype)
         slots = torch.arange(longest, device=grid.device)
         attends = slots < query_lengths[:, None]
         rows = torch.where(attends, grid[:, :longest], 0)

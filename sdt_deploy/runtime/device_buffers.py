@@ -8,10 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_attention import DeviceAttention
+from sdt_deploy.runtime.device_entry import DeviceEntry, Parameters
 from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting, aligned
 from sdt_deploy.runtime.ladders import Bucket
 
@@ -32,6 +34,12 @@ class DeviceBackend(Backend, Protocol):
     @property
     def attention(self) -> DeviceAttention:
         """What attends on this device, between the pieces of stages."""
+
+    def entry(self, parameters: Parameters, config: ModelConfig) -> DeviceEntry:
+        """Return what embeds and scores on this device, before stages in pieces."""
+
+    def parameters(self, bundle: Bundle, name: str, *chosen: str) -> Mapping[str, Any]:
+        """Return parameters of a graph on this device; see :class:`.DeviceMemory`."""
 
     def mark(self) -> Callable[[], None]:
         """Return what waits for all that was enqueued on the current stream so far."""

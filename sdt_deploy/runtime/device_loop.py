@@ -7,7 +7,8 @@ launches the stages, which read and write rows sorted by falling depth; finished
 ``context="all"`` all of them, go back to their places. The head runs on the places.
 
 Where the backend has a stage in two pieces, attention is not its part: a kernel of
-:mod:`sdt_deploy.runtime.device_attention` runs between them, on the rows as they lie.
+:mod:`sdt_deploy.runtime.device_attention` runs between them, on the rows as they lie. Nor is the
+entry then, see :mod:`sdt_deploy.runtime.device_entry`.
 
 Every piece is a CUDA graph, captured when its bucket occurs for the first time. The pieces of a
 batch run one after the other on one stream, so all captures share one pool of scratch memory.
@@ -23,12 +24,13 @@ from time import perf_counter
 from typing import Any
 
 from sdt_deploy.buckets import longest_sequence
-from sdt_deploy.bundle import Bundle, Manifest, pieces
+from sdt_deploy.bundle import Bundle, pieces
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame
+from sdt_deploy.runtime.device_entry import DeviceEntry
 from sdt_deploy.runtime.graph_cache import GraphCache, Observer
 from sdt_deploy.runtime.ladders import (
     Bucket,
@@ -41,6 +43,7 @@ from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.routing import depths_from_scores
 from sdt_deploy.runtime.stopping import StopCheck
 
+_QUERY_BIAS = "layers.0.query.bias"
 MAX_FRAMES = 64
 """Buckets whose small buffers a session keeps, with their graphs; the least recently used ones go
 first."""
@@ -50,19 +53,23 @@ class DeviceLoop:
     """Runs batches on a device; one at a time, in whatever thread.
 
     Args:
-        manifest: of a bundle whose stages have the layout ``padded-rows``.
+        bundle: whose stages have the layout ``padded-rows``.
         backend: its engines and memory.
         capture: make CUDA graphs; False: for devices that have none.
     """
 
-    def __init__(self, manifest: Manifest, backend: DeviceBackend, *, capture: bool) -> None:
+    def __init__(self, bundle: Bundle, backend: DeviceBackend, *, capture: bool) -> None:
+        manifest = bundle.manifest
         self._config = manifest.model
         self._dtype = manifest.export.precision
         self._layers = [first for first, _ in manifest.stage_layers]
         self._backend = backend
         self._torch = backend.torch
         self._max_seqlen = longest_sequence(backend.profiles, manifest.model.max_positions)
-        self._in_pieces = backend.has(pieces(0)[0])
+        self._in_pieces = manifest.in_pieces and backend.has(pieces(0)[0])
+        self._entry: DeviceEntry | None = None
+        self._query_biases: Sequence[Any] = ()
+        """``[d_model]`` of each layer; what pieces leave to the attention between them."""
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
         self._frames: OrderedDict[Bucket, Frame] = OrderedDict()
@@ -72,9 +79,14 @@ class DeviceLoop:
         self._rows: Sequence[Any] = ()
         """Two buffers ``[n_places, d_model]``: stages read one and write the other."""
         stages = [spec.name for spec in manifest.stages]
+        names = ["entry", *stages]
         if self._in_pieces:
-            stages = [name for layer in self._layers for name in pieces(layer)]
-        for name in ("entry", *stages, "head"):  # baselines open when they are first used
+            names = [name for layer in self._layers for name in pieces(layer)]
+            self._entry = backend.entry(backend.parameters(bundle, "entry"), manifest.model)
+            self._query_biases = [
+                backend.parameters(bundle, name, _QUERY_BIAS)[_QUERY_BIAS] for name in stages
+            ]
+        for name in (*names, "head"):  # baselines open when they are first used
             backend.graph(name)
 
     @property
@@ -113,6 +125,7 @@ class DeviceLoop:
             frame = self._frame(bucket)
             frame.send(batch, thresholds)
             stage_rows: tuple[int, ...] = ()
+            usage: LayerUsage | None = None
             if path == "sparse":
                 if is_one_piece(bucket):
                     self._graphs.launch(("sparse", bucket), partial(self._all_stages, frame))
@@ -121,10 +134,12 @@ class DeviceLoop:
                     whole = None
                     if thresholds[0] <= 0.0:  # scores are positive
                         whole = stage_bucket(batch.n_tokens, longest, bucket)
-                    stage_rows = self._run_stages(frame, whole, check)
+                    active, stage_rows = self._run_stages(frame, whole, check)
+                    usage = LayerUsage.from_active(batch.n_tokens, active)
             else:
                 self._graphs.launch((path, bucket), partial(self._whole, frame, path))
             frame.result.fetch()
+            input_ids, cu_seqlens = batch.input_ids.copy(), batch.cu_seqlens.copy()
             self._backend.wait()
             output = frame.result.here["output"][:n]
             if config.head.per_sequence:
@@ -137,15 +152,16 @@ class DeviceLoop:
             )
         if path == "dense":
             depths.fill(config.n_layers)
+            usage = LayerUsage.from_active(batch.n_tokens, (batch.n_tokens,) * config.n_layers)
         elif path == "masked":
             depths = depths_from_scores(scores, thresholds)
-        usage = LayerUsage.from_depths(depths, config.n_layers)
+        usage = usage or LayerUsage.from_depths(depths, config.n_layers)
         return RunResult(
             output=output,
             depths=depths,
             scores=None if path == "dense" else scores,
-            input_ids=batch.input_ids.copy(),
-            cu_seqlens=batch.cu_seqlens.copy(),
+            input_ids=input_ids,
+            cu_seqlens=cu_seqlens,
             layer_usage=usage,
             timings=Timings(total_ms=(perf_counter() - start) * 1e3),
             path=path,
@@ -188,11 +204,12 @@ class DeviceLoop:
             self._graphs.clear()
             self._frames.clear()
             self._capacity, self._states, self._rows = 0, None, ()
+            self._entry, self._query_biases = None, ()
 
     def _run_stages(
         self, frame: Frame, whole: Bucket | None, check: StopCheck | None
-    ) -> tuple[int, ...]:
-        """Run entry, stages and head; return the rows that each stage processed.
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Run entry, stages and head; return active tokens by layer and rows by stage that ran.
 
         ``whole``: the bucket of the first stage, if every token is active there.
         """
@@ -220,7 +237,7 @@ class DeviceLoop:
                 break
             run(number, stage_bucket(n_active, longest, bucket))
         launch(("head", bucket), partial(self._head, frame))
-        return tuple(processed)
+        return counts[0].tolist(), tuple(processed)
 
     def _all_stages(self, frame: Frame) -> None:
         """Run everything with all rows of the bucket; nothing has to be known."""
@@ -232,8 +249,12 @@ class DeviceLoop:
     def _enter(self, frame: Frame) -> None:
         there, scores = frame.sent.there, frame.result.there["scores"]
         states = self._states[: frame.bucket.n_tokens]
-        inputs = {**frame.ids, "position_ids": frame.position_ids}
-        self._call("entry", inputs, {"hidden_states": self._padded(frame), "scores": scores})
+        if self._entry is not None:
+            ids = frame.ids
+            self._entry(ids["input_ids"], ids.get("token_type_ids"), self._padded(frame), scores)
+        else:
+            inputs = {**frame.ids, "position_ids": frame.position_ids}
+            self._call("entry", inputs, {"hidden_states": self._padded(frame), "scores": scores})
         routing = self._backend.routing
         routing.plan(scores.view(-1), there["lengths"], there["thresholds"], frame.plan)
         routing.take_rows(frame.plan, states, self._rows[0][: len(states)])
@@ -265,13 +286,15 @@ class DeviceLoop:
         rows = inputs["hidden_states"]
         seen = inputs.get("context_states", rows)
         query, mixed = (self._torch.empty_like(rows) for _ in range(2))
-        key, value = (self._torch.empty_like(seen) for _ in range(2))
-        self._call(pieces(layer)[0], inputs, {"query": query, "key": key, "value": value})
+        both = seen.new_empty((*seen.shape[:2], 2 * seen.shape[2]))
+        self._call(pieces(layer)[0], inputs, {"query": query, "key_value": both})
+        key, value = both.flatten(0, 1).chunk(2, dim=1)
         self._backend.attention(
             query[0],
-            key.flatten(0, 1),
-            value.flatten(0, 1),
+            key,
+            value,
             mixed[0],
+            query_bias=self._query_biases[layer],
             n_heads=self._config.n_heads,
             grid=frame.plan.grid,
             query_lengths=frame.plan.active_lengths[layer],
@@ -344,6 +367,4 @@ def device_loop(bundle: Bundle, backend: Backend) -> DeviceLoop | None:
             "on the CPU; export it with --attention decomposed, or open it with "
             'backend="onnxruntime-cuda"'
         )
-    return DeviceLoop(
-        bundle.manifest, backend, capture=backend.device.type == "cuda" and backend.captures
-    )
+    return DeviceLoop(bundle, backend, capture=backend.device.type == "cuda" and backend.captures)

@@ -25,7 +25,7 @@ WARPS, STAGES = 4, 3
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(
-    query, key, value, out, grid, query_lengths, key_lengths,
+    query, key, value, out, query_bias, grid, query_lengths, key_lengths,
     scale, longest, key_places, query_stride, key_stride, out_stride,
     by_grid: tl.constexpr, head_dim: tl.constexpr, block_dim: tl.constexpr,
     block_queries: tl.constexpr, block_keys: tl.constexpr,
@@ -46,6 +46,8 @@ def _attend(
     row = tl.load(grid + slot, mask=is_query, other=0).to(tl.int64)
     inside = is_query[:, None] & is_column[None, :]
     q = tl.load(query + row[:, None] * query_stride + column[None, :], mask=inside, other=0.0)
+    bias = tl.load(query_bias + column, mask=is_column, other=0.0)
+    q = (q.to(tl.float32) + bias.to(tl.float32)[None, :]).to(q.dtype)
     highest = tl.full([block_queries], -1e30, dtype=tl.float32)
     total = tl.zeros([block_queries], dtype=tl.float32)
     mixed = tl.zeros([block_queries, block_dim], dtype=tl.float32)
@@ -84,6 +86,7 @@ class TritonAttention:
         value: Any,
         out: Any,
         *,
+        query_bias: Any,
         n_heads: int,
         grid: Any,
         query_lengths: Any,
@@ -96,7 +99,7 @@ class TritonAttention:
         scale = math.log2(math.e) / math.sqrt(head_dim)  # for exp2
         assert key.stride() == value.stride()
         _attend[(triton.cdiv(longest, BLOCK_QUERIES), n_heads, len(grid))](
-            query, key, value, out, grid, query_lengths, key_lengths,
+            query, key, value, out, query_bias, grid, query_lengths, key_lengths,
             scale, grid.shape[1], key_places or 0,
             query.stride(0), key.stride(0), out.stride(0),
             by_grid=key_places is None, head_dim=head_dim,

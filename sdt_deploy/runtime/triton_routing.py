@@ -164,7 +164,7 @@ class TritonRouting:
     def take_rows(self, plan: DevicePlan, states: Any, out: Any) -> None:
         """See :meth:`~sdt_deploy.runtime.device_plan.DeviceRouting.take_rows`."""
         n_rows, width = out.shape
-        block, block_width = _tile(width)
+        block, block_width = tile(width)
         _take_rows[(triton.cdiv(n_rows, block),)](
             plan.place, states, out, n_rows, width, len(states), block, block_width
         )
@@ -174,7 +174,7 @@ class TritonRouting:
     ) -> None:
         """See :meth:`~sdt_deploy.runtime.device_plan.DeviceRouting.put_rows`."""
         n_rows, width = rows.shape
-        block, block_width = _tile(width)
+        block, block_width = tile(width)
         _put_rows[(triton.cdiv(n_rows, block),)](
             plan.counts, plan.place, plan.row_depth, rows, states, layer, n_rows, width,
             int(finished), block, block_width,
@@ -185,7 +185,7 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 64))
 
 
-def _tile(width: int) -> tuple[int, int]:
+def tile(width: int) -> tuple[int, int]:
     """Return rows and columns of a tile of about 4,096 values."""
     block_width = triton.next_power_of_2(width)
     return max(1, 4096 // block_width), block_width

@@ -55,7 +55,7 @@ class OracleBackend(HostMemory):
     def __init__(self, bundle: Bundle, model: SparseDepthTransformer) -> None:
         self.calls: list[StageCall] = []
         self._bundle = bundle
-        self._model = model.eval()
+        self.model = model.eval()
 
     def has(self, name: str) -> bool:
         """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
@@ -63,7 +63,7 @@ class OracleBackend(HostMemory):
 
     def graph(self, name: str) -> Graph:
         """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
-        return _OracleGraph(self._bundle.manifest.graphs[name], self._model, self.calls)
+        return _OracleGraph(self._bundle.manifest.graphs[name], self.model, self.calls)
 
     def close(self) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
@@ -87,6 +87,15 @@ class OracleDeviceBackend(DeviceMemory):
     def graph(self, name: str) -> Graph:
         """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
         return _OnTensors(self._oracle.graph(name))
+
+    def parameters(self, bundle: Bundle, name: str, *chosen: str) -> dict[str, Tensor]:
+        """Return the model's own; there are no files."""
+        model = self._oracle.model
+        tensors = {**model.state_dict(), **dict(model.named_buffers())}
+        if name == "entry":
+            return tensors
+        attention = model.blocks[int(name.removeprefix("stage-"))].attention.state_dict()
+        return {one: attention[one.removeprefix("layers.0.")] for one in chosen}
 
     def close(self) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
@@ -221,10 +230,10 @@ class _OracleGraph:
         seen = torch.from_numpy(inputs["context_states"]) if "context_states" in inputs else rows
         attention, pre = layer.attention, layer.pre_norm
         query, keys = (layer.attention_norm(x) if pre else x for x in (rows, seen))
+        query = attention.query(query) - attention.query.bias
         return {
-            "query": attention.query(query),
-            "key": attention.key(keys),
-            "value": attention.value(keys),
+            "query": query,
+            "key_value": torch.cat([attention.key(keys), attention.value(keys)], dim=-1),
         }
 
     def _update(self, inputs: Mapping[str, Array], layer: TransformerLayer) -> dict[str, Tensor]:

@@ -157,14 +157,16 @@ def test_a_profile_has_every_piece_in_its_range(
     assert not open_ranges
 
 
-def test_triton_routes_and_attends_as_torch_does() -> None:
+def test_triton_computes_what_torch_does() -> None:
     pytest.importorskip("triton")
-    from tests.runtime.triton_check import check, check_attention
+    from tests.runtime.triton_check import check, check_attention, check_entry
 
     check("cuda", 30)
     check("cuda", 4, longest=512, largest_batch=70)
     check_attention("cuda", 24)
     check_attention("cuda", 4, longest=512, largest_batch=20)
+    check_entry("cuda", 24)
+    check_entry("cuda", 4, longest=500, largest_batch=40)
 
 
 def test_streams_threads_and_two_sessions(made: Made, backend: str) -> None:

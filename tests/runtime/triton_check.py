@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from sdt_deploy.config import HeadConfig, ModelConfig
+from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.device_attention import TorchAttention
+from sdt_deploy.runtime.device_entry import TorchEntry
 from sdt_deploy.runtime.device_plan import DevicePlan, TorchRouting
 from sdt_deploy.runtime.ladders import Bucket, stage_bucket
 from sdt_deploy.runtime.triton_attention import TritonAttention
+from sdt_deploy.runtime.triton_entry import TritonEntry
 from sdt_deploy.runtime.triton_routing import TritonRouting
 
 
@@ -78,6 +82,7 @@ def check_attention(device: str, n_cases: int, longest: int = 90, largest_batch:
             states = torch.randn(batch * seq, 3 * d_model, generator=generator).to(device)
             query, key, value = states.split(d_model, dim=1)
             query = query[: n_active + 3].contiguous()  # rows past the active ones are let be
+            bias = torch.randn(d_model, generator=generator).to(device)
             for key_lengths, key_places in ((active, None), (lengths, seq)):
                 found = [torch.full_like(query, 7.0) for _ in range(2)]
                 for attend, out in zip((TorchAttention(), TritonAttention()), found, strict=True):
@@ -86,6 +91,7 @@ def check_attention(device: str, n_cases: int, longest: int = 90, largest_batch:
                         key,
                         value,
                         out,
+                        query_bias=bias,
                         n_heads=n_heads,
                         grid=plan.grid,
                         query_lengths=active,
@@ -95,3 +101,48 @@ def check_attention(device: str, n_cases: int, longest: int = 90, largest_batch:
                     )
                 torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
                 assert (found[1][n_active:] == 7.0).all(), case
+
+
+def check_entry(device: str, n_cases: int, longest: int = 20, largest_batch: int = 6) -> None:
+    """Compare embedding and scores for all kinds of models; a row's do not depend on the others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape or (1,), generator=generator)
+
+    for case in range(n_cases):
+        scored = case % 3 > 0
+        config = ModelConfig(
+            vocab_size=50,
+            d_model=2 * int(draw(2, 40)),
+            n_heads=2,
+            n_layers=2,
+            d_ff=8,
+            max_positions=longest + 3,
+            position_offset=case % 2 * 2,
+            n_token_types=case % 2 * 3,
+            embedding_norm=case % 4 > 0,
+            probe="linear" if scored else "none",
+            pinned_token_ids=(3, 7) if scored and case % 4 > 1 else (),
+            head=HeadConfig(kind="hidden"),
+        )
+        torch.manual_seed(case)
+        model = SparseDepthTransformer(config)
+        tensors = {**model.state_dict(), **dict(model.named_buffers())}
+        parameters = {name: tensor.to(device) for name, tensor in tensors.items()}
+        shape = int(draw(1, largest_batch)), int(draw(1, longest))
+        ids = draw(0, 49, *shape).int().to(device)
+        types = draw(0, 2, *shape).int().to(device) if config.n_token_types else None
+        found = []
+        for entry in (TorchEntry(parameters, config), TritonEntry(parameters, config)):
+            states = torch.empty(*shape, config.d_model, device=device)
+            scores = torch.empty(shape, device=device)
+            entry(ids, types, states, scores)
+            found.append((states, scores))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        states, scores = (torch.empty_like(x[:1]) for x in found[1])
+        TritonEntry(parameters, config)(
+            ids[:1], None if types is None else types[:1], states, scores
+        )
+        assert torch.equal(states, found[1][0][:1]), case
+        assert torch.equal(scores, found[1][1][:1]), case

@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
 from sdt_deploy.runtime.backend import Array, HostArray
 from sdt_deploy.runtime.device_attention import DeviceAttention, TorchAttention
+from sdt_deploy.runtime.device_entry import DeviceEntry, Parameters, TorchEntry
 from sdt_deploy.runtime.device_plan import DeviceRouting, TorchRouting, aligned
 from sdt_deploy.runtime.device_routing import plan_on_device
+from sdt_deploy.runtime.parameters import graph_parameters
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules
 
 
@@ -69,6 +73,30 @@ class DeviceMemory:
         from sdt_deploy.runtime.triton_attention import TritonAttention
 
         return TritonAttention()
+
+    def entry(self, parameters: Parameters, config: ModelConfig) -> DeviceEntry:
+        """Return what embeds and scores on this device, before stages in pieces."""
+        if self.device.type != "cuda":
+            return TorchEntry(parameters, config)
+        require("triton", extra="gpu", purpose="Embedding on a GPU")
+        from sdt_deploy.runtime.triton_entry import TritonEntry
+
+        return TritonEntry(parameters, config)
+
+    def parameters(self, bundle: Bundle, name: str, *chosen: str) -> dict[str, Any]:
+        """Return parameters of a graph of ``bundle`` in this memory, by name.
+
+        Args:
+            bundle: whose graphs are run.
+            name: of the graph.
+            chosen: which ones; none: all.
+
+        Raises:
+            BundleIntegrityError: if the files do not describe them.
+        """
+        return graph_parameters(
+            bundle, bundle.manifest.graphs[name], self._torch, self.device, chosen
+        )
 
     @property
     def stream(self) -> int:

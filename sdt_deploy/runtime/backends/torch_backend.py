@@ -9,18 +9,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from sdt_deploy.buckets import OptimizationProfile
-from sdt_deploy.bundle import WEIGHTS, Bundle, GraphSpec
-from sdt_deploy.errors import BackendError, BundleIntegrityError
-from sdt_deploy.external_data import MAX_GRAPH_BYTES, external_tensors
-from sdt_deploy.files import read_bytes
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Array, Call, Graph
 from sdt_deploy.runtime.backends.device import DeviceMemory
 
-_TYPES = {1: "float32", 6: "int32", 10: "float16", 16: "bfloat16"}
-"""By number in ONNX's TensorProto."""
 Function = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 """Computes outputs from inputs."""
 
@@ -121,41 +115,27 @@ class TorchBackend(DeviceMemory):
     @functools.cached_property
     def _model(self) -> Any:
         from sdt_deploy.runtime.backends.torch_model import TorchModel, finish_into, update
+        from sdt_deploy.runtime.device_entry import TorchEntry
 
         def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return self._torch.compile(function, dynamic=True) if self._compiled else function
 
         manifest = self._bundle.manifest
-        stages = [_without_number(self._parameters(spec)) for spec in manifest.stages]
+        stages = [
+            _without_number(self.parameters(self._bundle, spec.name)) for spec in manifest.stages
+        ]
         for stage in stages:
             pair = stage.pop("key.weight"), stage.pop("value.weight")
             stage["key_value.weight"] = self._torch.cat(pair, dim=1)
         return TorchModel(
             config=manifest.model,
             dtype=getattr(self._torch, manifest.export.precision),
-            entry=self._parameters(manifest.graphs["entry"]),
+            entry=TorchEntry(self.parameters(self._bundle, "entry"), manifest.model),
             layers=tuple(stages),
-            head=self._parameters(manifest.graphs["head"]),
+            head=self.parameters(self._bundle, "head"),
             layer=fused(update),
             last=fused(finish_into),
         )
-
-    def _parameters(self, spec: GraphSpec) -> dict[str, Any]:
-        """Load the parameters of a graph, by name."""
-        path = self._bundle.file(spec.file)
-        try:
-            weights = np.memmap(self._bundle.file(WEIGHTS), dtype=np.uint8, mode="r")
-            found = {}
-            for tensor in external_tensors(read_bytes(path, max_bytes=MAX_GRAPH_BYTES)):
-                values = weights[tensor.offset : tensor.offset + tensor.length].copy()
-                dtype = getattr(self._torch, _TYPES[tensor.data_type])
-                typed = self._torch.from_numpy(values).view(dtype).view(tensor.dims)
-                found[tensor.name] = typed.to(self.device)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise BundleIntegrityError(
-                f"{path} does not describe its parameters: {error}; export the bundle again"
-            ) from error
-        return found
 
 
 def _copied(function: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Function:

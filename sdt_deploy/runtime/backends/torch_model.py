@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdt_deploy.config import ModelConfig
+from sdt_deploy.runtime.device_entry import TorchEntry
 
 Parameters = Mapping[str, Tensor]
 Tensors = Mapping[str, Tensor]
@@ -58,20 +59,19 @@ def project(
     config: ModelConfig,
     states: Tensor,
     context: Tensor | None,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor],
 ) -> None:
-    """Compute queries of ``states`` and keys and values of ``context``, or of the states.
+    """Compute queries of ``states``, without bias, and keys and values of ``context``.
 
-    ``out``: where to, each shaped as what it is computed from.
+    ``context``: None: the states. ``out``: where to, keys and values side by side.
     """
     seen = states if context is None else context
     if config.norm_placement == "pre":
         states = _norm(p, "attention_norm", states, config.eps)
         seen = states if context is None else _norm(p, "attention_norm", seen, config.eps)
-    query, key, value = (into.flatten(0, 1) for into in out)
-    torch.addmm(p["query.bias"], states.flatten(0, 1), p["query.weight"], out=query)
-    for into, weight in zip((key, value), p["key_value.weight"].chunk(2, dim=1), strict=True):
-        torch.mm(seen.flatten(0, 1), weight, out=into)
+    weights = p["query.weight"], p["key_value.weight"]
+    for rows, weight, into in zip((states, seen), weights, out, strict=True):
+        torch.mm(rows.flatten(0, 1), weight, out=into.flatten(0, 1))
 
 
 def finish(p: Parameters, config: ModelConfig, states: Tensor, mixed: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class TorchModel:
     config: ModelConfig
     dtype: torch.dtype
     """Of states and products."""
-    entry: Parameters
+    entry: TorchEntry
     layers: tuple[Parameters, ...]
     head: Parameters
     layer: LayerFunction
@@ -120,10 +120,10 @@ class TorchModel:
 
     def run_entry(self, inputs: Tensors) -> dict[str, Tensor]:
         """Embed and score the places of a padded batch."""
-        embedded = self._embed(inputs, inputs["position_ids"])
+        embedded = self._embed(inputs)
         return {
             "hidden_states": embedded.to(self.dtype),
-            "scores": self._scores(inputs["input_ids"], embedded),
+            "scores": self.entry.score(inputs["input_ids"], embedded),
         }
 
     def run_stage(self, layer: int, inputs: Tensors) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ class TorchModel:
 
     def run_project(self, layer: int, inputs: Tensors, outputs: Tensors) -> None:
         """Project what a stage's attention needs."""
-        out = outputs["query"], outputs["key"], outputs["value"]
+        out = outputs["query"], outputs["key_value"]
         context = inputs.get("context_states")
         project(self.layers[layer], self.config, inputs["hidden_states"], context, out)
 
@@ -155,7 +155,7 @@ class TorchModel:
     def run_dense(self, inputs: Tensors) -> dict[str, Tensor]:
         """Run every token through every layer."""
         mask = inputs["attention_mask"]
-        states = self._embed(inputs, _positions(mask)).to(self.dtype)
+        states = self._embed(inputs).to(self.dtype)
         lengths = mask.sum(dim=1)
         for layer in range(len(self.layers)):
             states = self._layer(layer, states, None, None, lengths)
@@ -164,8 +164,8 @@ class TorchModel:
     def run_masked(self, inputs: Tensors) -> dict[str, Tensor]:
         """Run every token through every layer, and keep what is active."""
         mask, thresholds = inputs["attention_mask"], inputs["thresholds"]
-        embedded = self._embed(inputs, _positions(mask))
-        scores = self._scores(inputs["input_ids"], embedded)
+        embedded = self._embed(inputs)
+        scores = self.entry.score(inputs["input_ids"], embedded)
         states = embedded.to(self.dtype)
         sees_all = self.config.context == "all"
         lengths = mask.sum(dim=1)
@@ -176,25 +176,9 @@ class TorchModel:
             states = torch.where(active[..., None], updated, states)
         return {"output": self._outputs(states, mask), "scores": scores}
 
-    def _embed(self, inputs: Tensors, positions: Tensor) -> Tensor:
-        p = self.entry
-        states = functional.embedding(inputs["input_ids"], p["embeddings.token.weight"])
-        positions = positions + self.config.position_offset
-        states = states + functional.embedding(positions, p["embeddings.position.weight"])
-        if self.config.n_token_types:
-            types = inputs["token_type_ids"]
-            states = states + functional.embedding(types, p["embeddings.token_type.weight"])
-        return self._norm(p, "embeddings.norm", states) if self.config.embedding_norm else states
-
-    def _scores(self, ids: Tensor, embedded: Tensor) -> Tensor:
-        p = self.entry
-        if self.config.probe == "none":
-            return torch.ones_like(ids, dtype=torch.float32)
-        scores = torch.sigmoid((embedded * p["scorer.weight"]).sum(dim=-1) + p["scorer.bias"])
-        if not self.config.pinned_token_ids:
-            return scores
-        pinned = (ids[..., None] == p["scorer.pinned_token_ids"]).any(dim=-1)
-        return torch.where(pinned, 1.0, scores)
+    def _embed(self, inputs: Tensors) -> Tensor:
+        found: Tensor = self.entry.embed(inputs["input_ids"], inputs.get("token_type_ids"))
+        return found
 
     def _norm(self, p: Parameters, name: str, states: Tensor) -> Tensor:
         return _norm(p, name, states, self.config.eps)
@@ -225,10 +209,6 @@ class TorchModel:
         if "head.projection.weight" in p:
             rows = _linear(p, "head.projection", rows.to(self.dtype)).float()
         return functional.normalize(rows, dim=-1, eps=1e-12) if head.normalize else rows
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
 
 
 def _norm(p: Parameters, name: str, states: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,53 @@
+"""Parameters of a bundle's graphs as torch tensors, for what computes without an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sdt_deploy.bundle import WEIGHTS, Bundle, GraphSpec
+from sdt_deploy.errors import BundleIntegrityError
+from sdt_deploy.external_data import MAX_GRAPH_BYTES, external_tensors
+from sdt_deploy.files import read_bytes
+
+_TYPES = {1: "float32", 6: "int32", 10: "float16", 16: "bfloat16"}
+"""By number in ONNX's TensorProto."""
+
+
+def graph_parameters(
+    bundle: Bundle, spec: GraphSpec, torch: Any, device: Any, names: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Load parameters of a graph to a device.
+
+    Args:
+        bundle: that it is of.
+        spec: the graph.
+        torch: the module.
+        device: where to.
+        names: those to load; none: all.
+
+    Returns:
+        Tensors by the names that the graph has for them.
+
+    Raises:
+        BundleIntegrityError: if the files do not describe them.
+    """
+    path = bundle.file(spec.file)
+    try:
+        weights = np.memmap(bundle.file(WEIGHTS), dtype=np.uint8, mode="r")
+        found = {}
+        for tensor in external_tensors(read_bytes(path, max_bytes=MAX_GRAPH_BYTES)):
+            if not names or tensor.name in names:
+                values = weights[tensor.offset : tensor.offset + tensor.length].copy()
+                dtype = getattr(torch, _TYPES[tensor.data_type])
+                typed = torch.from_numpy(values).view(dtype).view(tensor.dims)
+                found[tensor.name] = typed.to(device)
+        missing = set(names) - set(found)
+        if missing:
+            raise KeyError(*missing)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BundleIntegrityError(
+            f"{path} does not describe its parameters: {error}; export the bundle again"
+        ) from error
+    return found
