@@ -3,7 +3,7 @@
 TensorRT's parser accepts the key lengths of ONNX's ``Attention`` and ignores them (TensorRT-RTX
 1.7.1), so that an engine would also attend to padding. :func:`masked_attention` turns the lengths
 into a mask. :func:`packed_attention` turns padded attention into TensorRT's own ragged one.
-:func:`legacy_graph` is for the parser of 8.6.
+:func:`legacy_graph` is for the parser of 8.6, and :func:`value_types` for its builder.
 """
 
 from __future__ import annotations
@@ -127,6 +127,18 @@ def legacy_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
     del made.opset_import[:]
     made.opset_import.append(helper.make_opsetid("", 17))
     return made
+
+
+def value_types(proto: onnx.ModelProto) -> dict[str, str]:
+    """Return the type of each value of a graph, as numpy calls it; weights need not be loaded."""
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    types = {each.name: each.type.tensor_type.elem_type for each in values}
+    types |= {each.name: each.data_type for each in graph.initializer}
+    return {
+        name: helper.tensor_dtype_to_np_dtype(element_type).name
+        for name, element_type in types.items()
+    }
 
 
 def _ragged(

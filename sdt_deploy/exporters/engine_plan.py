@@ -183,6 +183,7 @@ def plan_jobs(
             "compute_capabilities": engines.compute_capabilities,
             "workspace_mb": engines.workspace_mb,
             "timing_cache": pinned,
+            **_layers(engines, manifest),
             **_machine(engines),
         }
         canonical = json.dumps(parts, sort_keys=True).encode()
@@ -204,6 +205,13 @@ def _machine(engines: EngineSet) -> dict[str, Any]:
         return {}
     here = driver()
     return {"gpu": here.gpus[0].name, "driver": here.cuda_version}
+
+
+def _layers(engines: EngineSet, manifest: Manifest) -> dict[str, Any]:
+    """How the types of layers were chosen, where that changed: engines of before are not reused."""
+    legacy = trt.features(trt.flavour(engines.flavour), engines.version).legacy
+    kept = legacy and manifest.export.precision != "float32"
+    return {"layers": "float32 is kept"} if kept else {}
 
 
 def worker_options(

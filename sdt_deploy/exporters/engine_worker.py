@@ -8,13 +8,14 @@ output. When nobody reads any more, the build is cancelled.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -136,7 +137,11 @@ def build_bytes(
     Raises:
         PolygraphyException: if the library could not; it has logged why.
     """
-    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+    from polygraphy.backend.trt import (
+        EngineBytesFromNetwork,
+        NetworkFromOnnxPath,
+        PostprocessNetwork,
+    )
     from polygraphy.mod.trt_importer import lazy_import_trt
 
     trt = lazy_import_trt()
@@ -146,6 +151,8 @@ def build_bytes(
     if not typed or graph["attention"] in ("fused", "packed"):
         path = adapted(path, Path(graph["output"]).parent, attention, legacy=not typed)
     network = NetworkFromOnnxPath(str(path), strongly_typed=typed)
+    if not typed and job["precision"] != "float32":
+        network = PostprocessNetwork(network, float32_keeper(trt, path), "keep float32")
     save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
     return memoryview(
         EngineBytesFromNetwork(network, config=config, save_timing_cache=save_cache)()
@@ -172,6 +179,20 @@ def adapted(path: Path, directory: Path, attention: str | None, *, legacy: bool)
     target = directory / path.name
     onnx.save(proto, target)
     return target
+
+
+def float32_keeper(trt: Any, path: Path) -> Callable[..., None]:
+    """Return what keeps a network, its argument ``network``, as precise as the graph at ``path``.
+
+    Without strong types the builder takes float16 wherever that is faster.
+    """
+    import onnx
+
+    from sdt_deploy.exporters.engine_graphs import value_types
+    from sdt_deploy.trt import keep_float32
+
+    types = value_types(onnx.load(path, load_external_data=False))
+    return functools.partial(keep_float32, trt, types)
 
 
 def build_config(
@@ -201,7 +222,10 @@ def build_config(
         return CreateConfig(**options)
     # 8.6. Profiles are to be shared; the other features are on by default, if none is named.
     options["preview_features"] = list(trt.PreviewFeature.__members__.values())
-    return CreateConfig(fp16=job["precision"] == "float16", **options)
+    # Every layer has a kernel for float32, so "prefer" would only hide where it is not obeyed.
+    narrow = job["precision"] == "float16"
+    constraints = "obey" if narrow else None
+    return CreateConfig(fp16=narrow, precision_constraints=constraints, **options)
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def test_flags_by_version(exported: Exported) -> None:
         made = engine_worker.build_config(library, job, SHAPES, None)
         assert job["strongly_typed"] == typed
         assert made.fp16 == (not typed)
+        assert made.precision_constraints == (None if typed else "obey")
         assert made.preview_features == (None if typed else ["SHARING"])
         assert made.max_aux_streams == 0
         assert made.memory_pool_limits == {"WORKSPACE": 64 << 20}

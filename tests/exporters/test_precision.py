@@ -13,13 +13,11 @@ import torch
 from sdt_deploy.bundle import STATES, Bundle
 from sdt_deploy.config import TOLERANCES, ExportConfig, Precision
 from sdt_deploy.errors import BackendError, ExportError, VerificationError
-from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.layers import HeadLayout, PackedLayer, Sight, key_bias
 from sdt_deploy.exporters.onnx import parameters_of
 from sdt_deploy.exporters.partition import PackedHead, partition
 from sdt_deploy.exporters.restore import restore
 from sdt_deploy.exporters.verify import verify_graph
-from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.session import Session
@@ -55,27 +53,6 @@ NEVER_HALF = {
     *("ReduceSum", "ReduceMean", "ReduceL2", "Sqrt", "Pow", "Clip", "Max"),
 }
 """Score, norms, softmax, pooling and normalisation, whole or in pieces."""
-
-
-@pytest.fixture(scope="module")
-def half(once: Once) -> Half:
-    """Export one of ``CONFIGS``, cut to two layers; one of them loses its probe."""
-
-    def get(name: str, precision: Precision) -> tuple[SparseDepthTransformer, Path]:
-        config, export_config = CONFIGS[name]
-        config = config.replace(n_layers=2, thresholds=())
-        if name == "active-grouped":
-            config = config.replace(probe="none", pinned_token_ids=())
-        model = random_model(config, seed=len(name))
-        size = min(2, export_config.layers_per_stage)
-        cut = ExportConfig(layers_per_stage=size, precision=precision)
-
-        def fill(directory: Path) -> None:
-            export(Checkpoint(model=model), directory / "bundle", cut)
-
-        return model, once(f"{name}-{precision}", fill) / "bundle"
-
-    return get
 
 
 class Typed:

@@ -50,6 +50,13 @@ class LayerInformationFormat(enum.Enum):
     JSON = 1
 
 
+class DataType(enum.Enum):
+    FLOAT = 0
+    HALF = 1
+    INT32 = 3
+    BOOL = 4
+
+
 DTYPES = {"tensor(int32)": "int32", "tensor(int64)": "int64", "tensor(float)": "float32"}
 
 
@@ -80,6 +87,7 @@ ACCEPTS: dict[str, Callable[[Any], bool]] = {
     "ILogger": lambda value: isinstance(value, ILogger) and value.initialised,
     "ExecutionContextAllocationStrategy": lambda value: isinstance(value, Strategy),
     "LayerInformationFormat": lambda value: isinstance(value, LayerInformationFormat),
+    "DataType": lambda value: isinstance(value, DataType),
     "IRuntimeConfig": lambda value: False,
     "IStreamReader": lambda value: False,
     "IStreamReaderV2": lambda value: False,

@@ -54,6 +54,19 @@ USED: Mapping[str, tuple[str, ...]] = {
     "IProgressMonitor": ("__init__", "phase_start", "phase_finish", "step_complete"),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "MemoryPoolType": ("WORKSPACE",),
+    "INetworkDefinition": ("num_layers", "get_layer"),
+    "ILayer": (
+        "type",
+        "precision",
+        "num_inputs",
+        "num_outputs",
+        "get_input",
+        "get_output",
+        "set_output_type",
+    ),
+    "ITensor": ("name", "dtype"),
+    "DataType": ("FLOAT", "HALF", "INT32", "BOOL"),
+    "LayerType": ("CAST", "SHAPE", "CONSTANT", "SHUFFLE", "ELEMENTWISE"),
 }
 """Classes and members. A version that lacks one has no entry for it."""
 

@@ -1,0 +1,220 @@
+"""What TensorRT 8.6 is told to compute in float32 where its builder may take float16."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import polygraphy.backend.trt
+import polygraphy.mod.trt_importer
+import pytest
+from onnx import TensorProto, helper
+
+from sdt_deploy.buckets import BatchLimits, plan_profiles
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.config import Precision
+from sdt_deploy.engines import EngineSet
+from sdt_deploy.exporters import engine_plan, engine_worker
+from sdt_deploy.exporters.engine_graphs import value_types
+from sdt_deploy.gpu import Driver, Gpu
+from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.trt import LayerTensors, float32_tensors, keep_float32
+from tests.exporters.fake_network import (
+    FLOATING,
+    ILayer,
+    INetworkDefinition,
+    ITensor,
+    LayerType,
+    parsed,
+)
+from tests.runtime.fake_tensorrt import Checked, DataType
+
+LIBRARY = SimpleNamespace(
+    DataType=DataType,
+    PreviewFeature=SimpleNamespace(__members__={"PROFILE_SHARING_0806": "SHARING"}),
+)
+Half = Callable[[str, Precision], tuple[SparseDepthTransformer, Path]]
+
+
+def copied(half: Half, name: str, directory: Path) -> Bundle:
+    """A copy of a float16 bundle: the rewritten graphs link its weights, and others share it."""
+    return Bundle.open(shutil.copytree(half(name, "float16")[1], directory / "bundle"))
+
+
+def layer(kind: str, *names: str) -> LayerTensors:
+    return LayerTensors(kind=kind, names=names)
+
+
+def test_tensors_of_the_parser_have_the_type_of_what_they_meet() -> None:
+    """Over several layers, in any order, and not past a cast or a known float16."""
+    types = {"x": "float16", "wide": "float32", "y": "float16", "n": "int64"}
+    layers = [
+        layer("MATRIX_MULTIPLY", "x", "weight", "y"),
+        layer("CONSTANT", "weight"),
+        layer("ELEMENTWISE", "wide", "bias rows", "own"),
+        layer("SHUFFLE", "bias", "bias rows"),
+        layer("CONSTANT", "bias"),
+        layer("CAST", "own", "narrowed"),
+        layer("SHUFFLE", "narrowed", "y"),
+    ]
+    wide = float32_tensors(layers, types)
+    assert wide == {"wide", "bias rows", "own", "bias"}
+    assert float32_tensors(layers, {"x": "float16"}) == set()
+    # A float16 value is never widened, even where a layer mixes them.
+    assert float32_tensors([layer("SELECT", "wide", "x")], types) == {"wide"}
+
+
+def test_types_of_a_graph() -> None:
+    node = helper.make_node("Cast", ["x"], ["inner"], to=TensorProto.FLOAT16)
+    last = helper.make_node("Shape", ["inner"], ["y"])
+    graph = helper.make_graph(
+        [node, last],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.INT64, [1])],
+        [helper.make_tensor("w", TensorProto.FLOAT16, [1], [1.0])],
+    )
+    assert value_types(helper.make_model(graph)) == {
+        "x": "float32",
+        "inner": "float16",
+        "y": "int64",
+        "w": "float16",
+    }
+
+
+def test_a_comparison_has_a_precision_and_no_type_of_its_output() -> None:
+    scores, held = ITensor("scores", DataType.FLOAT), ITensor("held", DataType.BOOL)
+    threshold = ITensor("own", DataType.FLOAT)
+    compared = ILayer(LayerType.OTHER, [scores, threshold], [held])
+    constant = ILayer(LayerType.CONSTANT, [], [threshold])
+    network = INetworkDefinition([compared, constant])
+    types = {"scores": "float32", "held": "bool"}
+    keep_float32(LIBRARY, types, Checked(network, "8.6"))
+    assert compared.asked is constant.asked is DataType.FLOAT
+    assert compared.output_types == {}
+    assert constant.output_types == {0: DataType.FLOAT}
+
+
+@pytest.mark.parametrize("name", ["active-lm", "all-embedding", "active-grouped"])
+def test_layers_are_as_precise_as_the_graph(half: Half, tmp_path: Path, name: str) -> None:
+    """What is float32 there is so in every layer; the builder may choose for the rest."""
+    bundle = copied(half, name, tmp_path)
+    for graph, spec in bundle.manifest.graphs.items():
+        if graph == "single" or graph.startswith(("project-", "update-", "decode-")):
+            continue
+        path = engine_worker.adapted(bundle.file(spec.file), tmp_path, None, legacy=True)
+        proto = onnx.load(path, load_external_data=False)
+        types = value_types(proto)
+        assert {output for node in proto.graph.node for output in node.output} <= set(types)
+        network = parsed(proto, types)
+        engine_worker.float32_keeper(LIBRARY, path)(network=Checked(network, "8.6"))
+        seen = set()
+        for each in network.layers:
+            tensors = [t for t in (*each.inputs, *each.outputs) if t and t.dtype in FLOATING]
+            if each.type is LayerType.CAST:
+                # Rounded anyway, or exact.
+                assert each.asked is None
+                assert each.inputs[0] is not None
+                assert tensors[-1:] != each.outputs or each.inputs[0].dtype is not DataType.INT32
+                continue
+            wide = [t for t in tensors if t.dtype is DataType.FLOAT]
+            assert not wide or wide == tensors, "the types of a layer are mixed"
+            wanted = bool(wide) and each.type is not LayerType.SHAPE
+            assert (each.asked is DataType.FLOAT) == wanted, (graph, [t.name for t in tensors])
+            for index, tensor in enumerate(each.outputs):
+                assert (index in each.output_types) == (wanted and tensor in wide)
+            seen.add(wanted)
+        assert True in seen, graph
+        assert False in seen or graph == "entry"
+
+
+def test_a_float16_build_is_held_to_it(
+    half: Half, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copied(half, "active-lm", tmp_path)
+    made: dict[str, Any] = {}
+
+    def network_of(path: str, *, strongly_typed: bool) -> Callable[[], Any]:
+        assert not strongly_typed
+        proto = onnx.load(path, load_external_data=False)
+        made["network"] = parsed(proto, value_types(proto))
+        return lambda: ("the builder", Checked(made["network"], "8.6"), "the parser")
+
+    def engine(network: Any, config: Any, save_timing_cache: Any) -> Callable[[], bytes]:
+        made.update(config=config, loaded=network())
+        return lambda: b"an engine"
+
+    for attribute, value in {
+        "EngineBytesFromNetwork": engine,
+        "NetworkFromOnnxPath": network_of,
+    }.items():
+        monkeypatch.setattr(polygraphy.backend.trt, attribute, value)
+    monkeypatch.setattr(polygraphy.mod.trt_importer, "lazy_import_trt", lambda: LIBRARY)
+    job = {
+        "rtx": False,
+        "gpu_here": False,
+        "strongly_typed": False,
+        "workspace_bytes": None,
+        "timing_cache": None,
+        "pin_timing_cache": False,
+    }
+    graph = {
+        "name": "entry",
+        "onnx": str(bundle.file(bundle.manifest.graphs["entry"].file)),
+        "output": str(tmp_path / "entry.engine"),
+        "profiles": [{"input_ids": [[1], [8], [9]], "position_ids": [[1], [8], [9]]}],
+        "attention": None,
+    }
+    asked = {}
+    for precision in ("float16", "float32"):
+        events = io.StringIO()
+        engine_worker.build({**job, "precision": precision}, graph, engine_worker.Reporter(events))
+        assert '"event": "built"' in events.getvalue(), events.getvalue()
+        assert made["loaded"][0] == "the builder"
+        asked[precision] = (
+            made["config"].fp16,
+            made["config"].precision_constraints,
+            any(each.asked for each in made["network"].layers),
+        )
+    assert asked == {"float16": (True, "obey", True), "float32": (False, None, False)}
+
+
+def test_float16_engines_of_before_are_not_reused(
+    half: Half, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(half("active-lm", "float16")[1])
+    hopper = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
+    monkeypatch.setattr(engine_plan, "driver", lambda: hopper)
+
+    def key(version: str, precision: Precision) -> str:
+        engines = EngineSet(
+            flavour="tensorrt",
+            version=version,
+            compute_capabilities=("9.0",),
+            profiles=plan_profiles(BatchLimits(max_seqlen=33)),
+            attention="decomposed",
+            workspace_mb=None,
+            engines={},
+        )
+        exported = dataclasses.replace(bundle.manifest.export, precision=precision)
+        manifest = dataclasses.replace(bundle.manifest, export=exported)
+        (job,) = engine_plan.plan_jobs(
+            dataclasses.replace(bundle, manifest=manifest), engines, ("head",)
+        )
+        return job.key
+
+    cases: list[tuple[str, Precision]] = [
+        ("8.6.0", "float16"),
+        ("8.6.0", "float32"),
+        ("11.4.0.106", "float16"),
+    ]
+    now = [key(*case) for case in cases]
+    monkeypatch.setattr(engine_plan, "_layers", lambda engines, manifest: {})
+    before = [key(*case) for case in cases]
+    assert [old == new for old, new in zip(before, now, strict=True)] == [False, True, True]
