@@ -293,12 +293,13 @@ def keep_float32(library: Any, types: Mapping[str, str], network: Any) -> None:
     for layer, of_layer in zip(layers, described, strict=True):
         if of_layer.kind in CONVERTS or wide.isdisjoint(of_layer.names):
             continue
-        if layer.precision not in floating:  # it computes with integers, whatever it reads
-            continue
+        outputs = [layer.get_output(index).name for index in range(layer.num_outputs)]
+        written = [index for index, name in enumerate(outputs) if name in wide]
+        if not written and layer.precision not in floating:
+            continue  # it has a type of its own, whatever it reads
         layer.precision = library.DataType.FLOAT
-        for index in range(layer.num_outputs):
-            if layer.get_output(index).name in wide:  # not the bool of a comparison
-                layer.set_output_type(index, library.DataType.FLOAT)
+        for index in written:  # not the bool of a comparison
+            layer.set_output_type(index, library.DataType.FLOAT)
 
 
 def set_scratch(context: Any, address: int, n_bytes: int) -> None:

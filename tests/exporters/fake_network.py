@@ -43,7 +43,7 @@ class ITensor:
 
 
 class ILayer:
-    """``precision`` and ``output_types`` are None until they are set."""
+    """``asked`` is None until a precision is set; until then ``by_itself`` is the precision."""
 
     def __init__(
         self, kind: LayerType, inputs: Sequence[ITensor | None], outputs: Sequence[ITensor]
@@ -51,6 +51,9 @@ class ILayer:
         self.type = kind
         self.inputs = list(inputs)
         self.outputs = list(outputs)
+        tensors = [each for each in (*inputs, *outputs) if each is not None]
+        computes = any(each.dtype in FLOATING for each in tensors)
+        self.by_itself = DataType.FLOAT if computes else DataType.INT32
         self.asked: DataType | None = None
         self.output_types: dict[int, DataType] = {}
 
@@ -64,13 +67,12 @@ class ILayer:
 
     @property
     def precision(self) -> DataType:
-        tensors = [each for each in (*self.inputs, *self.outputs) if each is not None]
-        computes = any(each.dtype in FLOATING for each in tensors)
-        return self.asked or (DataType.FLOAT if computes else DataType.INT32)
+        return self.asked or self.by_itself
 
     @precision.setter
     def precision(self, value: DataType) -> None:
-        assert self.precision in FLOATING, "a layer of integers has no other precision"
+        floats = any(each.dtype in FLOATING for each in self.outputs)
+        assert floats or self.by_itself in FLOATING, "a layer of integers has no other precision"
         assert self.type is not LayerType.SHAPE
         self.asked = value
 

@@ -101,6 +101,19 @@ def test_a_comparison_has_a_precision_and_no_type_of_its_output() -> None:
     assert constant.output_types == {0: DataType.FLOAT}
 
 
+def test_a_precision_of_its_own_is_kept_unless_the_layer_writes_float32() -> None:
+    table, row = ITensor("table", DataType.FLOAT), ITensor("row", DataType.FLOAT)
+    held = ITensor("held", DataType.BOOL)
+    gathered = ILayer(LayerType.OTHER, [table, ITensor("ids", DataType.INT32)], [row])
+    compared = ILayer(LayerType.OTHER, [row], [held])
+    gathered.by_itself, compared.by_itself = DataType.INT32, DataType.BOOL
+    network = INetworkDefinition([gathered, compared])
+    keep_float32(LIBRARY, {"table": "float32", "row": "float32"}, Checked(network, "8.6"))
+    assert gathered.asked is DataType.FLOAT
+    assert gathered.output_types == {0: DataType.FLOAT}
+    assert compared.asked is None
+
+
 @pytest.mark.parametrize("name", ["active-lm", "all-embedding", "active-grouped"])
 def test_layers_are_as_precise_as_the_graph(half: Half, tmp_path: Path, name: str) -> None:
     """What is float32 there is so in every layer; the builder may choose for the rest."""
