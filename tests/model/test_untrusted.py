@@ -43,8 +43,14 @@ def native(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
+@pytest.fixture(scope="module")
+def loaded_modules(pristine: Path) -> None:
+    """What torch imports when a first model is loaded, no file's doing."""
+    load_any(pristine)
+
+
 @pytest.fixture(autouse=True)
-def bounded_memory() -> Any:
+def bounded_memory(loaded_modules: None) -> Any:
     """Tensors are not traced; those of such sizes could not be made at all."""
     tracemalloc.start()
     yield
@@ -283,6 +289,15 @@ def test_altered_bytes_of_a_checkpoint_never_escape(tmp_path: Path) -> None:
             except CheckpointError:
                 refused += 1
     assert refused >= n
+
+
+def test_a_checkpoint_with_a_member_whose_name_is_not_text(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+        archive.writestr("Größe", b"")  # marked as UTF-8
+    content = (tmp_path / "b.pt").read_bytes()
+    (tmp_path / "b.pt").write_bytes(content.replace("ö".encode(), b"\xff\xff"))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_any(tmp_path / "b.pt")
 
 
 def test_paths_that_cannot_be(tmp_path: Path) -> None:
