@@ -271,7 +271,7 @@ def head_layouts(
     places += np.array(starts[:-1], dtype=np.int32)[:, None]
     slices = np.empty_like(places)
     slices[:] = row_of * np.int32(n_heads)
-    block[places[members]] = slices[members]
+    block[places[members].astype(np.intp)] = slices[members]  # NumPy casts others piece by piece
     heads = np.arange(n_heads, dtype=np.int32)
     strides = longest * heads
 
@@ -320,25 +320,25 @@ def plan_route(
     histogram = np.bincount(depths, minlength=n_layers + 1).tolist()
     active_tokens = [*accumulate(reversed(histogram[1:]))][::-1]
     n_active = [n for first, _ in stage_layers if (n := active_tokens[first])]
-    order = (-depths).astype(np.int16).argsort(kind="stable").astype(np.int32)
+    sorting = (-depths).astype(np.int16).argsort(kind="stable")
     rows = np.arange(n_tokens, dtype=np.int32)
-    row_of = np.empty_like(order)
-    row_of[order] = rows
+    row_of = np.empty_like(rows)
+    row_of[sorting] = rows
+    order = sorting.astype(np.int32)
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     # Sets are nested: stages with as many active tokens have the same ones, and share a layout.
     new = [i for i, n in enumerate(n_active) if i == 0 or n != n_active[i - 1]]
     queries: list[HeadLayout] = []
     around: list[HeadLayout] = []
     if new:
-        firsts = np.array([stage_layers[i][0] for i in new])[:, None]
-        members = depths > firsts
+        firsts = [stage_layers[i][0] for i in new]
         if context == "all":
-            alive = np.logical_or.reduceat(members, cu_seqlens[:-1], axis=1)
-            if alive[-1].all():  # then all stages see the same rows
-                members = np.ones((len(new) + 1, n_tokens), dtype=np.bool_)
-                np.greater(depths, firsts, members[:-1])
-            else:
-                members = np.concatenate([members, alive.repeat(lengths, axis=1)])
+            firsts.append(-1)  # every token: what all stages see where each sequence stays active
+        members = depths > np.array(firsts, dtype=np.int32)[:, None]
+        if context == "all":
+            alive = np.logical_or.reduceat(members[:-1], cu_seqlens[:-1], axis=1)
+            if not alive[-1].all():
+                members = np.concatenate([members[:-1], alive.repeat(lengths, axis=1)])
         layouts = head_layouts(
             members,
             order,
