@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,19 @@ def test_parity(fused: Exported, name: str) -> None:
             assert all(n <= m for n, m in zip(active, result.stage_rows, strict=False))
             assert_parity(session, sample.model, batch, thresholds, "masked")
             assert_parity(session, sample.model, batch, None, "dense")
+
+
+def test_sessions_share_no_compiled_code(fused: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives up after some versions of a function: here after one, of two models."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for name in ("active-lm", "all-embedding"):
+            sample = fused(name)
+            bundle = Bundle.open(sample.bundle)
+            backend = TorchBackend(bundle, device="cpu", compiled=True)
+            with Session(bundle, backend) as session:
+                batch = random_batch(sample.model.config, [20, 3], seed=0)
+                assert_parity(session, sample.model, batch, None, "dense")
 
 
 def test_keys_and_values_with_biases_that_matter(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 from sdt_deploy.buckets import OptimizationProfile
@@ -118,7 +119,9 @@ class TorchBackend(DeviceMemory):
         from sdt_deploy.runtime.device_entry import TorchEntry
 
         def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-            return self._torch.compile(function, dynamic=True) if self._compiled else function
+            if not self._compiled:
+                return function
+            return self._torch.compile(_copy_of(function), dynamic=True)  # type: ignore[no-any-return]
 
         manifest = self._bundle.manifest
         stages = [
@@ -136,6 +139,22 @@ class TorchBackend(DeviceMemory):
             layer=fused(update),
             last=fused(finish_into),
         )
+
+
+def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with a code object of its own.
+
+    torch keeps what it compiled by code object, and after eight versions of one it runs the
+    function as it is, without an error. So sessions must not share one.
+    """
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return functools.update_wrapper(copy, function)
 
 
 def _copied(function: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Function:
