@@ -57,6 +57,13 @@ def in_whole_stages(bundle: Bundle) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, graphs=graphs))
 
 
+def test_pieces_of_older_bundles_are_let_be() -> None:
+    """Those of version 4 had other outputs; their whole stages run."""
+    manifest = memory_bundle(random_model(CONFIGS["active-lm"][0], 3), FUSED).manifest
+    assert manifest.in_pieces
+    assert not replace(manifest, format_version=4).in_pieces
+
+
 @given(
     data=st.data(),
     drawn=model_configs(),
