@@ -47,6 +47,29 @@ class TokenFeatures:
     """``[n_tokens]`` int64, the place of each token in its sequence"""
     pinned_share: float
     """Pinned tokens over all tokens of the text."""
+    place_means: Tensor | None = None
+    """``[n_places, d_model]`` float32, see :func:`place_means`, where the text does not reach all
+    places of the model; None: those of the tokens themselves."""
+
+
+def place_means(model: SparseDepthTransformer, token_ids: Tensor, first: int = 0) -> Tensor:
+    """Return the mean embedding of the same tokens at every place that the model knows.
+
+    Args:
+        model: with a table of positions.
+        token_ids: ``[n_tokens]`` int64, a few hundred that are like those of the texts.
+        first: place to begin with; where a special token always comes first, the one after it.
+
+    Returns:
+        ``[max_positions - first, d_model]`` float32.
+    """
+    places = range(first, model.config.max_positions)
+    return torch.stack(
+        [
+            model.embeddings(token_ids, torch.full_like(token_ids, place), None).mean(dim=0)
+            for place in places
+        ]
+    )
 
 
 def padded_batches(
@@ -192,6 +215,13 @@ def _attention_received(layer: TransformerLayer, hidden: Tensor, mask: Tensor) -
     return weights.sum(dim=2).mean(dim=1)
 
 
+def _means_of_places(features: TokenFeatures, rows: Tensor) -> Tensor:
+    """Return the mean of ``rows [n_tokens, d_model]`` at each place that has enough of them."""
+    places, counts = features.position_ids.unique(return_inverse=True, return_counts=True)[1:]
+    means = torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add(0, places, rows)
+    return (means / counts[:, None])[counts >= MIN_TOKENS_AT_POSITION]
+
+
 def fit_probe(features: TokenFeatures) -> tuple[Tensor, Tensor]:
     """Fit ``importance ≈ weight · embedding + bias`` by ridge regression (normal equations).
 
@@ -207,9 +237,11 @@ def fit_probe(features: TokenFeatures) -> tuple[Tensor, Tensor]:
     centred = x - mean
     covariance = centred.T @ centred / len(x)
     ridge = RIDGE * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
-    places, counts = features.position_ids.unique(return_inverse=True, return_counts=True)[1:]
-    means = torch.zeros(len(counts), x.shape[1], dtype=torch.float64).index_add(0, places, centred)
-    means = (means / counts[:, None])[counts >= MIN_TOKENS_AT_POSITION]
+    means = (
+        _means_of_places(features, centred)
+        if features.place_means is None
+        else (features.place_means.double() - mean)
+    )
     if len(means) > 1:
         ridge = ridge + POSITION_PENALTY * means.T @ means / len(means)
     weight = torch.linalg.solve(covariance + ridge, centred.T @ (y - y.mean()) / len(x))

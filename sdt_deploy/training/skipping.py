@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdt_deploy.model.checkpoints import TokenSample
-from sdt_deploy.model.probe import TokenFeatures, fit_probe, standardised
+from sdt_deploy.model.probe import TokenFeatures, fit_probe, place_means, standardised
 from sdt_deploy.model.transformer import DenseTransformer, SparseDepthTransformer
 
 MAX_FREE_TOKENS = 64
 """Texts with more unpinned tokens are left out: the work grows with the square of their number."""
+N_PLACED = 512
+"""Tokens whose mean embedding is taken at every place."""
 FIT_TOKENS = 60_000
 
 
@@ -113,7 +115,9 @@ def refitted_probe(
 ) -> tuple[Tensor, Tensor]:
     """Fit the probe to the rank that the cost of skipping a token has within its text.
 
-    The closed form is that of :func:`~sdt_deploy.model.probe.fit_probe`.
+    The closed form is that of :func:`~sdt_deploy.model.probe.fit_probe`. The texts are short, so it
+    is told what embeddings look like at the places that they do not reach: there the scores would
+    otherwise drift, and long texts would be skipped too much or too little.
 
     Args:
         model: two levels, trained; with the probe that it was trained with.
@@ -137,11 +141,15 @@ def refitted_probe(
         )
     )
     n_free, n_all = sum(len(one.free) for one in measured), sum(len(one.ids) for one in measured)
+    token_ids = torch.cat([one.ids[one.free] for one in measured])
+    some = token_ids[torch.randperm(n_free, generator=torch.Generator().manual_seed(0))[:N_PLACED]]
+    first = min(int(one.free[0]) for one in measured)
     return fit_probe(
         TokenFeatures(
             embedded=torch.cat([one.embedded[0, one.free].cpu() for one in measured]),
             importance=torch.cat([one.ranks.cpu() for one in measured]),
             position_ids=torch.cat([one.free.cpu() for one in measured]),
             pinned_share=1 - n_free / n_all,
+            place_means=place_means(model, some, first).cpu(),
         )
     )
