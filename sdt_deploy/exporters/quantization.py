@@ -22,7 +22,7 @@ def quantize(
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """Quantise the products of the layers; everything else stays float32.
 
-    Weights become int8 of seven bits, symmetric, with a scale per output column. The rows that they are
+    Weights become int8 of seven bits, symmetric, with a scale per output column. The rows they are
     multiplied with become uint8 when the graph runs, with one scale for all rows of a call
     (``docs/decisions/007-int8.md``). Products between activations stay float32, and so do entry and
     head, so that scores and depths are those of the float32 bundle.
