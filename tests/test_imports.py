@@ -131,7 +131,7 @@ def test_public_names() -> None:
 
 
 def test_every_module_imports() -> None:
-    kernels = {f"sdt_deploy.runtime.triton_{name}" for name in ("attention", "routing")}
+    kernels = {f"sdt_deploy.runtime.triton_{name}" for name in ("attention", "entry", "routing")}
     absent = set() if find_spec("triton") else kernels
     for module in pkgutil.walk_packages([str(ROOT)], "sdt_deploy."):
         if module.name not in absent:
