@@ -18,6 +18,7 @@ from distill_data import default_model, read_packed
 
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.model.adapters import Adapter, merged, weights_sha256, write_adapter
+from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.conversion import load_any
 from sdt_deploy.training.calibration import calibrated
 
@@ -49,6 +50,11 @@ def ship(
         levels=recipe["levels"],
         shallow_depth=recipe["shallow_depth"],
     )
+    write_finished(out, adapter, finished)
+
+
+def write_finished(out: Path, adapter: Adapter, finished: Checkpoint) -> None:
+    """Write ``adapter`` with the probe, thresholds and score quantiles of ``finished``."""
     probe = {
         name: tensor
         for name, tensor in finished.model.state_dict().items()
@@ -58,7 +64,7 @@ def ship(
         out,
         dataclasses.replace(
             adapter,
-            tensors={**tensors, **probe},
+            tensors={**adapter.tensors, **probe},
             config=finished.model.config,
             score_quantiles=finished.score_quantiles,
             pinned_share=finished.pinned_share,

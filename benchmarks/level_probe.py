@@ -14,16 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from distill_ship import write_finished
 
-from sdt_deploy.model.adapters import merged, read_adapter, write_adapter
+from sdt_deploy.model.adapters import merged, read_adapter
 from sdt_deploy.model.checkpoints import TokenSample
 from sdt_deploy.model.conversion import load_any
 from sdt_deploy.model.probe import TokenFeatures, fit_probe, place_means
 from sdt_deploy.tokenization import TextTokenizer, read_lines
 from sdt_deploy.training.calibration import calibrated
 from sdt_deploy.training.job import CALIBRATION_EVERY
+from sdt_deploy.training.skipping import N_PLACED
 
-N_TEXTS, MAX_LENGTH, N_TOKENS, N_PLACED = 3000, 160, 40_000, 512
+N_TEXTS, MAX_LENGTH, N_TOKENS = 3000, 160, 40_000
 
 
 @torch.no_grad()
@@ -59,19 +61,8 @@ def level(model: Path, adapter: Path, texts: Path, out: Path, target_depth: floa
         levels="two-level",
         shallow_depth=read.about["recipe"]["shallow_depth"],
     )
-    scorer = {f"scorer.{name}": tensor for name, tensor in student.scorer.state_dict().items()}
-    write_adapter(
-        out,
-        dataclasses.replace(
-            read,
-            tensors={**read.tensors, **scorer},
-            config=finished.model.config,
-            score_quantiles=finished.score_quantiles,
-            pinned_share=finished.pinned_share,
-            about={**read.about, "levelled": {"target_depth": target_depth}},
-        ),
-    )
-    print(f"{out}: {out.stat().st_size} B")
+    about = {**read.about, "levelled": {"target_depth": target_depth}}
+    write_finished(out, dataclasses.replace(read, about=about), finished)
 
 
 def main() -> None:

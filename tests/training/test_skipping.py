@@ -18,6 +18,16 @@ def model() -> SparseDepthTransformer:
     return random_model(config, 4)
 
 
+def random_sample(
+    model: SparseDepthTransformer, lengths: np.ndarray, rng: np.random.Generator
+) -> TokenSample:
+    """Draw unpinned tokens."""
+    return TokenSample(
+        input_ids=rng.integers(3, model.config.vocab_size, lengths.sum()).astype(np.int32),
+        cu_seqlens=np.cumsum([0, *lengths]),
+    )
+
+
 def test_costs_are_those_of_each_token_deep_and_shallow(model: SparseDepthTransformer) -> None:
     ids = torch.tensor([1, 9, 7, 5, 11, 7, 2])
     free = torch.tensor([1, 2, 3, 4, 5])
@@ -41,10 +51,7 @@ def test_costs_are_those_of_each_token_deep_and_shallow(model: SparseDepthTransf
 def test_the_probe_ranks_tokens_by_their_cost(model: SparseDepthTransformer) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(6, 14, 150)
-    sample = TokenSample(
-        input_ids=rng.integers(3, model.config.vocab_size, lengths.sum()).astype(np.int32),
-        cu_seqlens=np.cumsum([0, *lengths]),
-    )
+    sample = random_sample(model, lengths, rng)
     thresholds = (0.0, *[0.5] * (model.config.n_layers - 1))
     dense = model.as_dense()
     weight, bias = refitted_probe(model, dense, sample, thresholds)
@@ -70,10 +77,7 @@ def test_the_probe_ranks_tokens_by_their_cost(model: SparseDepthTransformer) -> 
 def test_scores_do_not_drift_where_the_texts_do_not_reach(model: SparseDepthTransformer) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 8, 200)
-    sample = TokenSample(
-        input_ids=rng.integers(3, model.config.vocab_size, lengths.sum()).astype(np.int32),
-        cu_seqlens=np.cumsum([0, *lengths]),
-    )
+    sample = random_sample(model, lengths, rng)
     thresholds = (0.0, *[0.5] * (model.config.n_layers - 1))
     weight, bias = refitted_probe(model, model.as_dense(), sample, thresholds)
     longest = model.config.max_positions
