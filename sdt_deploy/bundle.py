@@ -23,7 +23,7 @@ from sdt_deploy.external_data import check_places
 from sdt_deploy.files import MAX_JSON_BYTES, is_partial, parse_json, read_bytes, write_file
 
 FORMAT = "sdt-bundle"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Written; older ones are read as well. Version 1 knows no precision but float32."""
 ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
     1: {"decomposed": "padded"},
@@ -31,6 +31,7 @@ ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
     3: {"decomposed": "padded-heads", "fused": "padded-rows"},
     4: {"decomposed": "padded-heads", "fused": "padded-rows"},
     5: {"decomposed": "padded-heads", "fused": "padded-rows"},
+    6: {"decomposed": "padded-heads", "fused": "padded-rows"},
 }
 """How a stage lays rows out for attention, by format version and :attr:`ExportConfig.attention`."""
 WEIGHTS = "weights.bin"
@@ -45,11 +46,8 @@ STATES = frozenset(
 )
 """Inputs and outputs in the precision of the export; the others are float32 or integers in all."""
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
-
-
-def pieces(layer: int) -> tuple[str, str]:
-    """Return the names of the graphs before and after the attention of a fused stage's layer."""
-    return f"project-{layer:02d}", f"update-{layer:02d}"
+PROJECT, UPDATE = "project", "update"
+"""The graphs before and after the attention of a fused stage, each for all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +59,11 @@ class TensorSpec:
     """A name for each dynamic axis, a length for each static one."""
     dtype: str
     """NumPy name, or ``bfloat16``, which NumPy lacks."""
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter of a layer, given as an input; these alone have a dot."""
+        return "." in self.name
 
     def __post_init__(self) -> None:
         _check_text("name of a tensor", self.name)
@@ -141,8 +144,8 @@ class Manifest:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether fused stages come in two pieces each, as they are since version 5, as well."""
-        return self.format_version >= 5 and pieces(0)[0] in self.graphs
+        """Whether fused stages come in two pieces as well, one graph for all layers each."""
+        return self.format_version >= 6 and PROJECT in self.graphs
 
     @property
     def stage_layers(self) -> tuple[tuple[int, int], ...]:
@@ -244,8 +247,8 @@ class Manifest:
                 )
             for tensor in (*spec.inputs, *spec.outputs):
                 is_state = tensor.name in STATES
-                states, others = (self.export.precision,), ("float32", "int32", "int64")
-                allowed = states if is_state else others
+                precision, others = (self.export.precision,), ("float32", "int32", "int64")
+                allowed = precision if is_state or tensor.is_parameter else others
                 if tensor.dtype not in allowed:
                     raise ConfigError(
                         f"graph {spec.name}: {tensor.name} is {tensor.dtype}, not "

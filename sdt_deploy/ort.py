@@ -176,10 +176,12 @@ def open_cuda_session(path: Path, *, device_id: int, stream: int) -> Any:
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.enable_mem_pattern = False  # would allocate anew on the second run of a size
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     options.log_severity_level = 3
     where = {
         "device_id": device_id,
         "user_compute_stream": str(stream),
+        "arena_extend_strategy": "kSameAsRequested",  # otherwise in powers of two
         "use_tf32": 0,  # float32 means float32, as it does in the exported bundle
     }
     return _opened(path, options, (provider, where), ())

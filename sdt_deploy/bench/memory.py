@@ -1,6 +1,6 @@
 """Peak memory of one run above the loaded weights, each path in a process of its own (Linux).
 
-On a GPU each path has a session of its own, and torch's allocator counts.
+On a GPU each path has a session of its own, and what its driver says is free counts.
 
 ``python -m sdt_deploy.bench.memory BUNDLE PATH IDS.npz`` prints the bytes.
 """

@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdt_deploy.bundle import PROJECT, UPDATE
 from sdt_deploy.config import Attention, ModelConfig
+from sdt_deploy.exporters.layers import FusedLayer
+from sdt_deploy.exporters.pieces import Projection, Update
 from sdt_deploy.model.blocks import TransformerLayer, turned
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
@@ -39,8 +42,10 @@ def graph_case(
     kind, _, number = name.partition("-")
     if kind == "decode":
         return _decode_case(model, int(number), lengths, rng)
-    if kind in _PIECES:
-        return _PIECES[kind](model.blocks[int(number)], model.config, lengths, rng)
+    if name in _PIECES:
+        layer = model.blocks[int(rng.integers(model.config.n_layers))]
+        inputs, expected = _PIECES[name](layer, model.config, lengths, rng)
+        return inputs | _parameters(layer, name), expected
     key = f"fused-{name}" if attention == "fused" else name
     return _CASES.get(key, _CASES[name])(model, lengths, rng)
 
@@ -278,6 +283,11 @@ def stage_case(
     return inputs, expected
 
 
+def _parameters(layer: TransformerLayer, piece: str) -> dict[str, np.ndarray]:
+    part = (Projection if piece == PROJECT else Update)(FusedLayer(layer, torch.float32))
+    return {name: parameter.detach().numpy() for name, parameter in part.named_parameters()}
+
+
 def _project_case(
     layer: TransformerLayer, config: ModelConfig, lengths: np.ndarray, rng: np.random.Generator
 ) -> Case:
@@ -394,7 +404,7 @@ def _decode_case(
     return inputs, expected
 
 
-_PIECES = {"project": _project_case, "update": _update_case}
+_PIECES = {PROJECT: _project_case, UPDATE: _update_case}
 _CASES: Mapping[str, Callable[..., Case]] = {
     "entry": _entry_case,
     "fused-entry": _fused_entry_case,

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits, input_shapes
-from sdt_deploy.bundle import WEIGHTS, Bundle, GraphSpec, Manifest
+from sdt_deploy.bundle import PROJECT, UPDATE, WEIGHTS, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import BuildConfig, shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.engines import EngineSet
@@ -24,7 +24,7 @@ from sdt_deploy.tokenization import read_lines
 
 WHOLE_MODELS = frozenset({"dense", "masked"})
 """Graphs other than stages that have attention."""
-NO_ENGINES = "single", "project-", "update-", "decode-"
+NO_ENGINES = "single", PROJECT, UPDATE, "decode-"
 """What graphs without engines begin with: the single file, whose shapes depend on its data inside,
 the pieces of stages, whose attention is in their engines, and steps with cached keys."""
 

@@ -322,12 +322,6 @@ class FusedLayer(nn.Module):
             mixed = gather_rows(mixed.reshape(-1, mixed.shape[-1]), places[1]).unsqueeze(0)
         return self.update(states, mixed)
 
-    def with_only(self, *names: str) -> FusedLayer:
-        """Return a layer that has only these of the modules, and shares them."""
-        part = copy.copy(self)
-        part._modules = {name: self._modules[name] for name in names}
-        return part
-
     def normed(self, states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the states, and ``context`` or the states again, as their products take them."""
         queries = self.attention_norm(states) if self.pre_norm else states

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec, pieces
+from sdt_deploy.bundle import ATTENTION_LAYOUTS, FORMAT_VERSION, GraphSpec, TensorSpec
 from sdt_deploy.combinations import can_generate, check_combination
 from sdt_deploy.config import ExportConfig, ModelConfig, Precision
 from sdt_deploy.exporters.baselines import DenseGraph, MaskedGraph
@@ -43,6 +42,7 @@ from sdt_deploy.exporters.modules import (
     states_of,
     torch_dtype,
 )
+from sdt_deploy.exporters.pieces import piece_graphs
 from sdt_deploy.model.blocks import Scorer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
@@ -234,57 +234,6 @@ class FusedStageGraph(GraphModule):
         return self.layers[0](hidden_states, (gather_index, scatter_index), context, rest[-1])
 
 
-class ProjectGraph(GraphModule):
-    """What a layer in fused form does before attention, for runtimes that attend themselves."""
-
-    def __init__(self, layer: FusedLayer, config: ModelConfig, precision: Precision) -> None:
-        super().__init__()
-        norm = ("attention_norm",) * layer.pre_norm
-        part = layer.with_only(*norm)
-        part.query, part.key_value = layer.query.without_bias(), layer.key.beside(layer.value)
-        self.layers = nn.ModuleList([part])
-        packed: tuple[str | int, ...] = (1, "n_tokens", config.d_model)
-        places: tuple[str | int, ...] = ("batch", "max_context_seqlen", config.d_model)
-        sees_all = config.context == "all"
-        keys = places if sees_all else packed
-        states = partial(states_of, precision=precision)
-        self.inputs = (
-            states("hidden_states", *packed),
-            *(states("context_states", *places) for _ in range(sees_all)),
-        )
-        both = states("key_value", *keys[:-1], 2 * config.d_model)
-        self.outputs = states("query", *packed), both
-
-    def forward(
-        self, hidden_states: Tensor, context_states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Project the active rows, without bias, and what they see."""
-        layer = self.layers[0]
-        queries, keys = layer.normed(hidden_states, context_states)  # type: ignore[operator]
-        return layer.query(queries), layer.key_value(keys)  # type: ignore[operator]
-
-
-class UpdateGraph(GraphModule):
-    """What a layer in fused form does after attention."""
-
-    def __init__(self, layer: FusedLayer, config: ModelConfig, precision: Precision) -> None:
-        super().__init__()
-        norm = ("attention_norm",) * (not layer.pre_norm)
-        names = (*norm, "output", "feed_forward", "feed_forward_norm")
-        self.layers = nn.ModuleList([layer.with_only(*names)])
-        self.inputs = tuple(
-            states_of(name, 1, "n_tokens", config.d_model, precision=precision)
-            for name in ("hidden_states", "mixed_states")
-        )
-        self.outputs = (
-            states_of("updated_states", 1, "n_tokens", config.d_model, precision=precision),
-        )
-
-    def forward(self, hidden_states: Tensor, mixed_states: Tensor) -> Tensor:
-        """Update the active rows."""
-        return self.layers[0].update(hidden_states, mixed_states)  # type: ignore[operator]
-
-
 class FusedHeadGraph(GraphModule):
     """Last hidden states of a padded batch to outputs."""
 
@@ -368,7 +317,7 @@ def partition(
 ) -> Iterator[GraphPart]:
     """Yield the parts of ``model`` in the order of the manifest: entry, stages, head, baselines.
 
-    The pieces of fused stages follow the stages.
+    What fused stages have in common, in pieces, follows the stages.
 
     With ``single_file`` the whole loop in one graph follows, and for models that can generate the
     layers over a cache. The single graph has the function and the weights of
@@ -397,10 +346,8 @@ def partition(
         if len(module.outputs) > 1:
             topology = f"{topology}, scored"
         yield GraphPart(name=name, module=module, topology=topology, layers=(first, stop))
-    for layer, block in enumerate(fused):
-        for piece, kind in zip(pieces(layer), (ProjectGraph, UpdateGraph), strict=True):
-            cut = kind(block, model.config, precision)
-            yield GraphPart(name=piece, module=cut, topology=kind.__name__)
+    for piece, cut in piece_graphs(fused[0], model.config, precision).items() if fused else ():
+        yield GraphPart(name=piece, module=cut, topology=piece)
     last = (FusedHeadGraph if fused else HeadGraph)(head, model.config, precision)
     yield GraphPart(name="head", module=last, topology="head")
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):

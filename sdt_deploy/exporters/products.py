@@ -69,11 +69,15 @@ class PackedFeedForward(nn.Module):
         self.gate = None if block.gate is None else PackedLinear(block.gate, dtype)
         self.down = PackedLinear(block.down, dtype)
 
+    def inner(self, rows: Tensor) -> Tensor:
+        """Map ``[n_tokens, d_model]`` to ``[n_tokens, d_ff]``, activated."""
+        if self.gate is None:
+            return self._activated(self.up(rows))
+        return self._activated(self.gate(rows)) * self.up(rows)
+
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, d_model]`` to the same shape."""
-        if self.gate is None:
-            return self.down(self._activated(self.up(rows)))
-        return self.down(self._activated(self.gate(rows)) * self.up(rows))
+        return self.down(self.inner(rows))
 
     def _activated(self, inner: Tensor) -> Tensor:
         if self.activation == "relu":

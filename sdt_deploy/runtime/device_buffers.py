@@ -14,6 +14,7 @@ from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_attention import DeviceAttention
 from sdt_deploy.runtime.device_entry import DeviceEntry, Parameters
+from sdt_deploy.runtime.device_head import DeviceHead
 from sdt_deploy.runtime.device_plan import DevicePlan, DeviceRouting, aligned
 from sdt_deploy.runtime.ladders import Bucket
 
@@ -38,8 +39,14 @@ class DeviceBackend(Backend, Protocol):
     def entry(self, parameters: Parameters, config: ModelConfig) -> DeviceEntry:
         """Return what embeds and scores on this device, before stages in pieces."""
 
-    def parameters(self, bundle: Bundle, name: str, *chosen: str) -> Mapping[str, Any]:
-        """Return parameters of a graph on this device; see :class:`.DeviceMemory`."""
+    def head(self, parameters: Parameters, config: ModelConfig) -> DeviceHead:
+        """Return what pools on this device and computes outputs, after stages in pieces."""
+
+    def parameters(self, bundle: Bundle, name: str) -> Parameters:
+        """Return the parameters of a graph on this device; see :class:`.DeviceMemory`."""
+
+    def layers(self, bundle: Bundle) -> Sequence[Parameters]:
+        """Return the parameters of each layer on this device; see :class:`.DeviceMemory`."""
 
     def mark(self) -> Callable[[], None]:
         """Return what waits for all that was enqueued on the current stream so far."""
@@ -80,6 +87,35 @@ class PinnedBlock:
     def fetch(self) -> None:
         """Copy to the host; they are there once the stream has been waited for."""
         self._host.copy_(self._device, non_blocking=True)
+
+
+class Workspace:
+    """The states of a batch's tokens, at fixed addresses.
+
+    Args:
+        backend: where they lie.
+        n_places: of the largest batch.
+        d_model: their width.
+        dtype: their type.
+        in_pieces: whether attention is between the pieces of stages.
+    """
+
+    def __init__(
+        self, backend: DeviceBackend, n_places: int, d_model: int, dtype: str, *, in_pieces: bool
+    ) -> None:
+        def made(width: int) -> Any:
+            return backend.empty((n_places, width), dtype)
+
+        self.n_places = n_places
+        self.states = made(d_model)
+        """``[n_places, d_model]``, the last state of every token, in its place."""
+        self.rows = [made(d_model) for _ in range(1 if in_pieces else 2)]
+        """``[n_places, d_model]``, active tokens by falling depth. Stages read one and write the
+        other; pieces of stages, which attend to nothing while they write, have one for both."""
+        self.query: Any = made(d_model) if in_pieces else None
+        """``[n_places, d_model]``, of the active rows; attention writes in its place."""
+        self.key_value: Any = made(2 * d_model) if in_pieces else None
+        """``[n_places, 2 · d_model]``, of what active rows see."""
 
 
 class Frame:

@@ -6,9 +6,10 @@ The host reads how many tokens are active in each layer, chooses a bucket for ea
 launches the stages, which read and write rows sorted by falling depth; finished rows, and with
 ``context="all"`` all of them, go back to their places. The head runs on the places.
 
-Where the backend has a stage in two pieces, attention is not its part: a kernel of
-:mod:`sdt_deploy.runtime.device_attention` runs between them, on the rows as they lie. Nor is the
-entry then, see :mod:`sdt_deploy.runtime.device_entry`.
+Where the backend has stages in two pieces, attention is not its part: a kernel of
+:mod:`sdt_deploy.runtime.device_attention` runs between them, on the rows as they lie. Nor are the
+entry and means of sequences then, see :mod:`sdt_deploy.runtime.device_entry` and
+:mod:`sdt_deploy.runtime.device_head`.
 
 Every piece is a CUDA graph, captured when its bucket occurs for the first time. The pieces of a
 batch run one after the other on one stream, so all captures share one pool of scratch memory.
@@ -24,13 +25,14 @@ from time import perf_counter
 from typing import Any
 
 from sdt_deploy.buckets import longest_sequence
-from sdt_deploy.bundle import Bundle, pieces
+from sdt_deploy.bundle import PROJECT, UPDATE, Bundle
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame
-from sdt_deploy.runtime.device_entry import DeviceEntry
+from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame, Workspace
+from sdt_deploy.runtime.device_entry import DeviceEntry, Parameters
+from sdt_deploy.runtime.device_head import DeviceHead, pools_itself
 from sdt_deploy.runtime.graph_cache import GraphCache, Observer
 from sdt_deploy.runtime.ladders import (
     Bucket,
@@ -43,7 +45,9 @@ from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.routing import depths_from_scores
 from sdt_deploy.runtime.stopping import StopCheck
 
-_QUERY_BIAS = "layers.0.query.bias"
+UPDATE_ROWS = 4096
+"""More rows than these, and than two thirds of a batch's places, are updated in two parts: what the
+feed-forward makes of them is the widest there is, and so the memory that a run takes."""
 MAX_FRAMES = 64
 """Buckets whose small buffers a session keeps, with their graphs; the least recently used ones go
 first."""
@@ -66,27 +70,28 @@ class DeviceLoop:
         self._backend = backend
         self._torch = backend.torch
         self._max_seqlen = longest_sequence(backend.profiles, manifest.model.max_positions)
-        self._in_pieces = manifest.in_pieces and backend.has(pieces(0)[0])
+        self._in_pieces = manifest.in_pieces and backend.has(PROJECT)
         self._entry: DeviceEntry | None = None
-        self._query_biases: Sequence[Any] = ()
-        """``[d_model]`` of each layer; what pieces leave to the attention between them."""
+        self._own_head: DeviceHead | None = None
+        self._weights: Sequence[Parameters] = ()
+        """Of each layer, for the pieces and what attends between them."""
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
         self._frames: OrderedDict[Bucket, Frame] = OrderedDict()
-        self._capacity = 0
-        self._states: Any = None
-        """``[n_places, d_model]``, the last state of every token, in its place."""
-        self._rows: Sequence[Any] = ()
-        """Two buffers ``[n_places, d_model]``: stages read one and write the other."""
-        stages = [spec.name for spec in manifest.stages]
-        names = ["entry", *stages]
+        self._space: Workspace | None = None
+        names = ["entry", *(spec.name for spec in manifest.stages), "head"]
         if self._in_pieces:
-            names = [name for layer in self._layers for name in pieces(layer)]
+            names = [PROJECT, UPDATE, "head"]
             self._entry = backend.entry(backend.parameters(bundle, "entry"), manifest.model)
-            self._query_biases = [
-                backend.parameters(bundle, name, _QUERY_BIAS)[_QUERY_BIAS] for name in stages
-            ]
-        for name in (*names, "head"):  # baselines open when they are first used
+            self._weights = backend.layers(bundle)
+            self._parameters = {
+                name: [t.name for t in manifest.graphs[name].inputs if t.is_parameter]
+                for name in (PROJECT, UPDATE)
+            }
+            if pools_itself(manifest.model):
+                self._own_head = backend.head(backend.parameters(bundle, "head"), manifest.model)
+                names.remove("head")
+        for name in names:  # baselines open when they are first used
             backend.graph(name)
 
     @property
@@ -127,6 +132,7 @@ class DeviceLoop:
             stage_rows: tuple[int, ...] = ()
             usage: LayerUsage | None = None
             if path == "sparse":
+                self._reserve(bucket.n_tokens)
                 if is_one_piece(bucket):
                     self._graphs.launch(("sparse", bucket), partial(self._all_stages, frame))
                     stage_rows = (bucket.n_tokens,) * len(self._layers)
@@ -178,6 +184,7 @@ class DeviceLoop:
         bucket = batch_bucket(lengths, max_seqlen=self._max_seqlen)
         with self._lock, self._backend.running():
             frame = self._frame(bucket)
+            self._reserve(bucket.n_tokens)
             frame.clear()  # indices and lengths that any size may be captured with
             if self._backend.has("masked"):
                 self._graphs.launch(("masked", bucket), partial(self._whole, frame, "masked"))
@@ -203,8 +210,7 @@ class DeviceLoop:
         with self._lock:
             self._graphs.clear()
             self._frames.clear()
-            self._capacity, self._states, self._rows = 0, None, ()
-            self._entry, self._query_biases = None, ()
+            self._space, self._entry, self._own_head, self._weights = None, None, None, ()
 
     def _run_stages(
         self, frame: Frame, whole: Bucket | None, check: StopCheck | None
@@ -248,7 +254,7 @@ class DeviceLoop:
 
     def _enter(self, frame: Frame) -> None:
         there, scores = frame.sent.there, frame.result.there["scores"]
-        states = self._states[: frame.bucket.n_tokens]
+        states = self._states(frame)
         if self._entry is not None:
             ids = frame.ids
             self._entry(ids["input_ids"], ids.get("token_type_ids"), self._padded(frame), scores)
@@ -257,44 +263,46 @@ class DeviceLoop:
             self._call("entry", inputs, {"hidden_states": self._padded(frame), "scores": scores})
         routing = self._backend.routing
         routing.plan(scores.view(-1), there["lengths"], there["thresholds"], frame.plan)
-        routing.take_rows(frame.plan, states, self._rows[0][: len(states)])
+        routing.take_rows(frame.plan, states, self._workspace.rows[0][: len(states)])
 
     def _stage(self, frame: Frame, number: int, size: Bucket) -> None:
         layer, sees_all = self._layers[number], self._config.context == "all"
-        rows = self._rows[number % 2][None, : size.n_tokens]
-        updated = self._rows[(number + 1) % 2][None, : size.n_tokens]
+        buffers = self._workspace.rows
+        rows, updated = (
+            buffers[turn % len(buffers)][None, : size.n_tokens] for turn in (number, number + 1)
+        )
         inputs = {"hidden_states": rows}
         if sees_all:
             inputs["context_states"] = self._padded(frame)
         if self._in_pieces:
-            inputs = {
-                "hidden_states": rows,
-                "mixed_states": self._mixed(frame, layer, size, inputs),
-            }
-            self._call(pieces(layer)[1], inputs, {"updated_states": updated})
+            mixed = self._mixed(frame, layer, size, inputs)
+            self._update(layer, rows, mixed, max(UPDATE_ROWS, 2 * frame.bucket.n_tokens // 3))
         else:
             names = "gather_index", "scatter_index"
             indices = self._backend.routing.stage_indices(frame.plan, layer, size)
             inputs |= dict(zip(names, indices, strict=True))
             inputs["key_lengths"] = self._key_lengths(frame, layer)
             self._call(f"stage-{number:02d}", inputs, {"updated_states": updated})
-        states = self._states[: frame.bucket.n_tokens]
+        states = self._states(frame)
         self._backend.routing.put_rows(frame.plan, updated[0], layer, states, finished=not sees_all)
 
     def _mixed(self, frame: Frame, layer: int, size: Bucket, inputs: dict[str, Any]) -> Any:
         """Return what the active rows attend to, ``[1, n_tokens, d_model]``."""
+        space, d_model = self._workspace, self._config.d_model
         rows = inputs["hidden_states"]
         seen = inputs.get("context_states", rows)
-        query, mixed = (self._torch.empty_like(rows) for _ in range(2))
-        both = seen.new_empty((*seen.shape[:2], 2 * seen.shape[2]))
-        self._call(pieces(layer)[0], inputs, {"query": query, "key_value": both})
-        key, value = both.flatten(0, 1).chunk(2, dim=1)
+        query = space.query[None, : size.n_tokens]
+        n_seen = seen.shape[0] * seen.shape[1]
+        both = space.key_value[:n_seen]
+        self._piece(
+            PROJECT, layer, inputs, {"query": query, "key_value": both.view(*seen.shape[:2], -1)}
+        )
         self._backend.attention(
             query[0],
-            key,
-            value,
-            mixed[0],
-            query_bias=self._query_biases[layer],
+            both[:, :d_model],
+            both[:, d_model:],
+            query[0],
+            query_bias=self._weights[layer]["query.bias"],
             n_heads=self._config.n_heads,
             grid=frame.plan.grid,
             query_lengths=frame.plan.active_lengths[layer],
@@ -302,7 +310,21 @@ class DeviceLoop:
             longest=size.max_seqlen,
             key_places=seen.shape[1] if seen is not rows else None,
         )
-        return mixed
+        return query
+
+    def _update(self, layer: int, rows: Any, mixed: Any, at_most: int) -> None:
+        """Update ``rows`` in place, in parts of equal size if there are more than ``at_most``."""
+        n_parts = -(-rows.shape[1] // at_most)
+        for parts in zip(rows.chunk(n_parts, 1), mixed.chunk(n_parts, 1), strict=True):
+            inputs = dict(zip(("hidden_states", "mixed_states"), parts, strict=True))
+            self._piece(UPDATE, layer, inputs, {"updated_states": parts[0]})
+
+    def _piece(
+        self, name: str, layer: int, inputs: dict[str, Any], outputs: dict[str, Any]
+    ) -> None:
+        weights = self._weights[layer]
+        given = {parameter: weights[parameter] for parameter in self._parameters[name]}
+        self._call(name, {**inputs, **given}, outputs)
 
     def _key_lengths(self, frame: Frame, layer: int) -> Any:
         if self._config.context == "all":
@@ -310,10 +332,14 @@ class DeviceLoop:
         return frame.plan.active_lengths[layer]
 
     def _head(self, frame: Frame) -> None:
+        output = frame.result.there["output"]
+        if self._own_head is not None:
+            self._own_head(self._padded(frame), frame.sent.there["lengths"], output)
+            return
         inputs = {"hidden_states": self._padded(frame)}
         if self._config.head.pooling == "mean":
             inputs["attention_mask"] = frame.sent.there["attention_mask"]
-        self._call("head", inputs, {"output": frame.result.there["output"]})
+        self._call("head", inputs, {"output": output})
 
     def _whole(self, frame: Frame, path: PathName) -> None:
         inputs = {**frame.ids, "attention_mask": frame.sent.there["attention_mask"]}
@@ -323,21 +349,34 @@ class DeviceLoop:
             outputs["scores"] = frame.result.there["scores"]
         self._call(path, inputs, outputs)
 
+    def _states(self, frame: Frame) -> Any:
+        """Return the states of the frame's places, ``[n_places, d_model]``."""
+        return self._workspace.states[: frame.bucket.n_tokens]
+
     def _padded(self, frame: Frame) -> Any:
-        """Return the states of the frame's places as ``[batch, max_seqlen, d_model]``."""
-        return self._states[: frame.bucket.n_tokens].view(*frame.plan.grid.shape, -1)
+        """Return the same as ``[batch, max_seqlen, d_model]``."""
+        return self._states(frame).view(*frame.plan.grid.shape, -1)
+
+    @property
+    def _workspace(self) -> Workspace:
+        assert self._space is not None
+        return self._space
+
+    def _reserve(self, n_places: int) -> None:
+        """Have room for the states of so many tokens."""
+        if self._space is not None and n_places <= self._space.n_places:
+            return
+        self._graphs.clear()  # they name addresses that are about to go
+        self._space = None
+        self._space = Workspace(
+            self._backend, n_places, self._config.d_model, self._dtype, in_pieces=self._in_pieces
+        )
 
     def _call(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         self._backend.graph(name).bind(inputs, outputs)()
 
     def _frame(self, bucket: Bucket) -> Frame:
-        """Return the buffers of ``bucket``; the states' are as large as the largest one's."""
-        if bucket.n_tokens > self._capacity:
-            self._graphs.clear()  # they name addresses that are about to go
-            self._states, self._rows = None, ()
-            shape = bucket.n_tokens, self._config.d_model
-            self._states, *self._rows = (self._backend.empty(shape, self._dtype) for _ in range(3))
-            self._capacity = bucket.n_tokens
+        """Return the buffers of ``bucket``."""
         if bucket not in self._frames:
             self._frames[bucket] = Frame(self._backend, self._config, bucket)
             if len(self._frames) > MAX_FRAMES:

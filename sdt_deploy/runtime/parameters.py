@@ -15,17 +15,33 @@ _TYPES = {1: "float32", 6: "int32", 10: "float16", 16: "bfloat16"}
 """By number in ONNX's TensorProto."""
 
 
-def graph_parameters(
-    bundle: Bundle, spec: GraphSpec, torch: Any, device: Any, names: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Load parameters of a graph to a device.
+def layer_parameters(bundle: Bundle, torch: Any, device: Any) -> tuple[dict[str, Any], ...]:
+    """Load the parameters of the layers of a bundle with fused attention to a device.
+
+    Returns:
+        For each layer tensors by the names that ``project`` and ``update`` have for them, and
+        ``query.bias [d_model]``. Weights of keys and values lie side by side.
+
+    Raises:
+        BundleIntegrityError: if the files do not describe them.
+    """
+    layers = []
+    for spec in bundle.manifest.stages:
+        named = graph_parameters(bundle, spec, torch, device)
+        layer = {name.removeprefix("layers.0."): tensor for name, tensor in named.items()}
+        pair = layer.pop("key.weight"), layer.pop("value.weight")
+        layers.append({**layer, "key_value.weight": torch.cat(pair, dim=1)})
+    return tuple(layers)
+
+
+def graph_parameters(bundle: Bundle, spec: GraphSpec, torch: Any, device: Any) -> dict[str, Any]:
+    """Load the parameters of a graph to a device.
 
     Args:
         bundle: that it is of.
         spec: the graph.
         torch: the module.
         device: where to.
-        names: those to load; none: all.
 
     Returns:
         Tensors by the names that the graph has for them.
@@ -38,14 +54,10 @@ def graph_parameters(
         weights = np.memmap(bundle.file(WEIGHTS), dtype=np.uint8, mode="r")
         found = {}
         for tensor in external_tensors(read_bytes(path, max_bytes=MAX_GRAPH_BYTES)):
-            if not names or tensor.name in names:
-                values = weights[tensor.offset : tensor.offset + tensor.length].copy()
-                dtype = getattr(torch, _TYPES[tensor.data_type])
-                typed = torch.from_numpy(values).view(dtype).view(tensor.dims)
-                found[tensor.name] = typed.to(device)
-        missing = set(names) - set(found)
-        if missing:
-            raise KeyError(*missing)
+            values = weights[tensor.offset : tensor.offset + tensor.length].copy()
+            dtype = getattr(torch, _TYPES[tensor.data_type])
+            typed = torch.from_numpy(values).view(dtype).view(tensor.dims)
+            found[tensor.name] = typed.to(device)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BundleIntegrityError(
             f"{path} does not describe its parameters: {error}; export the bundle again"

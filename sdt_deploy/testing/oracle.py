@@ -17,12 +17,15 @@ from torch import Tensor
 from sdt_deploy.bundle import Bundle, GraphSpec, Manifest
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.exporters.decoding import DecodeGraph
-from sdt_deploy.exporters.layers import PackedLayer
+from sdt_deploy.exporters.layers import FusedLayer, PackedLayer
+from sdt_deploy.exporters.modules import PackedHead
 from sdt_deploy.exporters.partition import partition
+from sdt_deploy.exporters.pieces import Projection, Update
 from sdt_deploy.model.blocks import TransformerLayer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
 from sdt_deploy.runtime.backends.device import DeviceMemory
+from sdt_deploy.runtime.backends.torch_model import finish, project
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +91,23 @@ class OracleDeviceBackend(DeviceMemory):
         """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
         return _OnTensors(self._oracle.graph(name))
 
-    def parameters(self, bundle: Bundle, name: str, *chosen: str) -> dict[str, Tensor]:
+    def parameters(self, bundle: Bundle, name: str) -> dict[str, Tensor]:
         """Return the model's own; there are no files."""
         model = self._oracle.model
-        tensors = {**model.state_dict(), **dict(model.named_buffers())}
-        if name == "entry":
-            return tensors
-        attention = model.blocks[int(name.removeprefix("stage-"))].attention.state_dict()
-        return {one: attention[one.removeprefix("layers.0.")] for one in chosen}
+        if name == "head":  # as exported
+            head = PackedHead(model.head, torch.float32)
+            return {f"head.{key}": p.detach() for key, p in head.named_parameters()}
+        return {**model.state_dict(), **dict(model.named_buffers())}
+
+    def layers(self, bundle: Bundle) -> list[dict[str, Tensor]]:
+        """Return the parameters of the parts that would be exported."""
+        found = []
+        for block in self._oracle.model.blocks:
+            layer = FusedLayer(block, torch.float32)
+            parts = Projection(layer), Update(layer)
+            named = {name: p.detach() for part in parts for name, p in part.named_parameters()}
+            found.append({**named, "query.bias": block.attention.query.bias.detach()})
+        return found
 
     def close(self) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
@@ -139,9 +151,7 @@ class _OracleGraph:
         elif self._spec.name.startswith("decode-"):
             found = self._decode(inputs)
         else:
-            name, _, layer = self._spec.name.partition("-")
-            run = getattr(self, f"_{name}")
-            found = run(inputs, self._model.blocks[int(layer)]) if layer else run(inputs)
+            found = getattr(self, f"_{self._spec.name}")(inputs)
         for name, tensor in found.items():
             np.copyto(outputs[name], tensor.numpy(), casting="no")
 
@@ -225,26 +235,19 @@ class _OracleGraph:
         mask = torch.cat([torch.zeros(gather.shape, dtype=torch.bool), visible], dim=1)
         return layer(joined, mask)[:, : gather.shape[1]].flatten(0, 1)[scatter][None]
 
-    def _project(self, inputs: Mapping[str, Array], layer: TransformerLayer) -> dict[str, Tensor]:
-        rows = torch.from_numpy(inputs["hidden_states"])
-        seen = torch.from_numpy(inputs["context_states"]) if "context_states" in inputs else rows
-        attention, pre = layer.attention, layer.pre_norm
-        query, keys = (layer.attention_norm(x) if pre else x for x in (rows, seen))
-        query = attention.query(query) - attention.query.bias
-        return {
-            "query": query,
-            "key_value": torch.cat([attention.key(keys), attention.value(keys)], dim=-1),
-        }
+    def _project(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        states, context = given["hidden_states"], given.get("context_states")
+        seen, d_model = states if context is None else context, states.shape[-1]
+        query, both = torch.empty_like(states), seen.new_empty(*seen.shape[:2], 2 * d_model)
+        project(given, self._model.config, states, context, (query, both))
+        return {"query": query, "key_value": both}
 
-    def _update(self, inputs: Mapping[str, Array], layer: TransformerLayer) -> dict[str, Tensor]:
-        rows, mixed = (torch.from_numpy(inputs[k]) for k in ("hidden_states", "mixed_states"))
-        self._calls.append(StageCall(stage=self._spec.name, n_rows=rows.shape[-2]))
-        mixed = layer.attention.output(mixed)
-        if layer.pre_norm:
-            rows = rows + mixed
-            return {"updated_states": rows + layer.feed_forward(layer.feed_forward_norm(rows))}
-        rows = layer.attention_norm(rows + mixed)
-        return {"updated_states": layer.feed_forward_norm(rows + layer.feed_forward(rows))}
+    def _update(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        states = given["hidden_states"]
+        self._calls.append(StageCall(stage=self._spec.name, n_rows=states.shape[-2]))
+        return {"updated_states": finish(given, self._model.config, states, given["mixed_states"])}
 
     def _head(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         states = torch.from_numpy(inputs["hidden_states"])

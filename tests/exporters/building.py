@@ -21,7 +21,7 @@ def stages_only(bundle: Bundle) -> BuildConfig:
 
 
 def built_graphs(bundle: Bundle) -> list[str]:
-    others = "single", "project-", "update-", "decode-"
+    others = "single", "project", "update", "decode-"
     return [name for name in bundle.manifest.graphs if not name.startswith(others)]
 
 

@@ -107,6 +107,7 @@ def test_it_waits_once_for_counts_and_once_at_the_end(made: Made, backend: str) 
     with Session.open(path, backend=backend) as session:
         for _ in range(2):
             session.run_batch(batch, path="sparse")
+            session.run_batch(batch, path="dense")
             session.run_batch(small, path="sparse")
         waits = []
         mark = session.backend.mark  # type: ignore[attr-defined]
@@ -159,12 +160,13 @@ def test_a_profile_has_every_piece_in_its_range(
 
 def test_triton_computes_what_torch_does() -> None:
     pytest.importorskip("triton")
-    from tests.runtime.triton_check import check, check_attention, check_entry
+    from tests.runtime.triton_check import check, check_attention, check_entry, check_pooling
 
     check("cuda", 30)
     check("cuda", 4, longest=512, largest_batch=70)
     check_attention("cuda", 24)
     check_attention("cuda", 4, longest=512, largest_batch=20)
+    check_pooling("cuda", 40)
     check_entry("cuda", 24)
     check_entry("cuda", 4, longest=500, largest_batch=40)
 

@@ -8,10 +8,12 @@ from sdt_deploy.config import HeadConfig, ModelConfig
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.device_attention import TorchAttention
 from sdt_deploy.runtime.device_entry import TorchEntry
+from sdt_deploy.runtime.device_head import TorchPooling
 from sdt_deploy.runtime.device_plan import DevicePlan, TorchRouting
 from sdt_deploy.runtime.ladders import Bucket, stage_bucket
 from sdt_deploy.runtime.triton_attention import TritonAttention
 from sdt_deploy.runtime.triton_entry import TritonEntry
+from sdt_deploy.runtime.triton_pooling import TritonPooling
 from sdt_deploy.runtime.triton_routing import TritonRouting
 
 
@@ -101,6 +103,19 @@ def check_attention(device: str, n_cases: int, longest: int = 90, largest_batch:
                     )
                 torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
                 assert (found[1][n_active:] == 7.0).all(), case
+
+
+def check_pooling(device: str, n_cases: int, longest: int = 90) -> None:
+    """Compare means of sequences, of some without tokens; what stands in padding reaches nobody."""
+    generator = torch.Generator().manual_seed(0)
+    for case in range(n_cases):
+        batch, seq, width = torch.randint(1, longest, (3,), generator=generator).tolist()
+        states = torch.randn(batch, seq, 2 * width, generator=generator).to(device)
+        lengths = torch.randint(0, seq + 1, (batch,), generator=generator).to(device)
+        states[torch.arange(seq, device=device) >= lengths[:, None]] = float("nan")
+        found = [pool(states, lengths) for pool in (TorchPooling(), TritonPooling())]
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        assert (found[1][lengths == 0] == 0).all(), case
 
 
 def check_entry(device: str, n_cases: int, longest: int = 20, largest_batch: int = 6) -> None:

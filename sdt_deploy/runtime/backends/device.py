@@ -20,9 +20,10 @@ from sdt_deploy.extras import require
 from sdt_deploy.runtime.backend import Array, HostArray
 from sdt_deploy.runtime.device_attention import DeviceAttention, TorchAttention
 from sdt_deploy.runtime.device_entry import DeviceEntry, Parameters, TorchEntry
+from sdt_deploy.runtime.device_head import DeviceHead, TorchPooling
 from sdt_deploy.runtime.device_plan import DeviceRouting, TorchRouting, aligned
 from sdt_deploy.runtime.device_routing import plan_on_device
-from sdt_deploy.runtime.parameters import graph_parameters
+from sdt_deploy.runtime.parameters import graph_parameters, layer_parameters
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules
 
 
@@ -83,20 +84,30 @@ class DeviceMemory:
 
         return TritonEntry(parameters, config)
 
-    def parameters(self, bundle: Bundle, name: str, *chosen: str) -> dict[str, Any]:
-        """Return parameters of a graph of ``bundle`` in this memory, by name.
+    def head(self, parameters: Parameters, config: ModelConfig) -> DeviceHead:
+        """Return what pools on this device and computes outputs, after stages in pieces."""
+        if self.device.type != "cuda":
+            return DeviceHead(parameters, config, TorchPooling())
+        require("triton", extra="gpu", purpose="Pooling on a GPU")
+        from sdt_deploy.runtime.triton_pooling import TritonPooling
 
-        Args:
-            bundle: whose graphs are run.
-            name: of the graph.
-            chosen: which ones; none: all.
+        return DeviceHead(parameters, config, TritonPooling())
+
+    def parameters(self, bundle: Bundle, name: str) -> Parameters:
+        """Return the parameters of a graph of ``bundle`` in this memory, by name.
 
         Raises:
             BundleIntegrityError: if the files do not describe them.
         """
-        return graph_parameters(
-            bundle, bundle.manifest.graphs[name], self._torch, self.device, chosen
-        )
+        return graph_parameters(bundle, bundle.manifest.graphs[name], self._torch, self.device)
+
+    def layers(self, bundle: Bundle) -> Sequence[Parameters]:
+        """Return the parameters of each layer in this memory, as pieces of stages take them.
+
+        Raises:
+            BundleIntegrityError: if the files do not describe them.
+        """
+        return layer_parameters(bundle, self._torch, self.device)
 
     @property
     def stream(self) -> int:

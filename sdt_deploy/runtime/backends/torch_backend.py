@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 from sdt_deploy.buckets import OptimizationProfile
-from sdt_deploy.bundle import Bundle
+from sdt_deploy.bundle import PROJECT, UPDATE, Bundle
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Array, Call, Graph
 from sdt_deploy.runtime.backends.device import DeviceMemory
+from sdt_deploy.runtime.device_entry import Parameters
 
 Function = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 """Computes outputs from inputs."""
@@ -97,15 +98,19 @@ class TorchBackend(DeviceMemory):
                 raise BackendError("the session is closed")
             model = self._model
         spec = self._bundle.manifest.graphs[name]
-        kind, _, layer = name.partition("-")
-        if spec.layers is None and layer:
-            function: Function = partial(getattr(model, f"run_{kind}"), int(layer))
+        if name in (PROJECT, UPDATE):
+            function: Function = getattr(model, f"run_{name}")
         elif spec.layers is not None:
             function = _copied(partial(model.run_stage, spec.layers[0]))
         else:
             function = _copied(getattr(model, f"run_{name}"))
         dtypes = {tensor.name: tensor.dtype for tensor in spec.outputs}
         return TorchGraph(self, function, dtypes)
+
+    def layers(self, bundle: Bundle) -> Sequence[Parameters]:
+        """See :meth:`DeviceMemory.layers`; all graphs share them."""
+        with self._opening:
+            return self._model.layers  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
@@ -115,7 +120,7 @@ class TorchBackend(DeviceMemory):
 
     @functools.cached_property
     def _model(self) -> Any:
-        from sdt_deploy.runtime.backends.torch_model import TorchModel, finish_into, update
+        from sdt_deploy.runtime.backends.torch_model import TorchModel, finish_in_place, update
         from sdt_deploy.runtime.device_entry import TorchEntry
 
         def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,20 +129,14 @@ class TorchBackend(DeviceMemory):
             return self._torch.compile(_copy_of(function), dynamic=True)  # type: ignore[no-any-return]
 
         manifest = self._bundle.manifest
-        stages = [
-            _without_number(self.parameters(self._bundle, spec.name)) for spec in manifest.stages
-        ]
-        for stage in stages:
-            pair = stage.pop("key.weight"), stage.pop("value.weight")
-            stage["key_value.weight"] = self._torch.cat(pair, dim=1)
         return TorchModel(
             config=manifest.model,
             dtype=getattr(self._torch, manifest.export.precision),
             entry=TorchEntry(self.parameters(self._bundle, "entry"), manifest.model),
-            layers=tuple(stages),
+            layers=tuple(super().layers(self._bundle)),
             head=self.parameters(self._bundle, "head"),
             layer=fused(update),
-            last=fused(finish_into),
+            last=fused(finish_in_place),
         )
 
 
@@ -165,8 +164,3 @@ def _copied(function: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Function
             outputs[name].copy_(found)
 
     return run
-
-
-def _without_number(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a layer without ``layers.0.`` in front of their names."""
-    return {name.removeprefix("layers.0."): tensor for name, tensor in parameters.items()}

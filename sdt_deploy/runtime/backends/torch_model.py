@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdt_deploy.config import ModelConfig
+from sdt_deploy.config import Activation, ModelConfig
 from sdt_deploy.runtime.device_entry import TorchEntry
+from sdt_deploy.runtime.device_head import outputs_of
 
 Parameters = Mapping[str, Tensor]
 Tensors = Mapping[str, Tensor]
@@ -76,22 +77,20 @@ def project(
 
 def finish(p: Parameters, config: ModelConfig, states: Tensor, mixed: Tensor) -> Tensor:
     """Update ``states`` by what attention has ``mixed`` for them, both of one shape."""
-    eps, relu = config.eps, config.activation == "relu"
+    eps, activation = config.eps, config.activation
     mixed = _linear(p, "output", mixed)
     if config.norm_placement == "pre":
         states = states + mixed
         normed = _norm(p, "feed_forward_norm", states, eps)
-        return states + _feed_forward(p, normed, relu=relu)
+        return states + _feed_forward(p, normed, activation)
     states = _norm(p, "attention_norm", states + mixed, eps)
-    inner = _feed_forward(p, states, relu=relu)
+    inner = _feed_forward(p, states, activation)
     return _norm(p, "feed_forward_norm", states + inner, eps)
 
 
-def finish_into(
-    p: Parameters, config: ModelConfig, states: Tensor, mixed: Tensor, out: Tensor
-) -> None:
-    """Do what :func:`finish` does, into ``out``; compiled, that takes no copy."""
-    out.copy_(finish(p, config, states, mixed))
+def finish_in_place(p: Parameters, config: ModelConfig, states: Tensor, mixed: Tensor) -> None:
+    """Do what :func:`finish` does to ``states``; compiled, that takes no copy."""
+    states.copy_(finish(p, config, states, mixed))
 
 
 LayerFunction = Callable[
@@ -103,8 +102,8 @@ LayerFunction = Callable[
 class TorchModel:
     """A model's parameters, and its graphs.
 
-    All parameters lie on one device. ``layers[i]`` holds besides ``key_value.weight
-    [d_model, 2 · d_model]``, the weights of keys and values side by side: one product for both.
+    All parameters lie on one device. ``layers[i]`` holds ``key_value.weight``, the weights of keys
+    and values side by side, ``[d_model, 2 · d_model]``: one product for both.
     """
 
     config: ModelConfig
@@ -115,8 +114,8 @@ class TorchModel:
     head: Parameters
     layer: LayerFunction
     """:func:`update`, or the same compiled."""
-    last: Callable[[Parameters, ModelConfig, Tensor, Tensor, Tensor], None]
-    """:func:`finish_into`, or the same compiled."""
+    last: Callable[[Parameters, ModelConfig, Tensor, Tensor], None]
+    """:func:`finish_in_place`, or the same compiled."""
 
     def run_entry(self, inputs: Tensors) -> dict[str, Tensor]:
         """Embed and score the places of a padded batch."""
@@ -135,17 +134,19 @@ class TorchModel:
             "updated_states": self._layer(layer, states, places, context, inputs["key_lengths"])
         }
 
-    def run_project(self, layer: int, inputs: Tensors, outputs: Tensors) -> None:
-        """Project what a stage's attention needs."""
+    def run_project(self, inputs: Tensors, outputs: Tensors) -> None:
+        """Project what a stage's attention needs; the layer's parameters are inputs."""
         out = outputs["query"], outputs["key_value"]
         context = inputs.get("context_states")
-        project(self.layers[layer], self.config, inputs["hidden_states"], context, out)
+        project(inputs, self.config, inputs["hidden_states"], context, out)
 
-    def run_update(self, layer: int, inputs: Tensors, outputs: Tensors) -> None:
-        """Update the active rows by what attention mixed for them."""
-        states, mixed = inputs["hidden_states"], inputs["mixed_states"]
+    def run_update(self, inputs: Tensors, outputs: Tensors) -> None:
+        """Update the active rows by what attention mixed; the layer's parameters are inputs."""
+        parameters = {name: tensor for name, tensor in inputs.items() if "." in name}
         out = outputs["updated_states"]
-        self.last(self.layers[layer], self.config, states, mixed, out)
+        if out.data_ptr() != inputs["hidden_states"].data_ptr():
+            out.copy_(inputs["hidden_states"])
+        self.last(parameters, self.config, out, inputs["mixed_states"])
 
     def run_head(self, inputs: Tensors) -> dict[str, Tensor]:
         """Compute outputs from the last states of a padded batch."""
@@ -204,11 +205,8 @@ class TorchModel:
             assert mask is not None
             weight = mask[..., None].float()
             rows = (rows * weight).sum(dim=1) / weight.sum(dim=1)
-        if head.dense_tanh:
-            rows = torch.tanh(_linear(p, "head.dense", rows.to(self.dtype)).float())
-        if "head.projection.weight" in p:
-            rows = _linear(p, "head.projection", rows.to(self.dtype)).float()
-        return functional.normalize(rows, dim=-1, eps=1e-12) if head.normalize else rows
+        found: Tensor = outputs_of(rows, p, head)
+        return found
 
 
 def _norm(p: Parameters, name: str, states: Tensor, eps: float) -> Tensor:
@@ -216,9 +214,13 @@ def _norm(p: Parameters, name: str, states: Tensor, eps: float) -> Tensor:
     return functional.layer_norm(states, weight.shape, weight, bias, eps)
 
 
-def _feed_forward(p: Parameters, states: Tensor, *, relu: bool) -> Tensor:
+def _feed_forward(p: Parameters, states: Tensor, activation: Activation) -> Tensor:
     inner = _linear(p, "feed_forward.up", states)
-    inner = functional.relu(inner) if relu else functional.gelu(inner)
+    if activation == "relu":
+        inner = functional.relu(inner)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        inner = functional.gelu(inner, approximate=approximate)
     return _linear(p, "feed_forward.down", inner)
 
 
@@ -239,16 +241,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, n_heads: int, seen: Tenso
     """Return attention ``[batch, max_seqlen, d_model]``.
 
     Flash attention where the keys are the first ones of each sequence and the type is a half one
-    on a GPU; torch's own choice otherwise.
+    on a GPU, with heads of 8 or a multiple of that; torch's own choice otherwise.
     """
     batch, n_queries, d_model = query.shape
     n_keys = key.shape[1]
-    if query.is_cuda and query.dtype != torch.float32 and seen.ndim == 1:
+    head_dim = d_model // n_heads
+    is_half = query.dtype != torch.float32
+    if query.is_cuda and is_half and seen.ndim == 1 and head_dim % 8 == 0:
         starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
         mixed: Tensor = torch.ops.aten._flash_attention_forward(
-            query.reshape(-1, n_heads, d_model // n_heads),
-            key.reshape(-1, n_heads, d_model // n_heads),
-            value.reshape(-1, n_heads, d_model // n_heads),
+            query.reshape(-1, n_heads, head_dim),
+            key.reshape(-1, n_heads, head_dim),
+            value.reshape(-1, n_heads, head_dim),
             starts * n_queries,
             starts * n_keys,
             n_queries,
@@ -262,8 +266,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, n_heads: int, seen: Tenso
     if seen.ndim == 1:
         seen = torch.arange(n_keys, device=query.device) < seen[:, None]
     query, key, value = (
-        states.view(batch, -1, n_heads, d_model // n_heads).transpose(1, 2)
-        for states in (query, key, value)
+        states.view(batch, -1, n_heads, head_dim).transpose(1, 2) for states in (query, key, value)
     )
     mask = seen[:, None, None]
     return (
