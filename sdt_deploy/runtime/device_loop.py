@@ -47,7 +47,8 @@ from sdt_deploy.runtime.stopping import StopCheck
 
 UPDATE_ROWS = 4096
 """More rows than these, and than two thirds of a batch's places, are updated in two parts: what the
-feed-forward makes of them is the widest there is, and so the memory that a run takes."""
+feed-forward makes of them is the widest there is, and so the memory that a run takes. No part is
+larger than the very first one: an arena that has to grow keeps what it had besides."""
 MAX_FRAMES = 64
 """Buckets whose small buffers a session keeps, with their graphs; the least recently used ones go
 first."""
@@ -276,7 +277,8 @@ class DeviceLoop:
             inputs["context_states"] = self._padded(frame)
         if self._in_pieces:
             mixed = self._mixed(frame, layer, size, inputs)
-            self._update(layer, rows, mixed, max(UPDATE_ROWS, 2 * frame.bucket.n_tokens // 3))
+            at_most = 64 * (2 * frame.bucket.n_tokens // (3 * 64))
+            self._update(layer, rows, mixed, max(UPDATE_ROWS, at_most))
         else:
             names = "gather_index", "scatter_index"
             indices = self._backend.routing.stage_indices(frame.plan, layer, size)
@@ -313,9 +315,8 @@ class DeviceLoop:
         return query
 
     def _update(self, layer: int, rows: Any, mixed: Any, at_most: int) -> None:
-        """Update ``rows`` in place, in parts of equal size if there are more than ``at_most``."""
-        n_parts = -(-rows.shape[1] // at_most)
-        for parts in zip(rows.chunk(n_parts, 1), mixed.chunk(n_parts, 1), strict=True):
+        """Update ``rows`` in place, ``at_most`` at a time."""
+        for parts in zip(rows.split(at_most, 1), mixed.split(at_most, 1), strict=True):
             inputs = dict(zip(("hidden_states", "mixed_states"), parts, strict=True))
             self._piece(UPDATE, layer, inputs, {"updated_states": parts[0]})
 
