@@ -131,7 +131,8 @@ def test_public_names() -> None:
 
 
 def test_every_module_imports() -> None:
-    kernels = {f"sdt_deploy.runtime.triton_{name}" for name in ("attention", "entry", "routing")}
+    names = "attention", "entry", "pooling", "routing"
+    kernels = {f"sdt_deploy.runtime.triton_{name}" for name in names}
     absent = set() if find_spec("triton") else kernels
     for module in pkgutil.walk_packages([str(ROOT)], "sdt_deploy."):
         if module.name not in absent:

@@ -19,20 +19,21 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
 
 from sdt_deploy.buckets import longest_sequence
-from sdt_deploy.bundle import PROJECT, UPDATE, Bundle
+from sdt_deploy.bundle import PROJECT, Bundle
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame, Workspace
-from sdt_deploy.runtime.device_entry import DeviceEntry, Parameters
+from sdt_deploy.runtime.device_entry import DeviceEntry
 from sdt_deploy.runtime.device_head import DeviceHead, pools_itself
+from sdt_deploy.runtime.device_pieces import StagePieces
 from sdt_deploy.runtime.graph_cache import GraphCache, Observer
 from sdt_deploy.runtime.ladders import (
     Bucket,
@@ -45,10 +46,6 @@ from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
 from sdt_deploy.runtime.routing import depths_from_scores
 from sdt_deploy.runtime.stopping import StopCheck
 
-UPDATE_ROWS = 4096
-"""More rows than these, and than two thirds of a batch's places, are updated in two parts: what the
-feed-forward makes of them is the widest there is, and so the memory that a run takes. No part is
-larger than the very first one: an arena that has to grow keeps what it had besides."""
 MAX_FRAMES = 64
 """Buckets whose small buffers a session keeps, with their graphs; the least recently used ones go
 first."""
@@ -71,27 +68,21 @@ class DeviceLoop:
         self._backend = backend
         self._torch = backend.torch
         self._max_seqlen = longest_sequence(backend.profiles, manifest.model.max_positions)
-        self._in_pieces = manifest.in_pieces and backend.has(PROJECT)
+        self._pieces: StagePieces | None = None
         self._entry: DeviceEntry | None = None
         self._own_head: DeviceHead | None = None
-        self._weights: Sequence[Parameters] = ()
-        """Of each layer, for the pieces and what attends between them."""
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
         self._frames: OrderedDict[Bucket, Frame] = OrderedDict()
         self._space: Workspace | None = None
         names = ["entry", *(spec.name for spec in manifest.stages), "head"]
-        if self._in_pieces:
-            names = [PROJECT, UPDATE, "head"]
+        if manifest.in_pieces and backend.has(PROJECT):
+            names = ["head"]
+            self._pieces = StagePieces(bundle, backend)
             self._entry = backend.entry(backend.parameters(bundle, "entry"), manifest.model)
-            self._weights = backend.layers(bundle)
-            self._parameters = {
-                name: [t.name for t in manifest.graphs[name].inputs if t.is_parameter]
-                for name in (PROJECT, UPDATE)
-            }
             if pools_itself(manifest.model):
+                names = []
                 self._own_head = backend.head(backend.parameters(bundle, "head"), manifest.model)
-                names.remove("head")
         for name in names:  # baselines open when they are first used
             backend.graph(name)
 
@@ -135,7 +126,7 @@ class DeviceLoop:
             if path == "sparse":
                 self._reserve(bucket.n_tokens)
                 if is_one_piece(bucket):
-                    self._graphs.launch(("sparse", bucket), partial(self._all_stages, frame))
+                    self._launch_all(frame)
                     stage_rows = (bucket.n_tokens,) * len(self._layers)
                 else:
                     whole = None
@@ -144,7 +135,7 @@ class DeviceLoop:
                     active, stage_rows = self._run_stages(frame, whole, check)
                     usage = LayerUsage.from_active(batch.n_tokens, active)
             else:
-                self._graphs.launch((path, bucket), partial(self._whole, frame, path))
+                self._launch_whole(frame, path)
             frame.result.fetch()
             input_ids, cu_seqlens = batch.input_ids.copy(), batch.cu_seqlens.copy()
             self._backend.wait()
@@ -188,17 +179,16 @@ class DeviceLoop:
             self._reserve(bucket.n_tokens)
             frame.clear()  # indices and lengths that any size may be captured with
             if self._backend.has("masked"):
-                self._graphs.launch(("masked", bucket), partial(self._whole, frame, "masked"))
+                self._launch_whole(frame, "masked")
             if is_one_piece(bucket):
-                self._graphs.launch(("sparse", bucket), partial(self._all_stages, frame))
+                self._launch_all(frame)
                 self._backend.wait()
                 return
-            self._graphs.launch(("entry", bucket), partial(self._enter, frame))
+            self._launch_part("entry", frame, self._enter)
             for number, layer in enumerate(self._layers):
                 for size in likely_buckets(bucket, active_shares[layer]):
-                    key = ("stage", number, bucket, size)
-                    self._graphs.launch(key, partial(self._stage, frame, number, size))
-            self._graphs.launch(("head", bucket), partial(self._head, frame))
+                    self._launch_stage(frame, number, size)
+            self._launch_part("head", frame, self._head)
             self._backend.wait()
 
     def observe(self, observer: Observer | None) -> None:
@@ -211,7 +201,7 @@ class DeviceLoop:
         with self._lock:
             self._graphs.clear()
             self._frames.clear()
-            self._space, self._entry, self._own_head, self._weights = None, None, None, ()
+            self._space, self._pieces, self._entry, self._own_head = None, None, None, None
 
     def _run_stages(
         self, frame: Frame, whole: Bucket | None, check: StopCheck | None
@@ -220,8 +210,8 @@ class DeviceLoop:
 
         ``whole``: the bucket of the first stage, if every token is active there.
         """
-        launch, bucket = self._graphs.launch, frame.bucket
-        launch(("entry", bucket), partial(self._enter, frame))
+        bucket = frame.bucket
+        self._launch_part("entry", frame, self._enter)
         frame.counts.fetch()
         counted = self._backend.mark()
         processed = []
@@ -229,7 +219,7 @@ class DeviceLoop:
         def run(number: int, size: Bucket) -> None:
             if check is not None:
                 check()
-            launch(("stage", number, bucket, size), partial(self._stage, frame, number, size))
+            self._launch_stage(frame, number, size)
             processed.append(size.n_tokens)
 
         first = 0
@@ -243,8 +233,30 @@ class DeviceLoop:
             if not n_active:
                 break
             run(number, stage_bucket(n_active, longest, bucket))
-        launch(("head", bucket), partial(self._head, frame))
+        self._launch_part("head", frame, self._head)
         return counts[0].tolist(), tuple(processed)
+
+    def _launch_part(self, name: str, frame: Frame, part: Callable[[Frame], None]) -> None:
+        """Launch what may as well run twice."""
+        work = partial(part, frame)
+        self._graphs.launch((name, frame.bucket), work, settle=work)
+
+    def _launch_whole(self, frame: Frame, path: PathName) -> None:
+        self._launch_part(path, frame, partial(self._whole, path=path))
+
+    def _launch_stage(self, frame: Frame, number: int, size: Bucket) -> None:
+        work, settle = (partial(f, frame, number, size) for f in (self._stage, self._settle))
+        self._graphs.launch(("stage", number, frame.bucket, size), work, settle=settle)
+
+    def _launch_all(self, frame: Frame) -> None:
+        settle = partial(self._settle, frame, 0, frame.bucket)  # stages are alike
+        key = "sparse", frame.bucket
+        self._graphs.launch(key, partial(self._all_stages, frame), settle=settle)
+
+    def _settle(self, frame: Frame, number: int, size: Bucket) -> None:
+        if self._pieces is not None:
+            inputs = self._inputs(frame, self._workspace.rows[0][None, : size.n_tokens])
+            self._pieces.settle(self._workspace, frame, self._layers[number], inputs)
 
     def _all_stages(self, frame: Frame) -> None:
         """Run everything with all rows of the bucket; nothing has to be known."""
@@ -267,65 +279,26 @@ class DeviceLoop:
         routing.take_rows(frame.plan, states, self._workspace.rows[0][: len(states)])
 
     def _stage(self, frame: Frame, number: int, size: Bucket) -> None:
-        layer, sees_all = self._layers[number], self._config.context == "all"
-        buffers = self._workspace.rows
+        layer, buffers = self._layers[number], self._workspace.rows
         rows, updated = (
             buffers[turn % len(buffers)][None, : size.n_tokens] for turn in (number, number + 1)
         )
-        inputs = {"hidden_states": rows}
-        if sees_all:
-            inputs["context_states"] = self._padded(frame)
-        if self._in_pieces:
-            mixed = self._mixed(frame, layer, size, inputs)
-            at_most = 64 * (2 * frame.bucket.n_tokens // (3 * 64))
-            self._update(layer, rows, mixed, max(UPDATE_ROWS, at_most))
+        inputs, key_lengths = self._inputs(frame, rows), self._key_lengths(frame, layer)
+        if self._pieces is not None:
+            self._pieces.run(self._workspace, frame, layer, size, inputs, key_lengths)
         else:
             names = "gather_index", "scatter_index"
             indices = self._backend.routing.stage_indices(frame.plan, layer, size)
             inputs |= dict(zip(names, indices, strict=True))
-            inputs["key_lengths"] = self._key_lengths(frame, layer)
+            inputs["key_lengths"] = key_lengths
             self._call(f"stage-{number:02d}", inputs, {"updated_states": updated})
-        states = self._states(frame)
-        self._backend.routing.put_rows(frame.plan, updated[0], layer, states, finished=not sees_all)
+        states, finished = self._states(frame), self._config.context != "all"
+        self._backend.routing.put_rows(frame.plan, updated[0], layer, states, finished=finished)
 
-    def _mixed(self, frame: Frame, layer: int, size: Bucket, inputs: dict[str, Any]) -> Any:
-        """Return what the active rows attend to, ``[1, n_tokens, d_model]``."""
-        space, d_model = self._workspace, self._config.d_model
-        rows = inputs["hidden_states"]
-        seen = inputs.get("context_states", rows)
-        query = space.query[None, : size.n_tokens]
-        n_seen = seen.shape[0] * seen.shape[1]
-        both = space.key_value[:n_seen]
-        self._piece(
-            PROJECT, layer, inputs, {"query": query, "key_value": both.view(*seen.shape[:2], -1)}
-        )
-        self._backend.attention(
-            query[0],
-            both[:, :d_model],
-            both[:, d_model:],
-            query[0],
-            query_bias=self._weights[layer]["query.bias"],
-            n_heads=self._config.n_heads,
-            grid=frame.plan.grid,
-            query_lengths=frame.plan.active_lengths[layer],
-            key_lengths=self._key_lengths(frame, layer),
-            longest=size.max_seqlen,
-            key_places=seen.shape[1] if seen is not rows else None,
-        )
-        return query
-
-    def _update(self, layer: int, rows: Any, mixed: Any, at_most: int) -> None:
-        """Update ``rows`` in place, ``at_most`` at a time."""
-        for parts in zip(rows.split(at_most, 1), mixed.split(at_most, 1), strict=True):
-            inputs = dict(zip(("hidden_states", "mixed_states"), parts, strict=True))
-            self._piece(UPDATE, layer, inputs, {"updated_states": parts[0]})
-
-    def _piece(
-        self, name: str, layer: int, inputs: dict[str, Any], outputs: dict[str, Any]
-    ) -> None:
-        weights = self._weights[layer]
-        given = {parameter: weights[parameter] for parameter in self._parameters[name]}
-        self._call(name, {**inputs, **given}, outputs)
+    def _inputs(self, frame: Frame, rows: Any) -> dict[str, Any]:
+        if self._config.context == "all":
+            return {"hidden_states": rows, "context_states": self._padded(frame)}
+        return {"hidden_states": rows}
 
     def _key_lengths(self, frame: Frame, layer: int) -> Any:
         if self._config.context == "all":
@@ -342,7 +315,7 @@ class DeviceLoop:
             inputs["attention_mask"] = frame.sent.there["attention_mask"]
         self._call("head", inputs, {"output": output})
 
-    def _whole(self, frame: Frame, path: PathName) -> None:
+    def _whole(self, frame: Frame, *, path: PathName) -> None:
         inputs = {**frame.ids, "attention_mask": frame.sent.there["attention_mask"]}
         outputs = {"output": frame.result.there["output"]}
         if path != "dense":
@@ -369,8 +342,9 @@ class DeviceLoop:
             return
         self._graphs.clear()  # they name addresses that are about to go
         self._space = None
+        in_pieces = self._pieces is not None
         self._space = Workspace(
-            self._backend, n_places, self._config.d_model, self._dtype, in_pieces=self._in_pieces
+            self._backend, n_places, self._config.d_model, self._dtype, in_pieces=in_pieces
         )
 
     def _call(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:

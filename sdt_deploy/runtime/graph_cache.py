@@ -35,25 +35,31 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def launch(self, key: Hashable, work: Work) -> None:
+    def launch(self, key: Hashable, work: Work, settle: Work | None = None) -> None:
         """Enqueue ``work`` on the current stream, which must not be the default one.
 
         The first time it runs as it is, and is captured afterwards: engines allocate, choose and
         compile on a first run, which no capture may contain. ``work`` must use the same addresses
         each time, apart from memory that it allocates.
+
+        ``settle`` calls the same engines with the same sizes, and runs before all that: an arena
+        that grew in its first run lies otherwise in the second, and may grow once more.
         """
         with nullcontext() if self.observer is None else self.observer(key):
-            self._launch(key, work)
+            self._launch(key, work, settle)
 
-    def _launch(self, key: Hashable, work: Work) -> None:
+    def _launch(self, key: Hashable, work: Work, settle: Work | None) -> None:
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
             graph.replay()
             return
-        work()
         if not self._enabled:
+            work()
             return
+        if settle is not None:
+            settle()
+        work()
         if not self._graphs:  # a pool dies with its last graph
             self._pool = self._torch.cuda.graph_pool_handle()
         graph = self._torch.cuda.CUDAGraph()

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from unittest import mock
 
@@ -22,9 +22,9 @@ from sdt_deploy.errors import BackendError, ConfigError, RunCancelledError
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.probe import quantiles
 from sdt_deploy.model.transformer import SparseDepthTransformer
-from sdt_deploy.runtime import device_loop
+from sdt_deploy.runtime import device_loop, device_pieces
 from sdt_deploy.runtime.device_plan import NO_ROW, DevicePlan, TorchRouting
-from sdt_deploy.runtime.graph_cache import GraphCache
+from sdt_deploy.runtime.graph_cache import GraphCache, Work
 from sdt_deploy.runtime.ladders import Bucket, is_one_piece, stage_bucket
 from sdt_deploy.runtime.routing import depths_from_scores, plan_route
 from sdt_deploy.runtime.session import Session
@@ -66,12 +66,34 @@ def test_many_rows_are_updated_in_two_parts(name: str) -> None:
     batch = random_batch(model.config, [29, 25, 32, 30], 0)
     n_places = 128  # 116 tokens; layers take 116 and 23 of them
     thresholds = (0.0, *quantile_thresholds(model, batch, [0.8] * (model.config.n_layers - 1)))
-    with mock.patch.object(device_loop, "UPDATE_ROWS", 8), Session(bundle, backend) as session:
+    with mock.patch.object(device_pieces, "UPDATE_ROWS", 8), Session(bundle, backend) as session:
         result = assert_parity(session, model, batch, thresholds)
     rows = [call.n_rows for call in backend.calls]
     assert sum(rows) == sum(result.stage_rows)
     assert max(rows) <= 2 * n_places // 3 < result.stage_rows[0]
     assert len(rows) == 1 + len(result.stage_rows)
+
+
+@given(drawn=model_configs(), lengths=lengths_lists, seed=seeds)
+@settings(max_examples=30, deadline=None)
+def test_what_settles_arenas_changes_nothing(
+    drawn: tuple[ModelConfig, ExportConfig], lengths: list[int], seed: int
+) -> None:
+    """On a GPU it runs before the first run of every piece."""
+    config, _ = drawn
+    model = random_model(config, seed % 10_000)
+    bundle = memory_bundle(model, FUSED)
+    backend = OracleDeviceBackend(bundle, model)
+
+    def launch(self: GraphCache, key: Hashable, work: Work, settle: Work | None = None) -> None:
+        assert settle is not None
+        settle()
+        work()
+
+    with mock.patch.object(GraphCache, "launch", launch), Session(bundle, backend) as session:
+        batch = random_batch(config, lengths, seed)
+        for path in ("sparse", "masked", "dense"):
+            assert_parity(session, model, batch, None, path)
 
 
 def test_a_run_of_dense_alone_reserves_no_states() -> None:
@@ -244,7 +266,10 @@ def test_a_warm_session_captures_nothing() -> None:
     assert loop is not None
     launched: list[object] = []
     launch = loop._graphs.launch
-    loop._graphs.launch = lambda key, work: (launched.append(key), launch(key, work))  # type: ignore[assignment,func-returns-value]
+    loop._graphs.launch = lambda key, work, **rest: (
+        launched.append(key),
+        launch(key, work, **rest),
+    )  # type: ignore[assignment,func-returns-value]
     session.warmup([[40] * 24])
     assert session.statistics().n_tokens == 0
     warm = set(launched)
