@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+from sdt_deploy.errors import BackendError
 
 MAX_GRAPHS = 1024
 """Captured graphs that a session keeps; the least recently used ones go first."""
 Work = Callable[[], None]
 Observer = Callable[[Hashable], AbstractContextManager[None]]
 """Gives a context around the launch of a piece, named by its key."""
+
+
+SETTLING_RUNS = 3
+MAX_TRIES = 3
+"""Captures of a piece that may fail before it is run without a graph."""
+
+
+class UncapturedWarning(UserWarning):
+    """A piece of a batch runs without a CUDA graph."""
 
 
 class GraphCache:
@@ -31,6 +43,7 @@ class GraphCache:
         self.observer: Observer | None = None
         self._pool: Any = None
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self._failures: Counter[Hashable] = Counter()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -42,8 +55,13 @@ class GraphCache:
         compile on a first run, which no capture may contain. ``work`` must use the same addresses
         each time, apart from memory that it allocates.
 
-        ``settle`` calls the same engines with the same sizes, and runs before all that: an arena
-        that grew in its first run lies otherwise in the second, and may grow once more.
+        ``settle`` calls the same engines with the same sizes, and runs before all that, some times:
+        an arena that grew in one run lies otherwise in the next, and may grow once more. Where an
+        engine fails in the capture all the same, there is no graph: ``work`` runs as it is, and the
+        next launch tries again, :data:`MAX_TRIES` times in all.
+
+        Warns:
+            UncapturedWarning: when the last try has failed.
         """
         with nullcontext() if self.observer is None else self.observer(key):
             self._launch(key, work, settle)
@@ -54,11 +72,12 @@ class GraphCache:
             self._graphs.move_to_end(key)
             graph.replay()
             return
-        if not self._enabled:
+        if not self._enabled or self._failures[key] >= MAX_TRIES:
             work()
             return
         if settle is not None:
-            settle()
+            for _ in range(SETTLING_RUNS):
+                settle()
         work()
         if not self._graphs:  # a pool dies with its last graph
             self._pool = self._torch.cuda.graph_pool_handle()
@@ -67,10 +86,20 @@ class GraphCache:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             work()
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(Exception):  # it fails as well, and says less
                 graph.capture_end()
-            raise
+            if not isinstance(error, BackendError):
+                raise
+            self._failures[key] += 1
+            if self._failures[key] == MAX_TRIES:
+                warnings.warn(
+                    f"{key} runs without a CUDA graph, and slower: an engine does what no capture "
+                    f"may contain ({error})",
+                    UncapturedWarning,
+                    stacklevel=2,
+                )
+            return
         graph.capture_end()
         self._graphs[key] = graph
         if len(self._graphs) > self._max_graphs:
@@ -84,3 +113,4 @@ class GraphCache:
     def clear(self) -> None:
         """Free all graphs, and with them their scratch memory."""
         self._graphs.clear()
+        self._failures.clear()

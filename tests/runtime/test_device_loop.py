@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -24,7 +26,13 @@ from sdt_deploy.model.probe import quantiles
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime import device_loop, device_pieces
 from sdt_deploy.runtime.device_plan import NO_ROW, DevicePlan, TorchRouting
-from sdt_deploy.runtime.graph_cache import GraphCache, Work
+from sdt_deploy.runtime.graph_cache import (
+    MAX_TRIES,
+    SETTLING_RUNS,
+    GraphCache,
+    UncapturedWarning,
+    Work,
+)
 from sdt_deploy.runtime.ladders import Bucket, is_one_piece, stage_bucket
 from sdt_deploy.runtime.routing import depths_from_scores, plan_route
 from sdt_deploy.runtime.session import Session
@@ -354,6 +362,43 @@ def test_graphs_are_captured_once_and_the_oldest_goes() -> None:
     graphs.clear()
     graphs.launch("a", _logs(fake, "a"))
     assert fake.log[-1] == "a"
+
+
+@pytest.mark.parametrize("n_failures", [1, MAX_TRIES])
+def test_an_engine_that_cannot_be_captured_runs_as_it_is(n_failures: int) -> None:
+    """Its arena may grow while it is captured, which CUDA refuses; the answer is there already."""
+    fake = _FakeTorch()
+    graphs = GraphCache(fake, enabled=True)
+    failures = iter([True] * n_failures)
+    captured = []
+
+    class Graph(fake.CUDAGraph):  # type: ignore[misc,name-defined]
+        def capture_begin(self, **options: Any) -> None:
+            super().capture_begin(**options)
+            captured.append(self)
+
+    fake.CUDAGraph = Graph
+
+    def work() -> None:
+        fake.log.append("work")
+        tried = len(captured) > n_ended
+        if tried and next(failures, False):
+            raise BackendError("no memory while capturing")
+
+    warned = []
+    for turn in range(n_failures + 2):
+        n_ended = len(captured)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            graphs.launch("a", work, settle=_logs(fake, "settle"))
+        warned += [(turn, each.category) for each in found]
+        first = ["settle"] * SETTLING_RUNS + ["work"]
+        if turn > n_failures or (turn == n_failures == MAX_TRIES):
+            first = ["work"] if n_failures == MAX_TRIES else ["replayed work"]
+        assert fake.log == first
+        fake.log.clear()
+    assert len(graphs) == (n_failures < MAX_TRIES)
+    assert warned == [(MAX_TRIES - 1, UncapturedWarning)] * (n_failures == MAX_TRIES)
 
 
 def test_a_capture_that_fails_leaves_no_graph() -> None:
