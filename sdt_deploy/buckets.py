@@ -143,6 +143,22 @@ def plan_profiles(
     return tuple(profiles)
 
 
+def planned_for(profiles: Sequence[OptimizationProfile]) -> BatchLimits:
+    """Return the smallest limits that :func:`plan_profiles` makes ``profiles`` of.
+
+    It makes others of them if bands or ``opt`` came from recorded lengths.
+    """
+    longest = max(profile.max_seqlen.max for profile in profiles)
+    padded = max(longest, *(each.batch.max * each.max_seqlen.max for each in profiles))
+    tokens = max(longest, *(each.n_tokens.max for each in profiles))
+    return BatchLimits(
+        max_seqlen=longest,
+        max_batch=max(profile.batch.max for profile in profiles),
+        max_padded_tokens=padded,
+        max_tokens=None if tokens == padded else tokens,
+    )
+
+
 def _band_edges(max_seqlen: int, lengths: Sequence[int] | None) -> list[int]:
     """Return the longest sequence of each band, rising, the last being ``max_seqlen``."""
     if lengths is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from sdt_deploy.buckets import OptimizationProfile
+from sdt_deploy.buckets import BatchLimits, OptimizationProfile, plan_profiles, planned_for
 from sdt_deploy.config import EngineFlavour, check_choice, is_integer, is_number, shown
 from sdt_deploy.errors import BundleIntegrityError, ConfigError
 from sdt_deploy.files import read_bytes
@@ -115,6 +116,15 @@ class EngineSet:
         """Flavour and GPUs; a bundle holds one set of each name."""
         return f"{self.flavour} for {', '.join(self.compute_capabilities)}"
 
+    def differences(self, other: EngineSet) -> Iterator[tuple[str, str, str]]:
+        """Yield each setting that another set of this name has otherwise, with both values."""
+        for name in ("version", "attention", "workspace_mb"):
+            own, others = getattr(self, name), getattr(other, name)
+            if own != others:
+                yield name, str(own), str(others)
+        if self.profiles != other.profiles:
+            yield "profiles", _shown(self.profiles), _shown(other.profiles)
+
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Rebuild a set from JSON.
@@ -138,6 +148,53 @@ class EngineSet:
             if spec.graph != name:
                 raise ConfigError(f"the engine of {name} says that it is of {shown(spec.graph)}")
         return cls(**values)
+
+
+def _shown(profiles: Sequence[OptimizationProfile]) -> str:
+    """Say what batches profiles take: the smallest, best and largest size of each axis."""
+    return ", ".join(
+        " × ".join(f"{name} {axis.min}–{axis.opt}–{axis.max}" for name, axis in vars(each).items())
+        for each in profiles
+    )
+
+
+def build_command(
+    bundle: Path,
+    engines: EngineSet,
+    graphs: Sequence[str] = (),
+    *,
+    limits: BatchLimits | None = None,
+    lengths: Path | None = None,
+    further: Sequence[str] = (),
+) -> str:
+    """Return the command that builds a set, or some engines of it, with the settings it has.
+
+    Args:
+        bundle: where it is.
+        engines: the set.
+        graphs: names of graphs; none: all.
+        limits: what its profiles were planned for; None: they are found out.
+        lengths: recorded lengths that they were planned for. They cannot be found out: the command
+            then names ``FILE``.
+        further: options that are no settings of a set.
+    """
+    if limits is None:
+        limits = planned_for(engines.profiles)
+        lengths = None if plan_profiles(limits) == engines.profiles else Path("FILE")
+    words = ["sdt-deploy", "build-engine", str(bundle), "--target", engines.flavour]
+    for capability in engines.compute_capabilities:
+        words += ["--compute-capability", capability]
+    values = {each.name: getattr(limits, each.name) for each in fields(limits)}
+    values |= {"workspace_mb": engines.workspace_mb, "lengths": lengths}
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if engines.attention == "packed":
+        words += ["--attention", "packed"]
+    words += further
+    for graph in graphs:
+        words += ["--graph", graph]
+    return shlex.join(words)
 
 
 def _checked(cls: type, data: Any) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from sdt_deploy.buckets import (
     longest_sequence,
     max_sequences,
     plan_profiles,
+    planned_for,
 )
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.errors import ConfigError
@@ -133,6 +134,17 @@ def test_every_bucket_of_such_a_batch_has_a_profile(
                 for each in graph.inputs
             }
             assert fitting_profile(planned, shapes) is not None, (graph.name, shapes)
+
+
+@given(limits_and_lengths())
+def test_limits_are_found_out_from_profiles(
+    given_limits: tuple[BatchLimits, list[int] | None],
+) -> None:
+    limits, lengths = given_limits
+    profiles = plan_profiles(limits)
+    assert plan_profiles(planned_for(profiles)) == profiles
+    banded = plan_profiles(limits, lengths)
+    assert plan_profiles(planned_for(banded), lengths) == banded
 
 
 def test_independent_maxima_do_not_multiply() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from sdt_deploy.buckets import BatchLimits, input_shapes
 from sdt_deploy.bundle import PROJECT, UPDATE, WEIGHTS, Bundle, GraphSpec, Manifest
 from sdt_deploy.config import BuildConfig, shown
 from sdt_deploy.costs import active_shares
-from sdt_deploy.engines import EngineSet
+from sdt_deploy.engines import EngineSet, build_command
 from sdt_deploy.errors import BundleFormatError, ConfigError
 from sdt_deploy.exporters.engine_process import EngineJob
 from sdt_deploy.files import sha256
@@ -236,19 +234,11 @@ def command_line(
     bundle: Path, config: BuildConfig, limits: BatchLimits, engines: EngineSet, graph: str
 ) -> str:
     """Return the command that builds just one engine of a set."""
-    words = ["sdt-deploy", "build-engine", str(bundle), "--target", config.flavour]
-    for capability in engines.compute_capabilities:
-        words += ["--compute-capability", capability]
-    for field in dataclasses.fields(limits):
-        value = getattr(limits, field.name)
-        if value is not None:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
-    for name in ("workspace_mb", "lengths", "timing_cache"):
-        value = getattr(config, name)
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    if config.attention != "padded":
-        words += ["--attention", config.attention]
+    further = []
+    if config.timing_cache is not None:
+        further += ["--timing-cache", str(config.timing_cache)]
     if config.pin_timing_cache:
-        words.append("--pin-timing-cache")
-    return shlex.join([*words, "--graph", graph])
+        further.append("--pin-timing-cache")
+    return build_command(
+        bundle, engines, (graph,), limits=limits, lengths=config.lengths, further=further
+    )

@@ -19,10 +19,10 @@ from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import ENGINES, EngineSet, EngineSpec
 from sdt_deploy.errors import (
     BuildError,
-    ConfigError,
     OutputError,
 )
 from sdt_deploy.exporters.engine_cache import EngineCache
+from sdt_deploy.exporters.engine_checks import check_library, check_model, check_others_stay
 from sdt_deploy.exporters.engine_plan import (
     command_line,
     pinned_times,
@@ -81,40 +81,17 @@ def build_engines(
         BuildError: if the library could not build some graphs; it names them and says why.
         BackendError: if the library is too old, or its process ended.
         MissingExtraError: if the library is not installed.
-        ConfigError: if the config does not fit the bundle, the library or this machine.
+        ConfigError: if the config does not fit the bundle, the engines that it has, the library or
+            this machine.
         OutputError: if another build runs on the bundle, or a file cannot be written.
     """
     chosen = trt.flavour(config.flavour)
     manifest = bundle.manifest
     limits = limits or BatchLimits(max_seqlen=manifest.model.max_positions)
-    if limits.max_seqlen > manifest.model.max_positions:
-        raise ConfigError(
-            f"max_seqlen = {limits.max_seqlen} exceeds the model's {manifest.model.max_positions} "
-            "positions"
-        )
-    if manifest.model.causal:
-        raise ConfigError("engines run on GPUs, where causal attention is not supported")
-    if not manifest.model.scored_once:
-        raise ConfigError(
-            "engines run on GPUs, which route by thresholds on one score, and this model has "
-            f"routing {manifest.model.routing!r} and selection {manifest.model.selection!r}"
-        )
+    check_model(manifest, limits)
     version = trt.checked_version(chosen)
+    check_library(manifest, config, chosen, version)
     features = trt.features(chosen, version)
-    if manifest.export.precision not in features.precisions:
-        raise ConfigError(
-            f"{chosen.name} {version} does not build {manifest.export.precision}; it builds "
-            f"{', '.join(features.precisions)}. Export again with --precision"
-        )
-    if manifest.export.quantization != "none":
-        raise ConfigError(
-            f"{manifest.export.quantization} graphs are for ONNX Runtime on CPUs; export without "
-            "--quantize to build engines"
-        )
-    if config.timing_cache is not None and not features.timing_cache:
-        raise ConfigError(f"{chosen.name} {version} has no timing cache; leave --timing-cache out")
-    if config.pin_timing_cache and features.legacy:
-        raise ConfigError(f"{chosen.name} {version} cannot pin times; leave --pin-timing-cache out")
     targets = target_gpus(config, chosen)
     new = EngineSet(
         flavour=chosen.name,
@@ -128,8 +105,9 @@ def build_engines(
     if features.legacy or new.attention != "decomposed":
         require("onnx", extra=chosen.name, purpose="Rewriting graphs for this engine builder")
     jobs = plan_jobs(bundle, new, config.graphs, pinned=pinned_times(config))
+    old = next((each for each in manifest.engines if each.name == new.name), None)
+    check_others_stay(bundle.path, old, new, config.graphs)
     with exclusive(bundle.path), _workplace(bundle.path) as directory:
-        old = next((each for each in manifest.engines if each.name == new.name), None)
         specs: dict[str, EngineSpec] = {}
         sources: dict[str, str] = {}
         missing = []

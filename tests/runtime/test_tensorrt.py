@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -294,7 +295,10 @@ def test_refusals(open_fake: Open, monkeypatch: pytest.MonkeyPatch) -> None:
                 Session.open(at, backend="tensorrt")
 
     refused("has no tensorrt engines; build them: sdt-deploy", at=found.bundle)
-    refused("were built with tensorrt 11.4.0.106, which 11.5.0", installed_version="11.5.0")
+    refused(
+        r"were built with tensorrt 11.4.0.106, which 11.5.0, .* again: .* --max-seqlen 20 ",
+        installed_version="11.5.0",
+    )
     refused("8.5.3 is too old: 8.6 or newer", installed_version="8.5.3")
     refused("need a GPU: no NVIDIA driver", driver=Driver(problem="no NVIDIA driver"))
     ada = Driver(gpus=(Gpu(name="RTX 4090", compute_capability="8.9"),))
@@ -350,7 +354,11 @@ def test_a_missing_engine_names_the_command(open_fake: Open) -> None:
     write_manifest(session.bundle.path, dataclasses.replace(session.manifest, engines=(partial,)))
     bundle = Bundle.open(session.bundle.path)
     opened = Session(bundle, AlignedBackend(bundle, "tensorrt", device="cpu"))
-    with pytest.raises(BackendError, match="--target tensorrt --graph dense"):
+    command = (
+        f"build it: sdt-deploy build-engine {bundle.path} --target tensorrt --compute-capability "
+        "9.0 --max-seqlen 20 --max-batch 2 --max-padded-tokens 40 --lengths FILE --graph dense"
+    )
+    with pytest.raises(BackendError, match=re.escape(command)):
         opened.run([[1, 2]], path="dense")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sdt_deploy import trt
 from sdt_deploy.buckets import Shapes, fitting_profile
 from sdt_deploy.bundle import Bundle, GraphSpec
-from sdt_deploy.engines import EngineSet, read_engine
+from sdt_deploy.engines import EngineSet, build_command, read_engine
 from sdt_deploy.errors import BackendError
 from sdt_deploy.gpu import driver
 from sdt_deploy.runtime.backend import Array, Call, Graph
@@ -133,8 +133,8 @@ class TensorRtBackend(DeviceMemory):
                 if spec is None:
                     raise BackendError(
                         f"{self._bundle.path} has no engine of {name} among its engines "
-                        f"{self._engines.name}; build it: sdt-deploy build-engine "
-                        f"{self._bundle.path} --target {self.name} --graph {name}"
+                        f"{self._engines.name}; build it: "
+                        f"{build_command(self._bundle.path, self._engines, (name,))}"
                     )
                 content = read_engine(self._bundle.path, spec)
                 engine = self._runtime.deserialize_cuda_engine(content)
@@ -197,5 +197,6 @@ def find_engines(bundle: Bundle, flavour: trt.Flavour) -> EngineSet:
             return engines
     raise BackendError(
         f"the engines of {bundle.path} were built with {flavour.name} {fitting[0].version}, which "
-        f"{version}, installed here, does not read: build them again: {build}"
+        f"{version}, installed here, does not read: build them again: "
+        f"{build_command(bundle.path, fitting[0])}"
     )

@@ -1,0 +1,80 @@
+"""A set of engines has the same settings throughout: builds of some graphs of it keep to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+import pytest
+
+from sdt_deploy.buckets import BatchLimits, plan_profiles
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.config import BuildConfig
+from sdt_deploy.engines import EngineSet, build_command
+from sdt_deploy.errors import ConfigError
+from sdt_deploy.exporters.engine_checks import check_others_stay
+from sdt_deploy.exporters.tensorrt import build_engines
+from tests.exporters.building import ADA, files_of, reopened
+from tests.test_cli import call
+
+LIMITS = BatchLimits(max_seqlen=24, max_batch=9, max_padded_tokens=200)
+
+
+def only(*graphs: str, **changes: Any) -> BuildConfig:
+    return dataclasses.replace(ADA, graphs=graphs, **changes)
+
+
+def test_one_graph_with_other_settings_is_refused(bundle: Bundle) -> None:
+    build_engines(bundle, only("entry", "head"), LIMITS)
+    before = files_of(bundle)
+    for config, limits, setting in (
+        (only("head"), None, "profiles is n_tokens 1–48–192 × batch 1–4–8 × max_seqlen 1–12–24, "),
+        (only("head", workspace_mb=64), LIMITS, "workspace_mb is None, not 64"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            build_engines(Bundle.open(bundle.path), config, limits)
+        assert setting in str(error.value)
+        assert "Leave --graph out" in str(error.value)
+        assert files_of(bundle) == before
+    # The command that it names builds with the settings of the others.
+    command = shlex.split(str(error.value).rpartition(": ")[2])
+    assert command[0] == "sdt-deploy"
+    call(*command[1:], "--no-cache", "--quiet")
+    assert files_of(bundle) == before
+
+
+def test_one_graph_with_the_same_settings_joins_the_others(bundle: Bundle) -> None:
+    build_engines(bundle, only("entry"), LIMITS)
+    build_engines(Bundle.open(bundle.path), only("head"), LIMITS)
+    assert list(reopened(bundle).engines) == ["entry", "head"]
+
+
+def test_all_graphs_that_there_are_may_get_other_settings(bundle: Bundle) -> None:
+    build_engines(bundle, only("head"), LIMITS)
+    build_engines(Bundle.open(bundle.path), only("head", "entry", workspace_mb=64), LIMITS)
+    assert reopened(bundle).workspace_mb == 64
+    assert list(reopened(bundle).engines) == ["head", "entry"]
+
+
+def test_every_setting_is_compared(bundle: Bundle) -> None:
+    build_engines(bundle, only("entry"), LIMITS)
+    old = reopened(bundle)
+    other: dict[str, tuple[Any, str]] = {
+        "version": ("1.8.0", f"version is {old.version}, not 1.8.0"),
+        "attention": ("fused", "attention is decomposed, not fused"),
+        "workspace_mb": (64, "workspace_mb is None, not 64"),
+        "profiles": (plan_profiles(BatchLimits(max_seqlen=9)), "max_seqlen 1–5–9"),
+    }
+    of_the_name = {"flavour", "compute_capabilities", "engines"}
+    assert {field.name for field in dataclasses.fields(EngineSet)} == {*other, *of_the_name}
+    check_others_stay(bundle.path, old, old, ("head",))
+    for name, (value, said) in other.items():
+        new = dataclasses.replace(old, **{name: value})
+        with pytest.raises(ConfigError, match=said) as error:
+            check_others_stay(bundle.path, old, new, ("head",))
+        # No command builds with a library that is not installed.
+        assert (build_command(bundle.path, old, ("head",)) in str(error.value)) == (
+            name != "version"
+        )
+        check_others_stay(bundle.path, old, new, ())
