@@ -142,12 +142,13 @@ def build_engines(
             specs = {**old.engines, **specs}
         new = dataclasses.replace(new, engines=specs)
         # Some engines are better than none, but not better than all of the old ones.
+        stays = old if failures and not same_settings else None
         changed = new != old or set(sources.values()) - {"bundle"}
-        if changed and specs and not (failures and old is not None and not same_settings):
+        if changed and specs and stays is None:
             progress("put the engines into the bundle", 0, 0)
             install(bundle, new, directory)
     if failures:
-        raise BuildError(_failure_text(bundle, config, limits, new, failures))
+        raise BuildError(_failure_text(bundle, config, limits, new, failures, stays))
     return BuildReport(engines=new, sources=sources)
 
 
@@ -265,7 +266,9 @@ def _failure_text(
     limits: BatchLimits,
     engines: EngineSet,
     failures: Mapping[str, str],
+    stays: EngineSet | None,
 ) -> str:
+    """Say what failed and what can be used; ``stays``: the set that ``engines`` did not replace."""
     lines = []
     for graph, problem in failures.items():
         command = command_line(bundle.path, config, limits, engines, graph)
@@ -273,6 +276,12 @@ def _failure_text(
             f"{engines.flavour} {engines.version} could not build {graph}:\n{problem}\n"
             f"to try this one again: {command}"
         )
-    if engines.engines:
-        lines.append(f"these engines can be used: {', '.join(engines.engines)}")
+    usable = [name for name in (stays or engines).engines if stays or name not in failures]
+    if usable:
+        lines.append(f"these engines can be used: {', '.join(usable)}")
+    if stays is not None:
+        lines.append(
+            "they are the bundle's former ones, with other settings; of the new ones none was put "
+            "into it"
+        )
     return "\n".join(lines)

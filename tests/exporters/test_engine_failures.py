@@ -130,11 +130,17 @@ def test_a_failed_build_is_named_and_the_others_can_be_used(bundle: Bundle) -> N
         "--max-seqlen 24 --max-batch 64 --max-padded-tokens 8192 --graph stage-01"
     ) in text
     assert list(reopened(broken).engines) == ["stage-00", "head"]
+    assert text.endswith("these engines can be used: stage-00, head")
     # Nor do some new engines replace a whole set that was built with other settings.
     before = files_of(broken)
-    with pytest.raises(BuildError):
+    config = dataclasses.replace(ADA, graphs=("stage-01", "entry", "stage-00", "head"))
+    with pytest.raises(BuildError) as error:
         build_engines(Bundle.open(bundle.path), config, BatchLimits(max_seqlen=32))
     assert files_of(broken) == before
+    assert (
+        "these engines can be used: stage-00, head\nthey are the bundle's former ones, with other "
+        "settings; of the new ones none was put into it"
+    ) in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\x0a no graph", None])
@@ -156,6 +162,21 @@ def test_a_bundle_without_graphs(bundle: Bundle) -> None:
     bare = dataclasses.replace(bundle.manifest, graphs={}, files={})
     with pytest.raises(ConfigError, match="no graph stage-00, stage-01 to build"):
         build_engines(Bundle(path=bundle.path, manifest=bare), stages_only(bundle))
+
+
+def test_an_engine_that_was_altered_and_cannot_be_built_again_is_not_called_usable(
+    bundle: Bundle,
+) -> None:
+    limits, config = BatchLimits(max_seqlen=24), dataclasses.replace(ADA, graphs=("head", "entry"))
+    build_engines(bundle, config, limits)
+    spec = reopened(bundle).engines["entry"]
+    (bundle.path / spec.file).write_bytes(b"altered")
+    opened = Bundle.open(bundle.path)
+    (bundle.path / "entry.onnx").write_bytes(b"no graph")
+    with pytest.raises(BuildError) as error:
+        build_engines(opened, config, limits)
+    assert "could not build entry" in str(error.value)
+    assert str(error.value).endswith("can be used: head")
 
 
 def test_too_little_workspace_is_a_failed_build(bundle: Bundle) -> None:
