@@ -253,3 +253,13 @@ def print_engines(engines: Any) -> None:
                 spec.sha256[:8],
             )
         console.print(table)
+        reasons: dict[str, list[str]] = {}
+        for spec in one.engines.values():
+            if spec.attention_reason is not None:
+                reasons.setdefault(spec.attention_reason, []).append(spec.graph)
+        for reason, graphs in reasons.items():
+            console.print(
+                f"fused attention could not be built, decomposed was, in {', '.join(graphs)}: "
+                f"{escape(reason)}",
+                highlight=False,
+            )

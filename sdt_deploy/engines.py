@@ -6,7 +6,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,6 +44,9 @@ class EngineSpec:
     """Scratch memory of its largest profile; None: not known without a GPU."""
     layers: Sequence[str] | None = None
     """Names of its layers after fusion, in order; None: not known without a GPU."""
+    attention_reason: str | None = None
+    """Why it is decomposed although it was to be fused: the library's first error; None: it is not,
+    or that was not noted."""
 
     def __post_init__(self) -> None:
         for name in ("graph", "file"):
@@ -59,6 +62,10 @@ class EngineSpec:
             raise ConfigError(f"an engine lies in {ENGINES}/, not at {shown(self.file)}")
         if self.attention not in (None, *ATTENTIONS):
             raise ConfigError(f"an engine's attention is not {shown(self.attention)}")
+        if not isinstance(self.attention_reason, str | None):
+            raise ConfigError(
+                f"an engine's attention_reason is a text, not {shown(self.attention_reason)}"
+            )
         for name in ("sha256", "key"):
             value = getattr(self, name)
             if not isinstance(value, str) or not _SHA256.fullmatch(value):
@@ -199,7 +206,8 @@ def build_command(
 
 def _checked(cls: type, data: Any) -> Mapping[str, Any]:
     names = {field.name for field in fields(cls)}
-    if not isinstance(data, Mapping) or set(data) != names:
+    needed = {field.name for field in fields(cls) if field.default is MISSING}
+    if not isinstance(data, Mapping) or not needed <= set(data) <= names:
         raise ConfigError(f"{cls.__name__} has {', '.join(sorted(names))}, not {shown(data)}")
     return data
 

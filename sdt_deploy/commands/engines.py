@@ -118,12 +118,15 @@ def build_engine(
         )
     errors = _compare(bundle, target.value, tuple(report.sources)) if compare else {}
     if as_json:
-        print_json({"engines": report.engines, "sources": report.sources, "max_abs_error": errors})
+        found = {"engines": report.engines, "sources": report.sources, "hint": report.hint}
+        print_json({**found, "max_abs_error": errors})
         return
     print_engines([report.engines])
     counts = {source: list(report.sources.values()).count(source) for source in ORIGINS}
     said = [f"{count} {ORIGINS[source]}" for source, count in counts.items() if count]
     console.print(f"[bold]{escape(str(bundle))}[/bold]: {', '.join(said)}", highlight=False)
+    if report.hint is not None:
+        console.print(f"hint: {report.hint}", highlight=False)
     for name, error in errors.items():
         console.print(f"{name}: at most {error:.2g} from the model", highlight=False)
 

@@ -2,8 +2,9 @@
 
 TensorRT's parser accepts the key lengths of ONNX's ``Attention`` and ignores them (TensorRT-RTX
 1.7.1), so that an engine would also attend to padding. :func:`masked_attention` turns the lengths
-into a mask. :func:`packed_attention` turns padded attention into TensorRT's own ragged one.
-:func:`legacy_graph` is for the parser of 8.6, and :func:`value_types` for its builder.
+into a mask, :func:`decomposed_attention` does without that operator. :func:`packed_attention` turns
+padded attention into TensorRT's own ragged one. :func:`legacy_graph` is for the parser of 8.6, and
+:func:`value_types` for its builder.
 """
 
 from __future__ import annotations
@@ -34,27 +35,33 @@ def can_be_packed(proto: onnx.ModelProto) -> bool:
     return has_attention(proto) and {"gather_index", "scatter_index"} <= inputs
 
 
-def masked_attention(proto: onnx.ModelProto, *, decomposable: bool) -> onnx.ModelProto:
+def masked_attention(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy in which a mask says which keys are seen, ``[batch, 1, 1, n_keys]`` bool.
 
-    Args:
-        proto: the graph.
-        decomposable: let TensorRT use several kernels where it has none for all of attention;
-            else the build fails there.
+    The build fails where TensorRT has no kernel for all of attention.
     """
     add = _Rewriter(proto)
     for node in proto.graph.node:
         node = add.copy(node)
-        if node.op_type == "Attention":
-            if decomposable:
-                node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
-            if len(node.input) > _LENGTHS and node.input[_LENGTHS]:
-                n_keys = add.size(node.input[1], 1)
-                places = add("Range", add.integers(0), n_keys, add.integers(1))
-                lengths = add("Unsqueeze", node.input[_LENGTHS], add.integers([1, 2, 3]))
-                node.input[_MASK] = add("Less", places, lengths)
-                del node.input[_MASK + 1 :]
+        if node.op_type == "Attention" and _has_lengths(node):
+            node.input[_MASK] = _seen(add, node)
+            del node.input[_MASK + 1 :]
         add.nodes.append(node)
+    return add.finished()
+
+
+def decomposed_attention(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which attention is two products and a softmax, in float32.
+
+    TensorRT-RTX 1.7.1 does so itself where it has no kernel and may (``TRT_decomposable``), but not
+    where it has one that it then cannot build, as with heads of 12.
+    """
+    add = _Rewriter(proto)
+    for node in proto.graph.node:
+        if node.op_type == "Attention":
+            _products(add, node)
+        else:
+            add.nodes.append(add.copy(node))
     return add.finished()
 
 
@@ -139,6 +146,41 @@ def value_types(proto: onnx.ModelProto) -> dict[str, str]:
         name: helper.tensor_dtype_to_np_dtype(element_type).name
         for name, element_type in types.items()
     }
+
+
+def _has_lengths(attention: onnx.NodeProto) -> bool:
+    return len(attention.input) > _LENGTHS and bool(attention.input[_LENGTHS])
+
+
+def _seen(add: _Rewriter, attention: onnx.NodeProto) -> str:
+    """Add the mask of the keys that are seen, ``[batch, 1, 1, n_keys]`` bool."""
+    n_keys = add.size(attention.input[1], 1)
+    places = add("Range", add.integers(0), n_keys, add.integers(1))
+    lengths = add("Unsqueeze", attention.input[_LENGTHS], add.integers([1, 2, 3]))
+    return add("Less", places, lengths)
+
+
+def _products(add: _Rewriter, attention: onnx.NodeProto) -> None:
+    """Add what computes the output of ``attention``."""
+    query, key, value = attention.input[:3]
+    n_heads = helper.get_node_attr_value(attention, "q_num_heads")
+
+    def by_head(name: str, *, perm: Sequence[int] = (0, 2, 1, 3)) -> str:
+        return add(
+            "Transpose", add("Reshape", name, add.integers([0, 0, n_heads, -1])), perm=list(perm)
+        )
+
+    queries = by_head(query)
+    head_dim = add("Cast", add.size(queries, 3), to=TensorProto.FLOAT)
+    wide = add("Div", add("Cast", queries, to=TensorProto.FLOAT), add("Sqrt", head_dim))
+    logits = add("MatMul", add("CastLike", wide, query), by_head(key, perm=(0, 2, 3, 1)))
+    logits = add("Cast", logits, to=TensorProto.FLOAT)
+    if _has_lengths(attention):
+        hidden = add.constant(np.finfo(np.float32).min / 2, TensorProto.FLOAT)
+        logits = add("Where", _seen(add, attention), logits, hidden)
+    weights = add("CastLike", add("Softmax", logits, axis=-1), query)
+    mixed = add("Transpose", add("MatMul", weights, by_head(value)), perm=[0, 2, 1, 3])
+    add("Reshape", mixed, add.integers([0, 0, -1]), output=attention.output[0])
 
 
 def _ragged(

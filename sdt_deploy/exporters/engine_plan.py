@@ -103,6 +103,18 @@ def set_attention(config: BuildConfig, manifest: Manifest, chosen: trt.Flavour, 
     return "packed" if config.attention == "packed" else exported
 
 
+def fused_hint(manifest: Manifest, features: trt.Features) -> str | None:
+    """Advise fused attention for a bundle without it; None: it has it, or would not gain by it."""
+    export = manifest.export
+    fusible = features.fused_attention and manifest.model.is_plain
+    if export.attention == "fused" or export.precision == "float32" or not fusible:
+        return None
+    return (
+        f"the bundle has decomposed attention; exported with --precision {export.precision} "
+        "--attention fused, its engines may get one kernel for it"
+    )
+
+
 def graph_attention(spec: GraphSpec, asked: str) -> str | None:
     """Return what an engine of a set is asked for; packing is for stages."""
     if spec.layers is not None:

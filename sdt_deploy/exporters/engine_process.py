@@ -43,6 +43,8 @@ class Built:
     build_s: float = 0.0
     attention: str | None = None
     """What the engine got."""
+    attention_reason: str | None = None
+    """See :attr:`sdt_deploy.engines.EngineSpec.attention_reason`."""
     scratch_bytes: int | None = None
     layers: Sequence[str] | None = None
     problem: str | None = None
@@ -120,6 +122,9 @@ def run_worker(
                     on_step(graph, "read the graph", 0, 0)
                 elif kind == "step":
                     on_step(graph, event["phase"], event["done"], event["total"])
+                elif kind == "decompose":
+                    what = f"decomposed attention, as fused could not be built: {event['reason']}"
+                    on_step(graph, what, 0, 0)
                 elif kind == "built":
                     yield Built(graph=graph, output=outputs[graph], **event)
                 elif kind == "failed":

@@ -21,10 +21,9 @@ from typing import Any, TextIO
 
 RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 """polygraphy's environment variable that selects TensorRT-RTX."""
-NO_KERNEL = "was not supported by a dedicated kernel"
-"""What the library says of attention that it can only decompose."""
 _EVENT_INTERVAL_S = 0.05
 _MAX_LINES = 40
+_MAX_REASON = 300
 
 
 class Reporter:
@@ -59,9 +58,10 @@ class _Lines(logging.Handler):
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
 
-    def mentions(self, text: str) -> bool:
-        """Tell whether a line contains ``text``."""
-        return any(text in line for line in self.lines)
+    def take(self) -> list[str]:
+        """Return the last lines since the last call."""
+        lines, self.lines = self.lines[-_MAX_LINES:], []
+        return lines
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage().strip())
@@ -95,8 +95,8 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
         job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``strongly_typed`` (all but
             8.6), ``precision``, ``timing_cache`` and ``pin_timing_cache``.
         graph: ``name``, ``onnx``, ``output``, ``attention`` and ``profiles``, for each a mapping
-            from input to ``[min, opt, max]``. Where no kernel does all of ``fused`` attention it
-            becomes ``decomposed``.
+            from input to ``[min, opt, max]``. Where the library cannot build ``fused`` attention
+            it becomes ``decomposed``.
         reporter: gets the events.
     """
     from polygraphy.exception import PolygraphyException
@@ -108,25 +108,40 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
     logger.addHandler(handler)
     output = Path(graph["output"])
     start = time.perf_counter()
-    got = asked
+    got, reason = asked, None
+    before: list[str] = []
     try:
         try:
             output.write_bytes(build_bytes(job, graph, got, reporter))
         except PolygraphyException:
-            if asked != "fused" or reporter.closed or not handler.mentions(NO_KERNEL):
+            if asked != "fused" or reporter.closed:
                 raise
-            got = "decomposed"
+            before = handler.take()
+            got, reason = "decomposed", first_error(before)
+            before = ["with fused attention:", *before, "with decomposed attention:"]
+            reporter.send(name, "decompose", reason=reason)
             output.write_bytes(build_bytes(job, graph, got, reporter))
     except PolygraphyException:  # it has logged why
-        reporter.send(name, "failed", lines=handler.lines[-_MAX_LINES:])
+        reporter.send(name, "failed", lines=[*before, *handler.take()])
     except (OSError, RuntimeError) as error:
-        reporter.send(name, "failed", lines=[*handler.lines[-_MAX_LINES:], str(error)])
+        reporter.send(name, "failed", lines=[*before, *handler.take(), str(error)])
     else:
-        seconds = round(time.perf_counter() - start, 4)
-        described = describe(output) if job["gpu_here"] else {}
-        reporter.send(name, "built", build_s=seconds, attention=got, **described)
+        described = {
+            "build_s": round(time.perf_counter() - start, 4),
+            "attention": got,
+            "attention_reason": reason,
+        }
+        if job["gpu_here"]:
+            described |= describe(output)
+        reporter.send(name, "built", **described)
     finally:
         logger.removeHandler(handler)
+
+
+def first_error(lines: Sequence[str]) -> str:
+    """Return the first error that the library logged, on one line."""
+    errors = [line for line in lines if line.startswith("[E]")] or [*lines, "it gave no reason"]
+    return " ".join(errors[0].removeprefix("[E]").split())[:_MAX_REASON]
 
 
 def build_bytes(
@@ -164,15 +179,17 @@ def adapted(path: Path, directory: Path, attention: str | None, *, legacy: bool)
     import onnx
 
     from sdt_deploy.bundle import WEIGHTS
-    from sdt_deploy.exporters.engine_graphs import legacy_graph, masked_attention, packed_attention
+    from sdt_deploy.exporters import engine_graphs
 
     proto = onnx.load(path, load_external_data=False)
     if legacy:
-        proto = legacy_graph(proto)
+        proto = engine_graphs.legacy_graph(proto)
     elif attention == "packed":
-        proto = packed_attention(proto)
+        proto = engine_graphs.packed_attention(proto)
+    elif attention == "decomposed":
+        proto = engine_graphs.decomposed_attention(proto)
     else:
-        proto = masked_attention(proto, decomposable=attention == "decomposed")
+        proto = engine_graphs.masked_attention(proto)
     weights, beside = path.with_name(WEIGHTS), directory / WEIGHTS
     if weights.exists() and not beside.exists():
         os.link(weights, beside)  # the graph names them as its neighbour

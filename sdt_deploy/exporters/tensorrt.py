@@ -25,6 +25,7 @@ from sdt_deploy.exporters.engine_cache import EngineCache
 from sdt_deploy.exporters.engine_checks import check_library, check_model, check_others_stay
 from sdt_deploy.exporters.engine_plan import (
     command_line,
+    fused_hint,
     pinned_times,
     plan_jobs,
     read_lengths,
@@ -53,6 +54,8 @@ class BuildReport:
     sources: Mapping[str, str]
     """For each graph that was asked for, where its engine came from: ``built``, ``cache`` or
     ``bundle``, which had it already."""
+    hint: str | None
+    """What would make better engines, in one sentence; None: nothing that is known."""
 
 
 def build_engines(
@@ -149,7 +152,7 @@ def build_engines(
             install(bundle, new, directory)
     if failures:
         raise BuildError(_failure_text(bundle, config, limits, new, failures, stays))
-    return BuildReport(engines=new, sources=sources)
+    return BuildReport(engines=new, sources=sources, hint=fused_hint(manifest, features))
 
 
 @contextlib.contextmanager
@@ -222,6 +225,7 @@ def _spec(job: EngineJob, built: Built, engines: EngineSet) -> EngineSpec:
         key=job.key,
         build_s=built.build_s,
         attention=built.attention,
+        attention_reason=built.attention_reason,
         scratch_bytes=built.scratch_bytes,
         layers=built.layers,
     )

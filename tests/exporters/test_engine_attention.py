@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,16 +23,28 @@ from sdt_deploy.config import ExportConfig
 from sdt_deploy.errors import BuildError, ConfigError, ExportError
 from sdt_deploy.exporters import engine_plan
 from sdt_deploy.exporters.cases import stage_case
-from sdt_deploy.exporters.engine_graphs import masked_attention, packed_attention
+from sdt_deploy.exporters.engine_graphs import (
+    decomposed_attention,
+    masked_attention,
+    packed_attention,
+)
 from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.tensorrt import build_engines
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.testing import memory_bundle
 from tests.exporters.building import ADA, built_graphs, reopened
-from tests.samples import CONFIGS, TOLERANCE, ExportedModel, random_model
+from tests.samples import CONFIGS, TOLERANCE, ExportedModel, random_model, sign_bundle
+from tests.test_cli import call
 
 Fused = Callable[[str], ExportedModel]
 LIMITS = BatchLimits(max_seqlen=24, max_batch=8, max_padded_tokens=192)
+
+
+ADAPTED = {
+    "masked": masked_attention,
+    "packed": packed_attention,
+    "decomposed": decomposed_attention,
+}
 
 
 class TRT_Attention(OpRun):  # noqa: N801
@@ -69,7 +82,7 @@ class TRT_Attention(OpRun):  # noqa: N801
 
 
 @pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
-@pytest.mark.parametrize("form", ["masked", "packed"])
+@pytest.mark.parametrize("form", ADAPTED)
 @pytest.mark.parametrize("lengths", [[9], [1, 12, 5], [4, 20, 7, 7, 2]])
 def test_adapted_stages_agree_with_the_oracle(
     fused: Fused, name: str, form: str, lengths: list[int]
@@ -77,11 +90,10 @@ def test_adapted_stages_agree_with_the_oracle(
     """Sequences without active tokens, and rows and places of a bucket that nothing fills."""
     sample = fused(name)
     path = sample.bundle / "stage-01.onnx"
-    proto = onnx.load(path)
-    proto = (
-        packed_attention(proto) if form == "packed" else masked_attention(proto, decomposable=False)
-    )
-    assert not any(len(node.input) > 4 for node in proto.graph.node if node.op_type == "Attention")
+    proto = ADAPTED[form](onnx.load(path))
+    left = [node for node in proto.graph.node if node.op_type == "Attention"]
+    assert bool(left) == (form == "masked")
+    assert not any(len(node.input) > 4 for node in left)
     rng = np.random.default_rng(sum(lengths))
     inputs, expected = stage_case(sample.model, (1, 2), "fused", np.array(lengths), rng)
     evaluator = ReferenceEvaluator(proto, new_ops=[TRT_Attention])
@@ -123,13 +135,65 @@ def test_where_no_kernel_does_all_of_attention_it_is_decomposed(
         "head": None,
         **dict.fromkeys(("stage-00", "stage-01", "stage-02", "dense", "masked"), "decomposed"),
     }
+    reason = engines.engines["dense"].attention_reason
+    assert reason is not None
+    assert "not supported by a dedicated kernel" in reason
+    assert engines.engines["head"].attention_reason is None
+
+
+def test_fused_attention_that_cannot_be_built_is_decomposed(tmp_path: Path) -> None:
+    """With heads of 12 the library has a kernel, and fails inside."""
+    bundle = one_layer(tmp_path, 12, ExportConfig(precision="float16", attention="fused"))
+    steps: list[str] = []
+    config = dataclasses.replace(ADA, graphs=("stage-00", "masked"))
+    report = build_engines(bundle, config, LIMITS, progress=lambda *step: steps.append(step[0]))
+    assert report.hint is None
+    for spec in reopened(bundle).engines.values():
+        assert spec.attention == "decomposed"
+        assert "MyelinCheckException" in str(spec.attention_reason)
+    assert any("masked (2 of 2): decomposed attention, as fused could" in step for step in steps)
+    text = call("inspect", bundle.path)
+    assert "could not be built, decomposed was, in stage-00, masked: IBuilder::" in text
+
+
+def test_a_graph_that_fails_in_both_forms_says_both(fused: Fused, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(fused("active-lm").bundle, tmp_path / "bundle"))
+    path = bundle.path / "stage-00.onnx"
+    proto = onnx.load(path, load_external_data=False)
+    next(
+        node for node in proto.graph.node if node.op_type == "LayerNormalization"
+    ).op_type = "Sharpmax"
+    onnx.save(proto, path)
+    sign_bundle(bundle.path)
+    config = dataclasses.replace(ADA, graphs=("stage-00",))
+    with pytest.raises(BuildError) as error:
+        build_engines(Bundle.open(bundle.path), config, LIMITS)
+    _, fused_lines, decomposed_lines = re.split("with .* attention:\n", str(error.value))
+    assert "Sharpmax" in fused_lines
+    assert "Sharpmax" in decomposed_lines
+
+
+def test_a_narrow_bundle_without_fused_attention_is_told_of_it(tmp_path: Path) -> None:
+    bundle = one_layer(tmp_path, 8, ExportConfig(precision="float16"))
+    report = build_engines(bundle, dataclasses.replace(ADA, graphs=("head",)), LIMITS)
+    assert report.hint is not None
+    assert "--precision float16 --attention fused" in report.hint
+    known = trt.features(trt.flavour("tensorrt"), "10.13.3")
+    assert engine_plan.fused_hint(bundle.manifest, known) is None  # it has no such operator
+    export = dataclasses.replace(bundle.manifest.export, precision="float32")
+    wide = dataclasses.replace(bundle.manifest, export=export)
+    assert engine_plan.fused_hint(wide, trt.features(trt.flavour("tensorrt"), "11.4.0")) is None
+
+
+def one_layer(directory: Path, head_dim: int, export_config: ExportConfig) -> Bundle:
+    config = CONFIGS["all-embedding"][0]
+    config = config.replace(n_layers=1, thresholds=(), d_model=head_dim * config.n_heads)
+    export(Checkpoint(model=random_model(config, seed=3)), directory / "bundle", export_config)
+    return Bundle.open(directory / "bundle")
 
 
 def test_fused_attention_in_float16(tmp_path: Path) -> None:
-    config = CONFIGS["all-embedding"][0].replace(n_layers=1, thresholds=(), d_model=128)
-    checkpoint = Checkpoint(model=random_model(config, seed=3), provenance={})
-    export(checkpoint, tmp_path / "bundle", ExportConfig(precision="float16", attention="fused"))
-    bundle = Bundle.open(tmp_path / "bundle")
+    bundle = one_layer(tmp_path, 32, ExportConfig(precision="float16", attention="fused"))
     build_engines(bundle, ADA, LIMITS)
     assert list(reopened(bundle).engines) == built_graphs(bundle)
     got = {name: spec.attention for name, spec in reopened(bundle).engines.items()}
