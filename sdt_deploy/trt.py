@@ -11,7 +11,7 @@ import functools
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -38,6 +38,8 @@ class Flavour:
     """Whether an engine can be built for a GPU that is not here."""
     compute_capabilities: tuple[str, ...] | None
     """GPUs that its engines run on; None: all that the installed version supports."""
+    limited: Mapping[str, tuple[Precision, ...]] = field(default_factory=dict)
+    """By compute capability: the only precisions that stages can be built in for it."""
 
 
 FLAVOURS: Mapping[str, Flavour] = {
@@ -56,6 +58,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         oldest=(1, 7),
         builds_for_other_gpus=True,
         compute_capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+        limited={"7.5": ("float16",)},  # 1.7.1: "FP32 GEMM is not supported", no bfloat16 either
     ),
 }
 

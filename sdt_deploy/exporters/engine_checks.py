@@ -58,6 +58,27 @@ def check_library(
         raise ConfigError(f"{chosen.name} {version} cannot pin times; leave --pin-timing-cache out")
 
 
+def check_gpus(manifest: Manifest, chosen: trt.Flavour, targets: Sequence[str]) -> None:
+    """Check that stages of the bundle's precision can be built for some GPUs.
+
+    Args:
+        manifest: of the bundle.
+        chosen: the library.
+        targets: compute capabilities.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
+    precision = manifest.export.precision
+    for capability in targets:
+        known = chosen.limited.get(capability)
+        if known is not None and precision not in known:
+            raise ConfigError(
+                f"{chosen.name} does not build {precision} stages for compute capability "
+                f"{capability}, only {', '.join(known)}: export again with --precision {known[0]}"
+            )
+
+
 def check_others_stay(
     bundle: Path, old: EngineSet | None, new: EngineSet, graphs: Sequence[str]
 ) -> None:

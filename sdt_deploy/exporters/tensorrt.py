@@ -22,7 +22,12 @@ from sdt_deploy.errors import (
     OutputError,
 )
 from sdt_deploy.exporters.engine_cache import EngineCache
-from sdt_deploy.exporters.engine_checks import check_library, check_model, check_others_stay
+from sdt_deploy.exporters.engine_checks import (
+    check_gpus,
+    check_library,
+    check_model,
+    check_others_stay,
+)
 from sdt_deploy.exporters.engine_plan import (
     command_line,
     fused_hint,
@@ -96,6 +101,7 @@ def build_engines(
     check_library(manifest, config, chosen, version)
     features = trt.features(chosen, version)
     targets = target_gpus(config, chosen)
+    check_gpus(manifest, chosen, targets)
     new = EngineSet(
         flavour=chosen.name,
         version=version,

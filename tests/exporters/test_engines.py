@@ -11,8 +11,9 @@ import pytest
 
 from sdt_deploy.buckets import BatchLimits, input_shapes, plan_profiles
 from sdt_deploy.bundle import Bundle
-from sdt_deploy.config import BuildConfig, ExportConfig
+from sdt_deploy.config import BuildConfig, ExportConfig, Precision
 from sdt_deploy.engines import ENGINES, EngineSet, read_engine
+from sdt_deploy.errors import BuildError, ConfigError
 from sdt_deploy.exporters import tensorrt
 from sdt_deploy.exporters.engine_cache import EngineCache
 from sdt_deploy.exporters.engine_plan import plan_jobs
@@ -111,6 +112,27 @@ def test_precisions(precision: str, tmp_path: Path) -> None:
     assert [profile.max_seqlen.max for profile in reopened(bundle).profiles] == [32, 72, 130]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_turing_takes_float16_only(precision: Precision, tmp_path: Path) -> None:
+    """The library itself is asked too, behind the check's back, for a real stage."""
+    config = CONFIGS["all-embedding"][0].replace(n_layers=1, thresholds=())
+    checkpoint = Checkpoint(model=random_model(config, seed=3))
+    export(checkpoint, tmp_path / "bundle", ExportConfig(precision=precision))
+    bundle = Bundle.open(tmp_path / "bundle")
+    turing = dataclasses.replace(ADA, compute_capabilities=("7.5",), graphs=("stage-00",))
+    if precision == "float16":
+        build_engines(bundle, turing)
+        assert list(reopened(bundle).engines) == ["stage-00"]
+        return
+    message = f"does not build {precision} stages for compute capability 7.5, only float16"
+    with pytest.raises(ConfigError, match=message):
+        build_engines(bundle, turing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt, "check_gpus", lambda *_: None)
+        with pytest.raises(BuildError, match=r"Turing|sm75"):
+            build_engines(bundle, turing)
+
+
 @pytest.mark.parametrize("name", ["active-lm", "active-grouped", "all-grouped"])
 def test_every_kind_of_stage_builds(name: str, exported: Exported, tmp_path: Path) -> None:
     bundle = Bundle.open(shutil.copytree(exported(name).bundle, tmp_path / "bundle"))
@@ -135,12 +157,12 @@ def test_stages_are_built_for_the_share_that_is_expected(bundle: Bundle) -> None
 def test_several_gpus_have_sets_of_their_own(bundle: Bundle) -> None:
     config = dataclasses.replace(ADA, graphs=("head",))
     build_engines(bundle, config)
-    turing = dataclasses.replace(config, compute_capabilities=("7.5",))
-    build_engines(Bundle.open(bundle.path), turing)
+    ampere = dataclasses.replace(config, compute_capabilities=("8.6",))
+    build_engines(Bundle.open(bundle.path), ampere)
     sets = Bundle.open(bundle.path).manifest.engines
-    assert [each.compute_capabilities for each in sets] == [("8.9",), ("7.5",)]
+    assert [each.compute_capabilities for each in sets] == [("8.9",), ("8.6",)]
     # New settings replace the set of the same GPU, and its files.
-    build_engines(Bundle.open(bundle.path), dataclasses.replace(turing, workspace_mb=32))
+    build_engines(Bundle.open(bundle.path), dataclasses.replace(ampere, workspace_mb=32))
     sets = Bundle.open(bundle.path).manifest.engines
     assert [each.workspace_mb for each in sets] == [None, 32]
     listed = {spec.file for each in sets for spec in each.engines.values()}
