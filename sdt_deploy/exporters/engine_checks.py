@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from sdt_deploy.buckets import BatchLimits
 from sdt_deploy.bundle import Manifest
 from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import EngineSet, build_command
-from sdt_deploy.errors import ConfigError
+from sdt_deploy.errors import ConfigError, OutputError
 
 
 def check_model(manifest: Manifest, limits: BatchLimits) -> None:
@@ -56,6 +57,28 @@ def check_library(
         raise ConfigError(f"{chosen.name} {version} has no timing cache; leave --timing-cache out")
     if config.pin_timing_cache and features.legacy:
         raise ConfigError(f"{chosen.name} {version} cannot pin times; leave --pin-timing-cache out")
+
+
+def check_timing_cache(config: BuildConfig) -> None:
+    """Check that a timing cache which is to be updated can be written.
+
+    Raises:
+        OutputError: if it cannot.
+    """
+    path = config.timing_cache
+    if path is None or config.pin_timing_cache:
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):  # as the lock that lies beside it
+            pass
+        if path.exists():
+            with path.open("r+b"):
+                pass
+    except OSError as error:
+        raise OutputError(
+            f"the timing cache {path} cannot be written: {error}. Name a file in a folder that can "
+            "be written with --timing-cache, or only read it with --pin-timing-cache"
+        ) from error
 
 
 def check_gpus(manifest: Manifest, chosen: trt.Flavour, targets: Sequence[str]) -> None:

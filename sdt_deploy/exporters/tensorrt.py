@@ -27,6 +27,7 @@ from sdt_deploy.exporters.engine_checks import (
     check_library,
     check_model,
     check_others_stay,
+    check_timing_cache,
 )
 from sdt_deploy.exporters.engine_plan import (
     command_line,
@@ -91,7 +92,8 @@ def build_engines(
         MissingExtraError: if the library is not installed.
         ConfigError: if the config does not fit the bundle, the engines that it has, the library or
             this machine.
-        OutputError: if another build runs on the bundle, or a file cannot be written.
+        OutputError: if another build runs on the bundle, or a file cannot be written, the timing
+            cache too.
     """
     chosen = trt.flavour(config.flavour)
     manifest = bundle.manifest
@@ -99,6 +101,7 @@ def build_engines(
     check_model(manifest, limits)
     version = trt.checked_version(chosen)
     check_library(manifest, config, chosen, version)
+    check_timing_cache(config)
     features = trt.features(chosen, version)
     targets = target_gpus(config, chosen)
     check_gpus(manifest, chosen, targets)

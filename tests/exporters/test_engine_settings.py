@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits, plan_profiles
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import EngineSet, build_command
-from sdt_deploy.errors import ConfigError
+from sdt_deploy.errors import ConfigError, OutputError
 from sdt_deploy.exporters.engine_checks import check_others_stay
 from sdt_deploy.exporters.tensorrt import build_engines
 from tests.exporters.building import ADA, files_of, reopened
@@ -55,6 +57,34 @@ def test_all_graphs_that_there_are_may_get_other_settings(bundle: Bundle) -> Non
     build_engines(Bundle.open(bundle.path), only("head", "entry", workspace_mb=64), LIMITS)
     assert reopened(bundle).workspace_mb == 64
     assert list(reopened(bundle).engines) == ["head", "entry"]
+
+
+@pytest.fixture
+def timing_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX has the calls, and keeps no times; so ``build-engine`` refuses the option."""
+    known = trt.features(trt.flavour("tensorrt-rtx"), "1.7.1")
+    able = dataclasses.replace(known, timing_cache=True)
+    monkeypatch.setattr(trt, "features", lambda chosen, found: able)
+
+
+@pytest.mark.usefixtures("timing_caches")
+def test_a_timing_cache_that_cannot_be_written(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    before = files_of(bundle)
+    for place in (tmp_path / "nowhere" / "times", tmp_path / "file" / "times", tmp_path):
+        with pytest.raises(OutputError, match=r"cannot be written.*--timing-cache"):
+            build_engines(bundle, only("head", timing_cache=place))
+    assert files_of(bundle) == before
+
+
+@pytest.mark.usefixtures("timing_caches")
+def test_the_library_reads_and_updates_a_timing_cache(bundle: Bundle, tmp_path: Path) -> None:
+    times = tmp_path / "times"
+    build_engines(bundle, only("head", timing_cache=times))
+    written = times.read_bytes()
+    assert written
+    build_engines(Bundle.open(bundle.path), only("entry", timing_cache=times))
+    assert times.read_bytes() == written
 
 
 def test_every_setting_is_compared(bundle: Bundle) -> None:
