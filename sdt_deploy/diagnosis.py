@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -51,26 +52,20 @@ def _onnxruntime(name: str, provider: str, extra: str, needed: Driver | None) ->
     except SdtDeployError as error:
         problems.append(str(error))
     if needed is not None:
-        if find_spec("torch") is None:
-            problems.append(f'it needs torch: pip install "sdt-deploy[{extra}]"')
-        if needed.problem is not None:
-            problems.append(needed.problem)
+        problems += _gpu_problems(needed)
     return Diagnosis(
-        backend=name, version=found, builds=None, runs=not problems, remark="; ".join(problems)
+        backend=name, version=found, builds=None, runs=not problems, remark=_sentence(problems)
     )
 
 
 def _torch(here: Driver) -> Diagnosis:
-    found = version("torch") if find_spec("torch") is not None else None
-    problems = []
-    if found is None:
-        problems.append('torch is not installed: pip install "sdt-deploy[gpu]"')
-    elif found.endswith("+cpu"):
-        problems.append(f"torch {found} is built without CUDA: install torch from PyPI")
-    if here.problem is not None:
-        problems.append(here.problem)
+    problems = _gpu_problems(here)
     return Diagnosis(
-        backend="torch", version=found, builds=None, runs=not problems, remark="; ".join(problems)
+        backend="torch",
+        version=_torch_version(),
+        builds=None,
+        runs=not problems,
+        remark=_sentence(problems),
     )
 
 
@@ -81,20 +76,48 @@ def _tensorrt(flavour: trt.Flavour, here: Driver) -> Diagnosis:
         trt.load(flavour)
     except SdtDeployError as error:
         problems.append(str(error))
-    runs = not problems
+    to_run = _gpu_problems(here)
+    if here.problem is None and (refused := _refused(flavour, here)):
+        to_run.append(refused)
+    runs = not problems and not to_run
     if find_spec("polygraphy") is None:
         problems.append(f'building needs polygraphy: pip install "sdt-deploy[{flavour.name}]"')
     builds = not problems and (flavour.builds_for_other_gpus or here.problem is None)
-    gpu_problem = here.problem or _refused(flavour, here)
-    if gpu_problem:
-        problems.append(f"to run engines: {gpu_problem}")
+    if to_run:
+        to_run[0] = f"to run engines, {to_run[0]}"
     return Diagnosis(
         backend=flavour.name,
         version=found,
         builds=builds,
-        runs=runs and gpu_problem is None,
-        remark="; ".join(problems),
+        runs=runs,
+        remark=_sentence([*problems, *to_run]),
     )
+
+
+def _torch_version() -> str | None:
+    return version("torch") if find_spec("torch") is not None else None
+
+
+def _gpu_problems(here: Driver) -> list[str]:
+    """Return what is missing of what every backend for GPUs needs, each with its remedy."""
+    problems, found = [], _torch_version()
+    if found is None:
+        problems.append('torch is not installed: pip install "sdt-deploy[gpu]"')
+    elif found.endswith("+cpu"):
+        problems.append(f"torch {found} is built without CUDA: install torch from PyPI")
+    elif find_spec("triton") is None:  # torch with CUDA brings it
+        problems.append(
+            "triton is not installed, which bundles with fused attention need: "
+            'pip install "sdt-deploy[gpu]"'
+        )
+    if here.problem is not None:
+        problems.append(here.problem)
+    return problems
+
+
+def _sentence(problems: Sequence[str]) -> str:
+    """Join problems, each with its remedy behind a colon, into one sentence."""
+    return ", and ".join(problem.rstrip(".") for problem in dict.fromkeys(problems))
 
 
 def _refused(flavour: trt.Flavour, here: Driver) -> str | None:
@@ -104,5 +127,5 @@ def _refused(flavour: trt.Flavour, here: Driver) -> str | None:
         return None
     return (
         f"{gpu.name} has compute capability {gpu.compute_capability}, {flavour.name} runs on "
-        f"{', '.join(supported)}; use --target tensorrt"
+        f"{', '.join(supported)}: use --target tensorrt"
     )

@@ -45,7 +45,7 @@ class Driver:
     cuda_version: str | None = None
     """Highest CUDA version that the driver runs."""
     problem: str | None = None
-    """One sentence if no GPU can be used; None otherwise."""
+    """One sentence if no GPU can be used, with the remedy; None otherwise."""
 
 
 @functools.cache
@@ -66,7 +66,8 @@ def driver() -> Driver:
     if status:
         return Driver(
             cuda_version=cuda_version,
-            problem=f"the NVIDIA driver offers no GPU: cuInit returned {status}",
+            problem=f"the NVIDIA driver offers no GPU, as cuInit returned {status}: see that "
+            "nvidia-smi lists one, and that CUDA_VISIBLE_DEVICES does not hide it",
         )
     count = ctypes.c_int()
     cuda.cuDeviceGetCount(ctypes.byref(count))
@@ -74,7 +75,10 @@ def driver() -> Driver:
     return Driver(
         gpus=gpus,
         cuda_version=cuda_version,
-        problem=None if gpus else "the NVIDIA driver offers no GPU to this process",
+        problem=None
+        if gpus
+        else "the NVIDIA driver offers no GPU to this process: see that CUDA_VISIBLE_DEVICES "
+        "does not hide it, and start a container with docker run --gpus all",
     )
 
 

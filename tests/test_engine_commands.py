@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdt_deploy import diagnosis
+from sdt_deploy import diagnosis, gpu
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.gpu import Driver, Gpu, driver, read_capability
 from sdt_deploy.runtime.backends import BACKENDS
@@ -105,6 +105,79 @@ def test_doctor_names_a_gpu_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert not row.runs
     assert "H100 has compute capability 9.0" in row.remark
     assert "use --target tensorrt" in row.remark
+
+
+@pytest.mark.parametrize(
+    ("torch", "absent", "problem"),
+    [
+        ("2.13.0+cpu", None, "torch 2.13.0+cpu is built without CUDA: install torch from PyPI"),
+        ("2.13.0", "torch", 'torch is not installed: pip install "sdt-deploy[gpu]"'),
+        (
+            "2.13.0",
+            "triton",
+            "triton is not installed, which bundles with fused attention need: "
+            'pip install "sdt-deploy[gpu]"',
+        ),
+        ("2.13.0", None, None),
+    ],
+)
+def test_doctor_knows_what_engines_need_besides_their_library(
+    monkeypatch: pytest.MonkeyPatch, torch: str, absent: str | None, problem: str | None
+) -> None:
+    ada = Driver(gpus=(Gpu(name="RTX 4090", compute_capability="8.9"),))
+    monkeypatch.setattr(diagnosis, "driver", lambda: ada)
+    monkeypatch.setattr(diagnosis, "version", lambda name: torch)
+    monkeypatch.setattr(diagnosis, "find_spec", lambda name: None if name == absent else name)
+    for row in diagnosis.diagnose():
+        if row.backend == "tensorrt-rtx":
+            assert row.builds
+            assert row.runs == (problem is None)
+            assert row.remark == ("" if problem is None else f"to run engines, {problem}")
+        elif row.backend == "torch":
+            assert row.remark == (problem or "")
+
+
+def test_doctor_says_it_in_one_sentence_with_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = Driver(problem="no NVIDIA driver: install it")
+    monkeypatch.setattr(diagnosis, "driver", lambda: nothing)
+    monkeypatch.setattr(diagnosis, "version", lambda name: "2.13.0+cpu")
+    monkeypatch.setattr(diagnosis, "find_spec", lambda name: None if name == "triton" else name)
+    row = next(row for row in diagnosis.diagnose() if row.backend == "torch")
+    assert row.remark == (
+        "torch 2.13.0+cpu is built without CUDA: install torch from PyPI, and no NVIDIA "
+        "driver: install it"
+    )
+    for row in diagnosis.diagnose():
+        assert ";" not in row.remark
+        assert row.runs or ": " in row.remark
+
+
+class NoGpu:
+    """A driver's library that starts with ``status`` and offers no GPU."""
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self._status
+
+    def cuDriverGetVersion(self, found: object) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGetCount(self, found: object) -> int:  # noqa: N802
+        return 0
+
+
+@pytest.mark.parametrize(("status", "said"), [(100, "cuInit returned 100"), (0, "to this process")])
+def test_a_driver_without_a_gpu_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, status: int, said: str
+) -> None:
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: NoGpu(status))
+    problem = driver.__wrapped__().problem
+    assert problem is not None
+    assert said in problem
+    assert ": see that " in problem
+    assert "CUDA_VISIBLE_DEVICES" in problem
 
 
 def test_the_driver_is_described() -> None:
