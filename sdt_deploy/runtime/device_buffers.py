@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +48,9 @@ class DeviceBackend(Backend, Protocol):
 
     def layers(self, bundle: Bundle) -> Sequence[Parameters]:
         """Return the parameters of each layer on this device; see :class:`.DeviceMemory`."""
+
+    def surfacing(self) -> AbstractContextManager[None]:
+        """Return a context in which failures of enqueued work are errors of the backend."""
 
     def mark(self) -> Callable[[], None]:
         """Return what waits for all that was enqueued on the current stream so far."""

@@ -136,7 +136,8 @@ class DeviceLoop:
                     usage = LayerUsage.from_active(batch.n_tokens, active)
             else:
                 self._launch_whole(frame, path)
-            frame.result.fetch()
+            with self._backend.surfacing():
+                frame.result.fetch()
             input_ids, cu_seqlens = batch.input_ids.copy(), batch.cu_seqlens.copy()
             self._backend.wait()
             output = frame.result.here["output"][:n]
@@ -212,7 +213,8 @@ class DeviceLoop:
         """
         bucket = frame.bucket
         self._launch_part("entry", frame, self._enter)
-        frame.counts.fetch()
+        with self._backend.surfacing():
+            frame.counts.fetch()
         counted = self._backend.mark()
         processed = []
 

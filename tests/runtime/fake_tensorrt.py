@@ -149,7 +149,8 @@ class FakeLibrary:
     """Stands for the module ``tensorrt`` of a version in :data:`SIGNATURES`.
 
     Every engine's ``scratch`` is the memory it asks for; ``calls`` lists what was enqueued, as
-    ``(graph, profile, stream)``; a graph named in ``failing`` cannot be enqueued.
+    ``(graph, profile, stream)``; a graph named in ``failing`` cannot be enqueued, and calls named
+    in ``refusing`` fail.
     """
 
     ILogger = ILogger
@@ -160,6 +161,7 @@ class FakeLibrary:
         self.calls: list[tuple[str, int, int]] = []
         self.contexts: list[IExecutionContext] = []
         self.failing: set[str] = set()
+        self.refusing: set[str] = set()
         if "ExecutionContextAllocationStrategy" in SIGNATURES[version]["members"]:
             self.ExecutionContextAllocationStrategy = Strategy
 
@@ -213,6 +215,9 @@ class ICudaEngine:
         return self.create_execution_context_without_device_memory()
 
     def create_execution_context_without_device_memory(self) -> Any:
+        if "create_execution_context" in self.library.refusing:
+            self.logger.log(Severity.ERROR, "out of luck")
+            return None
         context = IExecutionContext(self)
         self.library.contexts.append(context)
         return self.library.checked(context)
@@ -244,6 +249,8 @@ class IExecutionContext:
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         assert self.profile is None, "a context keeps its profile"
+        if "set_optimization_profile_async" in self.library.refusing:
+            return self._refuse("out of luck")
         self.profile = profile_index
         return profile_index < self.engine.num_optimization_profiles
 
@@ -257,6 +264,8 @@ class IExecutionContext:
         return inside or self._refuse(f"{name}: {shape} is outside the profile")
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
+        if "set_tensor_address" in self.library.refusing:
+            return self._refuse("out of luck")
         self.addresses[name] = memory
         return True
 

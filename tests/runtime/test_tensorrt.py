@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from sdt_deploy import diagnosis, trt
@@ -266,20 +265,6 @@ def test_contexts_are_reused_and_never_shared(open_fake: Open) -> None:
                 assert_parity(session, found.model, own)
 
         in_threads(6, work)
-
-
-def test_a_failed_enqueue_is_an_error_with_its_reason(open_fake: Open) -> None:
-    session, library, found = open_fake()
-    batch = random_batch(found.model.config, [9, 4], seed=1)
-    with session:
-        expected = session.run_batch(batch, path="sparse").output
-        library.failing.add("stage-01")
-        with pytest.raises(BackendError, match=r"stage-01 could not be enqueued\n.*out of luck"):
-            session.run_batch(batch, path="sparse")
-        library.failing.clear()
-        np.testing.assert_array_equal(session.run_batch(batch, path="sparse").output, expected)
-    with pytest.raises(BackendError, match="closed"):
-        session.run_batch(batch)
 
 
 def test_refusals(open_fake: Open, monkeypatch: pytest.MonkeyPatch) -> None:

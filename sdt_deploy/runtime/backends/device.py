@@ -38,6 +38,7 @@ class DeviceMemory:
         BackendError: if torch finds no such GPU.
     """
 
+    name: str = "GPU"
     captures = True
     """Whether calls of its graphs may be captured in CUDA graphs."""
 
@@ -175,19 +176,49 @@ class DeviceMemory:
         """See :meth:`sdt_deploy.runtime.backend.Backend.fetch`; it waits for the GPU once."""
         pinned = self.device.type == "cuda"
         copies = []
-        for array in arrays:
-            copy = self._torch.empty(array.shape, dtype=array.dtype, pin_memory=pinned)
-            copies.append(copy.copy_(array, non_blocking=True))
+        with self.surfacing():
+            for array in arrays:
+                copy = self._torch.empty(array.shape, dtype=array.dtype, pin_memory=pinned)
+                copies.append(copy.copy_(array, non_blocking=True))
         self.wait()
         return tuple(copy.numpy().copy() if pinned else copy.numpy() for copy in copies)
 
     def mark(self) -> Callable[[], None]:
-        """Return what waits for all that was enqueued on the current stream so far."""
+        """Return what waits for all that was enqueued on the current stream so far.
+
+        That raises a :class:`BackendError` if some of it failed.
+        """
         if self.device.type != "cuda":
             return lambda: None
-        event = self._torch.cuda.Event()
-        event.record()
-        return event.synchronize  # type: ignore[no-any-return]
+        with self.surfacing():
+            event = self._torch.cuda.Event()
+            event.record()
+
+        def wait() -> None:
+            with self.surfacing():
+                event.synchronize()
+
+        return wait
+
+    @contextmanager
+    def surfacing(self) -> Iterator[None]:
+        """Make a :class:`BackendError` of what torch raises: here failures of work come to light.
+
+        Work on a GPU fails after it was enqueued, and torch raises at whatever call comes next.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise BackendError(
+                self.failure(
+                    "work on the GPU failed after it was enqueued, so results are not to be used. "
+                    f"No more can be run in this process; start it again: {error}"
+                )
+            ) from error
+
+    def failure(self, what: str) -> str:
+        """Return ``what`` with what else is known about a failure."""
+        return f"{self.name}: {what}"
 
     def wait(self) -> None:
         """Wait for what was enqueued on the current stream so far."""

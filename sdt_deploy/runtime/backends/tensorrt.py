@@ -152,7 +152,7 @@ class TensorRtBackend(DeviceMemory):
         return block
 
     def failure(self, what: str) -> str:
-        """Return ``what`` with the last errors that the library logged."""
+        """See :class:`DeviceMemory`: the last errors that the library logged."""
         lines = self._logger.take()
         return "\n".join([f"{self.name}: {what}", *lines])
 
