@@ -28,7 +28,7 @@ class EngineCache:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
@@ -40,10 +40,10 @@ class EngineCache:
             ) from error
 
     def _engine(self, key: str) -> Path:
-        return self._directory / f"{key}.engine"
+        return self.directory / f"{key}.engine"
 
     def _entry(self, key: str) -> Path:
-        return self._directory / f"{key}.json"
+        return self.directory / f"{key}.json"
 
     def get(self, key: str, target: Path) -> EngineSpec | None:
         """Copy an engine to ``target`` and return how it was built; None if it is not there.
@@ -64,12 +64,12 @@ class EngineCache:
         Raises:
             OutputError: if it cannot be written.
         """
-        temporary = self._directory / f".{spec.key}.{os.getpid()}"
+        temporary = self.directory / f".{spec.key}.{os.getpid()}"
         try:
             shutil.copyfile(engine, temporary)
             temporary.replace(self._engine(spec.key))
             write_file(self._entry(spec.key), json.dumps(dataclasses.asdict(spec)).encode())
         except OSError as error:
-            raise OutputError(f"the engine cache {self._directory}: {error}") from error
+            raise OutputError(f"the engine cache {self.directory}: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)

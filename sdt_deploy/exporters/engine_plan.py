@@ -243,10 +243,15 @@ def worker_options(
 
 
 def command_line(
-    bundle: Path, config: BuildConfig, limits: BatchLimits, engines: EngineSet, graph: str
+    bundle: Path,
+    config: BuildConfig,
+    limits: BatchLimits,
+    engines: EngineSet,
+    graph: str,
+    cache: Path | None,
 ) -> str:
-    """Return the command that builds just one engine of a set."""
-    further = []
+    """Return the command that builds just one engine of a set; ``cache``: None for no cache."""
+    further = ["--no-cache"] if cache is None else ["--cache", str(cache)]
     if config.timing_cache is not None:
         further += ["--timing-cache", str(config.timing_cache)]
     if config.pin_timing_cache:

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 _EVENT_INTERVAL_S = 0.05
 _MAX_LINES = 40
 _MAX_REASON = 300
+_WORD = re.compile(r"[\w./]+")
 
 
 class Reporter:
@@ -122,7 +124,8 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
             reporter.send(name, "decompose", reason=reason)
             output.write_bytes(build_bytes(job, graph, got, reporter))
     except PolygraphyException:  # it has logged why
-        reporter.send(name, "failed", lines=[*before, *handler.take()])
+        lines = [*before, *handler.take()]
+        reporter.send(name, "failed", lines=[*blamed(Path(graph["onnx"]), lines), *lines])
     except (OSError, RuntimeError) as error:
         reporter.send(name, "failed", lines=[*before, *handler.take(), str(error)])
     else:
@@ -142,6 +145,23 @@ def first_error(lines: Sequence[str]) -> str:
     """Return the first error that the library logged, on one line."""
     errors = [line for line in lines if line.startswith("[E]")] or [*lines, "it gave no reason"]
     return " ".join(errors[0].removeprefix("[E]").split())[:_MAX_REASON]
+
+
+def blamed(path: Path, lines: Sequence[str]) -> list[str]:
+    """Say which operators of a graph the library's errors name; nothing if they name none.
+
+    Its parser names nodes, and so does its compiler where it has not merged them.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        nodes = onnx.load(path, load_external_data=False).graph.node
+    except DecodeError:
+        return []
+    words = {word for line in lines if line.startswith("[E]") for word in _WORD.findall(line)}
+    found = [f"{node.op_type} ({node.name})" for node in nodes if node.name in words]
+    return [f"operator: {', '.join(found)}"] if found else []
 
 
 def build_bytes(

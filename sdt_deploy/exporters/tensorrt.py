@@ -114,8 +114,7 @@ def build_engines(
         workspace_mb=config.workspace_mb,
         engines={},
     )
-    if features.legacy or new.attention != "decomposed":
-        require("onnx", extra=chosen.name, purpose="Rewriting graphs for this engine builder")
+    require("onnx", extra=chosen.name, purpose="Building engines")
     jobs = plan_jobs(bundle, new, config.graphs, pinned=pinned_times(config))
     old = next((each for each in manifest.engines if each.name == new.name), None)
     check_others_stay(bundle.path, old, new, config.graphs)
@@ -160,7 +159,12 @@ def build_engines(
             progress("put the engines into the bundle", 0, 0)
             install(bundle, new, directory)
     if failures:
-        raise BuildError(_failure_text(bundle, config, limits, new, failures, stays))
+        folder = None if cache is None else cache.directory
+        commands = {
+            graph: command_line(bundle.path, config, limits, new, graph, folder)
+            for graph in failures
+        }
+        raise BuildError(_failure_text(new, failures, commands, stays))
     return BuildReport(engines=new, sources=sources, hint=fused_hint(manifest, features))
 
 
@@ -274,20 +278,17 @@ def install(bundle: Bundle, engines: EngineSet, directory: Path) -> None:
 
 
 def _failure_text(
-    bundle: Bundle,
-    config: BuildConfig,
-    limits: BatchLimits,
     engines: EngineSet,
     failures: Mapping[str, str],
+    commands: Mapping[str, str],
     stays: EngineSet | None,
 ) -> str:
     """Say what failed and what can be used; ``stays``: the set that ``engines`` did not replace."""
     lines = []
     for graph, problem in failures.items():
-        command = command_line(bundle.path, config, limits, engines, graph)
         lines.append(
             f"{engines.flavour} {engines.version} could not build {graph}:\n{problem}\n"
-            f"to try this one again: {command}"
+            f"to try this one again: {commands[graph]}"
         )
     usable = [name for name in (stays or engines).engines if stays or name not in failures]
     if usable:

@@ -214,7 +214,7 @@ def test_packed_attention_is_read_and_has_no_kernel(
     monkeypatch.setattr(trt, "features", lambda chosen, found: able)
     with pytest.raises(BuildError, match="no fused packed attention kernel") as error:
         build_engines(bundle, config, LIMITS)
-    assert "--attention packed --graph stage-00" in str(error.value)
+    assert "--attention packed --no-cache --graph stage-00" in str(error.value)
     engines = reopened(bundle)
     assert engines.attention == "packed"
     assert {name: spec.attention for name, spec in engines.engines.items()} == {

@@ -16,6 +16,7 @@ from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import EngineSet, build_command
 from sdt_deploy.errors import ConfigError, OutputError
 from sdt_deploy.exporters.engine_checks import check_others_stay
+from sdt_deploy.exporters.engine_plan import command_line
 from sdt_deploy.exporters.tensorrt import build_engines
 from tests.exporters.building import ADA, files_of, reopened
 from tests.test_cli import call
@@ -85,6 +86,33 @@ def test_the_library_reads_and_updates_a_timing_cache(bundle: Bundle, tmp_path: 
     assert written
     build_engines(Bundle.open(bundle.path), only("entry", timing_cache=times))
     assert times.read_bytes() == written
+
+
+def test_the_command_that_repeats_a_build_has_all_its_options(tmp_path: Path) -> None:
+    config = BuildConfig(
+        flavour="tensorrt",
+        attention="packed",
+        workspace_mb=64,
+        lengths=Path("lengths"),
+        timing_cache=Path("times"),
+        pin_timing_cache=True,
+    )
+    engines = EngineSet(
+        flavour="tensorrt",
+        version="11.4.0",
+        compute_capabilities=("9.0",),
+        profiles=plan_profiles(LIMITS),
+        attention="packed",
+        workspace_mb=64,
+        engines={},
+    )
+    said = command_line(tmp_path, config, LIMITS, engines, "head", Path("a folder"))
+    assert said == (
+        f"sdt-deploy build-engine {tmp_path} --target tensorrt --compute-capability 9.0 "
+        "--max-seqlen 24 --max-batch 9 --max-padded-tokens 200 --workspace-mb 64 --lengths lengths "
+        "--attention packed --cache 'a folder' --timing-cache times --pin-timing-cache "
+        "--graph head"
+    )
 
 
 def test_every_setting_is_compared(bundle: Bundle) -> None:

@@ -129,8 +129,10 @@ def test_turing_takes_float16_only(precision: Precision, tmp_path: Path) -> None
         build_engines(bundle, turing)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensorrt, "check_gpus", lambda *_: None)
-        with pytest.raises(BuildError, match=r"Turing|sm75"):
+        with pytest.raises(BuildError, match=r"Turing|sm75") as error:
             build_engines(bundle, turing)
+    # The library names a node of what it cannot compile, or none.
+    assert ("operator: MatMul (node_" in str(error.value)) == (precision == "float32")
 
 
 @pytest.mark.parametrize("name", ["active-lm", "active-grouped", "all-grouped"])
