@@ -6,19 +6,21 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdt_deploy.buckets import BatchLimits, input_shapes, plan_profiles
-from sdt_deploy.bundle import Bundle
-from sdt_deploy.config import BuildConfig, ExportConfig, Precision
+from sdt_deploy.bundle import WEIGHTS, Bundle
+from sdt_deploy.config import ExportConfig, Precision
 from sdt_deploy.engines import ENGINES, EngineSet, read_engine
 from sdt_deploy.errors import BuildError, ConfigError
-from sdt_deploy.exporters import tensorrt
+from sdt_deploy.exporters import engine_plan, tensorrt
 from sdt_deploy.exporters.engine_cache import EngineCache
 from sdt_deploy.exporters.engine_plan import plan_jobs
 from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.tensorrt import build_engines
+from sdt_deploy.gpu import Driver, Gpu
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.runtime.session import Session
 from tests.exporters.building import (
@@ -70,35 +72,63 @@ def test_an_unchanged_bundle_builds_nothing(
     }
 
 
-@pytest.mark.parametrize(
-    ("config", "limits"),
-    [
-        (dataclasses.replace(ADA, workspace_mb=64), None),
-        (dataclasses.replace(ADA, compute_capabilities=("8.6",)), None),
-        (dataclasses.replace(ADA, compute_capabilities=("8.9", "12.0")), None),
-        (ADA, BatchLimits(max_seqlen=24)),
-    ],
-)
-def test_everything_that_matters_is_in_the_key(
-    bundle: Bundle, config: BuildConfig, limits: BatchLimits | None
-) -> None:
-    def keys(config: BuildConfig, limits: BatchLimits | None, version: str = "1.7.1") -> list[str]:
-        engines = EngineSet(
-            flavour=config.flavour,
-            version=version,
-            compute_capabilities=config.compute_capabilities,
-            profiles=plan_profiles(limits or BatchLimits(max_seqlen=40)),
-            attention="decomposed",
-            workspace_mb=config.workspace_mb,
-            engines={},
-        )
-        return [job.key for job in plan_jobs(bundle, engines)]
+def other_file(bundle: Bundle, name: str) -> Bundle:
+    files = {**bundle.manifest.files, name: {**bundle.manifest.files[name], "sha256": "0" * 64}}
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, files=files))
 
-    first = keys(ADA, None)
-    assert len(set(first)) == len(first)
-    assert keys(ADA, None) == first
-    assert not set(keys(config, limits)) & set(first)
-    assert not set(keys(ADA, None, version="1.7.2")) & set(first)
+
+def other_export(bundle: Bundle, **changes: Any) -> Bundle:
+    export = dataclasses.replace(bundle.manifest.export, **changes)
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, export=export))
+
+
+HOPPER = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
+H200 = Driver(gpus=(Gpu(name="H200", compute_capability="9.0"),), cuda_version="13.0")
+CHANGES: dict[str, dict[str, Any]] = {
+    "graph": {"bundle": lambda bundle: other_file(bundle, "stage-00.onnx")},
+    "weights": {"bundle": lambda bundle: other_file(bundle, WEIGHTS)},
+    "precision": {"bundle": lambda bundle: other_export(bundle, precision="float16")},
+    "profiles": {"profiles": plan_profiles(BatchLimits(max_seqlen=24))},
+    "attention": {"attention": "fused"},
+    "flavour": {"flavour": "tensorrt-rtx"},
+    "version": {"version": "11.4.1"},
+    "compute_capabilities": {"compute_capabilities": ("8.9",)},
+    "several": {"compute_capabilities": ("8.9", "9.0")},
+    "workspace_mb": {"workspace_mb": 64},
+    "timing_cache": {"pinned": "1" * 64},
+    "gpu": {"driver": H200},
+    "driver": {"driver": dataclasses.replace(HOPPER, cuda_version="13.1")},
+}
+
+
+@pytest.mark.parametrize("member", CHANGES)
+def test_everything_that_matters_is_in_the_key(
+    bundle: Bundle, member: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = EngineSet(
+        flavour="tensorrt",
+        version="11.4.0",
+        compute_capabilities=("9.0",),
+        profiles=plan_profiles(BatchLimits(max_seqlen=40)),
+        attention="decomposed",
+        workspace_mb=None,
+        engines={},
+    )
+
+    def keys(change: dict[str, Any]) -> dict[str, str]:
+        change = dict(change)
+        other = change.pop("bundle", lambda same: same)(bundle)
+        here, pinned = change.pop("driver", HOPPER), change.pop("pinned", None)
+        monkeypatch.setattr(engine_plan, "driver", lambda: here)
+        jobs = plan_jobs(other, dataclasses.replace(engines, **change), pinned=pinned)
+        return {job.graph: job.key for job in jobs}
+
+    first, changed = keys({}), keys(CHANGES[member])
+    assert len(set(first.values())) == len(first)
+    assert keys({}) == first
+    differing = {graph for graph in first if first[graph] != changed[graph]}
+    graphs = {"graph": {"stage-00"}, "attention": {*first} - {"entry", "head"}}
+    assert differing == graphs.get(member, {*first})
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
