@@ -229,9 +229,10 @@ def print_engines(engines: Any) -> None:
     from rich.table import Table
 
     for one in engines:
+        attention = "packed (untested)" if one.attention == "packed" else one.attention
         limit = "" if one.workspace_mb is None else f", workspace {one.workspace_mb} MB"
         console.print(
-            f"[bold]{one.name}[/bold], version {one.version}, attention {one.attention}{limit}",
+            f"[bold]{one.name}[/bold], version {one.version}, attention {attention}{limit}",
             highlight=False,
         )
         profiles = Table("profile", "n_tokens", "batch", "max_seqlen")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 
 from sdt_deploy import diagnosis, gpu
-from sdt_deploy.bundle import Bundle
+from sdt_deploy.buckets import BatchLimits, plan_profiles
+from sdt_deploy.bundle import Bundle, write_manifest
+from sdt_deploy.engines import EngineSet
 from sdt_deploy.gpu import Driver, Gpu, driver, read_capability
 from sdt_deploy.runtime.backends import BACKENDS
 from tests.samples import ExportedModel
@@ -58,6 +61,24 @@ def test_build_inspect_and_build_again(exported: Exported, tmp_path: Path) -> No
 def test_bad_options(exported: Exported, arguments: tuple[str, ...], message: str) -> None:
     bundle = exported("active-lm").bundle
     assert message in " ".join(call(*BUILD, bundle, *arguments, code=2).split())
+
+
+def test_packed_attention_is_said_to_be_untested(exported: Exported, tmp_path: Path) -> None:
+    assert "untested" in " ".join(call("build-engine", "--help").replace("│", " ").split())
+    bundle = Bundle.open(shutil.copytree(exported("active-lm").bundle, tmp_path / "bundle"))
+    engines = EngineSet(
+        flavour="tensorrt",
+        version="11.4.0",
+        compute_capabilities=("9.0",),
+        profiles=plan_profiles(BatchLimits(max_seqlen=33)),
+        attention="packed",
+        workspace_mb=None,
+        engines={},
+    )
+    for attention, said in (("packed", "packed (untested)"), ("fused", "attention fused\n")):
+        one = dataclasses.replace(engines, attention=attention)
+        write_manifest(bundle.path, dataclasses.replace(bundle.manifest, engines=(one,)))
+        assert said in call("inspect", bundle.path)
 
 
 def test_ctrl_c_leaves_nothing(exported: Exported, tmp_path: Path) -> None:

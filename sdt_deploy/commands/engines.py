@@ -45,7 +45,8 @@ def build_engine(
     attention: Annotated[
         EngineLayoutChoice,
         typer.Option(
-            help="packed: without padding, in bundles with fused attention (TensorRT 11)."
+            help="packed: without padding, in bundles with fused attention (TensorRT 11.1; "
+            "untested)."
         ),
     ] = EngineLayoutChoice.padded,
     workspace_mb: Annotated[
