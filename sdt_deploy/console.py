@@ -230,9 +230,11 @@ def print_engines(engines: Any) -> None:
 
     for one in engines:
         attention = "packed (untested)" if one.attention == "packed" else one.attention
+        precision = "" if one.precision is None else f"{one.precision}, "
         limit = "" if one.workspace_mb is None else f", workspace {one.workspace_mb} MB"
         console.print(
-            f"[bold]{one.name}[/bold], version {one.version}, attention {attention}{limit}",
+            f"[bold]{one.name}[/bold], version {one.version}, {precision}attention {attention}"
+            f"{limit}",
             highlight=False,
         )
         profiles = Table("profile", "n_tokens", "batch", "max_seqlen")

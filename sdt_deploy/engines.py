@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdt_deploy.buckets import BatchLimits, OptimizationProfile, plan_profiles, planned_for
-from sdt_deploy.config import EngineFlavour, check_choice, is_integer, is_number, shown
+from sdt_deploy.config import EngineFlavour, Precision, check_choice, is_integer, is_number, shown
 from sdt_deploy.errors import BundleIntegrityError, ConfigError
 from sdt_deploy.files import read_bytes
 from sdt_deploy.gpu import read_capability
@@ -102,11 +102,15 @@ class EngineSet:
     """Bound on the scratch memory that was set for the build; None: the library's own."""
     engines: Mapping[str, EngineSpec]
     """By graph. A graph whose build failed is missing."""
+    precision: Precision | None = None
+    """Of the graphs that they were built from; None: it was not noted."""
 
     def __post_init__(self) -> None:
         check_choice("engine flavour", self.flavour, EngineFlavour)
         if not isinstance(self.version, str) or not self.version:
             raise ConfigError("an engine set's version must be a string")
+        if self.precision is not None:
+            check_choice("an engine set's precision", self.precision, Precision)
         if self.attention not in ATTENTIONS:
             raise ConfigError(f"an engine set's attention is not {shown(self.attention)}")
         if not self.compute_capabilities or not self.profiles:
@@ -125,7 +129,7 @@ class EngineSet:
 
     def differences(self, other: EngineSet) -> Iterator[tuple[str, str, str]]:
         """Yield each setting that another set of this name has otherwise, with both values."""
-        for name in ("version", "attention", "workspace_mb"):
+        for name in ("version", "precision", "attention", "workspace_mb"):
             own, others = getattr(self, name), getattr(other, name)
             if own != others:
                 yield name, str(own), str(others)

@@ -113,6 +113,7 @@ def build_engines(
         attention=set_attention(config, manifest, chosen, version),
         workspace_mb=config.workspace_mb,
         engines={},
+        precision=manifest.export.precision,
     )
     require("onnx", extra=chosen.name, purpose="Building engines")
     jobs = plan_jobs(bundle, new, config.graphs, pinned=pinned_times(config))

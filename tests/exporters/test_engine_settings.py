@@ -13,12 +13,13 @@ from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits, plan_profiles
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig
-from sdt_deploy.engines import EngineSet, build_command
+from sdt_deploy.engines import ENGINES, EngineSet, build_command
 from sdt_deploy.errors import ConfigError, OutputError
 from sdt_deploy.exporters.engine_checks import check_others_stay
 from sdt_deploy.exporters.engine_plan import command_line
 from sdt_deploy.exporters.tensorrt import build_engines
 from tests.exporters.building import ADA, files_of, reopened
+from tests.samples import sign_bundle
 from tests.test_cli import call
 
 LIMITS = BatchLimits(max_seqlen=24, max_batch=9, max_padded_tokens=200)
@@ -115,11 +116,28 @@ def test_the_command_that_repeats_a_build_has_all_its_options(tmp_path: Path) ->
     )
 
 
+def test_sets_of_before_precision_was_noted_are_read(bundle: Bundle) -> None:
+    build_engines(bundle, only("head"), LIMITS)
+    assert reopened(bundle).precision == "float32"
+    assert "float32, attention decomposed" in call("inspect", bundle.path)
+
+    def without(body: Any) -> None:
+        for name in [name for name in body["files"] if name.startswith(ENGINES)]:
+            del body["files"][name]
+        del body["engines"][0]["precision"]
+        del body["engines"][0]["engines"]["head"]["attention_reason"]
+
+    sign_bundle(bundle.path, without)
+    assert reopened(bundle).precision is None
+    assert reopened(bundle).engines["head"].attention_reason is None
+
+
 def test_every_setting_is_compared(bundle: Bundle) -> None:
     build_engines(bundle, only("entry"), LIMITS)
     old = reopened(bundle)
     other: dict[str, tuple[Any, str]] = {
         "version": ("1.8.0", f"version is {old.version}, not 1.8.0"),
+        "precision": ("float16", "precision is float32, not float16"),
         "attention": ("fused", "attention is decomposed, not fused"),
         "workspace_mb": (64, "workspace_mb is None, not 64"),
         "profiles": (plan_profiles(BatchLimits(max_seqlen=9)), "max_seqlen 1–5–9"),
