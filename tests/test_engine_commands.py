@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 from sdt_deploy import diagnosis, gpu
 from sdt_deploy.buckets import BatchLimits, plan_profiles
 from sdt_deploy.bundle import Bundle, write_manifest
-from sdt_deploy.engines import EngineSet
+from sdt_deploy.engines import EngineSet, read_engine
 from sdt_deploy.gpu import Driver, Gpu, driver, read_capability
 from sdt_deploy.runtime.backends import BACKENDS
 from tests.samples import ExportedModel
@@ -36,7 +37,9 @@ def test_build_inspect_and_build_again(exported: Exported, tmp_path: Path) -> No
     assert f"{len(graphs)} built" in text
     assert all(name in call("inspect", bundle) for name in graphs)
     before = (bundle / "manifest.json").read_bytes()
-    assert f"{len(graphs)} unchanged: graph, weights, profiles" in call(*build)
+    assert (
+        f"{len(graphs)} unchanged: graph, weights, profiles, library and GPU are as they were"
+    ) in call(*build)
     assert (bundle / "manifest.json").read_bytes() == before
     assert call("verify", bundle)
     ids = tmp_path / "ids.npy"
@@ -63,6 +66,35 @@ def test_bad_options(exported: Exported, arguments: tuple[str, ...], message: st
     assert message in " ".join(call(*BUILD, bundle, *arguments, code=2).split())
 
 
+def test_two_processes_that_build_at_once(exported: Exported, tmp_path: Path) -> None:
+    """The later one is refused, whenever it comes, and takes nothing from the first."""
+    bundle = shutil.copytree(exported("active-grouped").bundle, tmp_path / "bundle")
+    script = Path(sys.executable).with_name("sdt-deploy")
+    command = [str(script), *BUILD, str(bundle), "--no-cache"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not list((bundle / "engines").glob(".build-*/*.engine")):
+        assert first.poll() is None, "it was done before the second one came"
+    os.kill(first.pid, signal.SIGSTOP)  # so that it cannot be done first
+    try:
+        second = subprocess.run(
+            [*command, "--graph", "head"], capture_output=True, text=True, check=False
+        )
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert second.returncode == 2
+    assert "another build is under way" in second.stderr
+    _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
+    opened = Bundle.open(bundle)
+    (engines,) = opened.manifest.engines
+    assert [*engines.engines] == [name for name in opened.manifest.graphs if name != "single"]
+    for spec in engines.engines.values():
+        assert read_engine(bundle, spec)
+    assert {path.name for path in (bundle / "engines").iterdir()} == {
+        Path(spec.file).name for spec in engines.engines.values()
+    }
+
+
 def test_packed_attention_is_said_to_be_untested(exported: Exported, tmp_path: Path) -> None:
     assert "untested" in " ".join(call("build-engine", "--help").replace("│", " ").split())
     bundle = Bundle.open(shutil.copytree(exported("active-lm").bundle, tmp_path / "bundle"))
@@ -83,8 +115,6 @@ def test_packed_attention_is_said_to_be_untested(exported: Exported, tmp_path: P
 
 def test_ctrl_c_leaves_nothing(exported: Exported, tmp_path: Path) -> None:
     """A signal in the middle of a build, as the terminal sends it: to both processes."""
-    import signal
-
     bundle = shutil.copytree(exported("active-grouped").bundle, tmp_path / "bundle")
     before = sorted(path.name for path in bundle.rglob("*"))
     script = Path(sys.executable).with_name("sdt-deploy")

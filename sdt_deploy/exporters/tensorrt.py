@@ -117,9 +117,10 @@ def build_engines(
     )
     require("onnx", extra=chosen.name, purpose="Building engines")
     jobs = plan_jobs(bundle, new, config.graphs, pinned=pinned_times(config))
-    old = next((each for each in manifest.engines if each.name == new.name), None)
-    check_others_stay(bundle.path, old, new, config.graphs)
     with exclusive(bundle.path), _workplace(bundle.path) as directory:
+        present = _present(bundle).engines  # another build may have ended since it was opened
+        old = next((each for each in present if each.name == new.name), None)
+        check_others_stay(bundle.path, old, new, config.graphs)
         specs: dict[str, EngineSpec] = {}
         sources: dict[str, str] = {}
         missing = []
@@ -245,6 +246,20 @@ def _spec(job: EngineJob, built: Built, engines: EngineSet) -> EngineSpec:
     )
 
 
+def _present(bundle: Bundle) -> Manifest:
+    """Return the manifest as it stands in the bundle now.
+
+    Raises:
+        OutputError: if it is that of another export.
+    """
+    current = Manifest.from_json((bundle.path / MANIFEST).read_bytes())
+    if current.files != bundle.manifest.files:
+        raise OutputError(
+            f"{bundle.path} was exported anew while its engines were built; try again"
+        )
+    return current
+
+
 def install(bundle: Bundle, engines: EngineSet, directory: Path) -> None:
     """Move the files of ``engines`` from ``directory`` into the bundle and list them there.
 
@@ -253,11 +268,7 @@ def install(bundle: Bundle, engines: EngineSet, directory: Path) -> None:
     Raises:
         OutputError: if the bundle was replaced meanwhile, or cannot be written.
     """
-    current = Manifest.from_json((bundle.path / MANIFEST).read_bytes())
-    if current.files != bundle.manifest.files:
-        raise OutputError(
-            f"{bundle.path} was exported anew while its engines were built; try again"
-        )
+    current = _present(bundle)
     others = [each for each in current.engines if each.name != engines.name]
     manifest = dataclasses.replace(current, engines=(*others, engines))
     try:

@@ -54,6 +54,16 @@ def test_one_graph_with_the_same_settings_joins_the_others(bundle: Bundle) -> No
     assert list(reopened(bundle).engines) == ["entry", "head"]
 
 
+def test_what_another_build_added_meanwhile_is_kept(bundle: Bundle) -> None:
+    """As by a process that opened the bundle before the other one was done."""
+    opened = bundle
+    build_engines(Bundle.open(bundle.path), only("entry"), LIMITS)
+    build_engines(opened, only("head"), LIMITS)
+    assert list(reopened(bundle).engines) == ["entry", "head"]
+    with pytest.raises(ConfigError, match="other settings"):
+        build_engines(opened, only("head", workspace_mb=64), LIMITS)
+
+
 def test_all_graphs_that_there_are_may_get_other_settings(bundle: Bundle) -> None:
     build_engines(bundle, only("head"), LIMITS)
     build_engines(Bundle.open(bundle.path), only("head", "entry", workspace_mb=64), LIMITS)
