@@ -175,7 +175,8 @@ def test_sentence_transformers(made: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(prompted, model.encode(["w3 w4"]), rtol=0, atol=1e-6)
     model.save(str(tmp_path / "saved"))
     again = st.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True)
-    np.testing.assert_array_equal(again.encode(lines, batch_size=6), found)
+    # Another session measures anew which path is faster here, and paths round differently.
+    np.testing.assert_allclose(again.encode(lines, batch_size=6), found, rtol=0, atol=1e-6)
 
 
 def test_only_embeddings_are_sentence_embeddings(made: Path, tmp_path: Path) -> None:
