@@ -199,6 +199,25 @@ def logger(library: Any) -> Any:
     return Logger()
 
 
+def reports_progress(library: Any) -> bool:
+    """Tell whether a build can be watched and cancelled; 8.6 has no ``IProgressMonitor``."""
+    return hasattr(library, "IProgressMonitor")
+
+
+def builder_options(library: Any, *, strongly_typed: bool, precision: Precision) -> dict[str, Any]:
+    """Return what polygraphy's configuration of a build takes for this version alone."""
+    if strongly_typed:
+        return {}
+    # 8.6. Profiles are to be shared; the other features are on by default, if none is named.
+    options: dict[str, Any] = {
+        "preview_features": list(library.PreviewFeature.__members__.values())
+    }
+    if precision == "float16":
+        # Every layer has a kernel for float32, so "prefer" would only hide where it is not obeyed.
+        options |= {"fp16": True, "precision_constraints": "obey"}
+    return options
+
+
 def profile_shapes(engine: Any, tensor: str, profile: int) -> Shapes:
     """Return smallest, best and largest shape of an input in a profile."""
     low, best, high = engine.get_tensor_profile_shape(tensor, profile)

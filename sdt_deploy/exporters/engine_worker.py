@@ -69,6 +69,12 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage().strip())
 
 
+class _File(io.BytesIO):
+    """The content of a file as polygraphy takes one that is open: it looks at the mode."""
+
+    mode = "rb"
+
+
 def monitor(trt: Any, graph: str, reporter: Reporter) -> Any:
     """Make an ``IProgressMonitor`` that reports the steps of ``graph``'s build."""
 
@@ -179,8 +185,10 @@ def build_bytes(
     )
     from polygraphy.mod.trt_importer import lazy_import_trt
 
+    from sdt_deploy.trt import reports_progress
+
     trt = lazy_import_trt()
-    progress = monitor(trt, graph["name"], reporter) if hasattr(trt, "IProgressMonitor") else None
+    progress = monitor(trt, graph["name"], reporter) if reports_progress(trt) else None
     config = build_config(trt, job, graph["profiles"], progress)
     path, typed = Path(graph["onnx"]), job["strongly_typed"]
     if not typed or graph["attention"] in ("fused", "packed"):
@@ -238,6 +246,8 @@ def build_config(
     """Return polygraphy's configuration of one build; arguments as in :func:`build`."""
     from polygraphy.backend.trt import CreateConfig, Profile
 
+    from sdt_deploy.trt import builder_options
+
     profiles = [Profile() for _ in shapes]
     for profile, inputs in zip(profiles, shapes, strict=True):
         for tensor, (low, best, high) in inputs.items():
@@ -249,20 +259,14 @@ def build_config(
     if job["timing_cache"] is not None:
         options["load_timing_cache"] = job["timing_cache"]
         if job["pin_timing_cache"]:  # beside a path polygraphy would write a lock
-            options["load_timing_cache"] = io.BytesIO(Path(job["timing_cache"]).read_bytes())
+            options["load_timing_cache"] = _File(Path(job["timing_cache"]).read_bytes())
             options["error_on_timing_cache_miss"] = True
     if job["rtx"]:
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         return CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
-    if job["strongly_typed"]:
-        return CreateConfig(**options)
-    # 8.6. Profiles are to be shared; the other features are on by default, if none is named.
-    options["preview_features"] = list(trt.PreviewFeature.__members__.values())
-    # Every layer has a kernel for float32, so "prefer" would only hide where it is not obeyed.
-    narrow = job["precision"] == "float16"
-    constraints = "obey" if narrow else None
-    return CreateConfig(fp16=narrow, precision_constraints=constraints, **options)
+    own = builder_options(trt, strongly_typed=job["strongly_typed"], precision=job["precision"])
+    return CreateConfig(**options, **own)
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -37,18 +37,27 @@ class LayerType(enum.Enum):
 
 
 class ITensor:
-    def __init__(self, name: str, dtype: DataType) -> None:
+    is_shape_tensor = False
+
+    def __init__(self, name: str, dtype: DataType, shape: tuple[int, ...] = ()) -> None:
         self.name = name
         self.dtype = dtype
+        self.shape = shape
 
 
 class ILayer:
     """``asked`` is None until a precision is set; until then ``by_itself`` is the precision."""
 
     def __init__(
-        self, kind: LayerType, inputs: Sequence[ITensor | None], outputs: Sequence[ITensor]
+        self,
+        kind: LayerType,
+        inputs: Sequence[ITensor | None],
+        outputs: Sequence[ITensor],
+        version: str = VERSION,
     ) -> None:
+        self.version = version
         self.type = kind
+        self.name = outputs[0].name
         self.inputs = list(inputs)
         self.outputs = list(outputs)
         tensors = [each for each in (*inputs, *outputs) if each is not None]
@@ -69,6 +78,10 @@ class ILayer:
     def precision(self) -> DataType:
         return self.asked or self.by_itself
 
+    @property
+    def precision_is_set(self) -> bool:
+        return self.asked is not None
+
     @precision.setter
     def precision(self, value: DataType) -> None:
         floats = any(each.dtype in FLOATING for each in self.outputs)
@@ -78,10 +91,10 @@ class ILayer:
 
     def get_input(self, index: int) -> Any:
         tensor = self.inputs[index]
-        return None if tensor is None else Checked(tensor, VERSION)
+        return None if tensor is None else Checked(tensor, self.version)
 
     def get_output(self, index: int) -> Any:
-        return Checked(self.outputs[index], VERSION)
+        return Checked(self.outputs[index], self.version)
 
     def set_output_type(self, index: int, dtype: DataType) -> None:
         assert self.outputs[index].dtype in FLOATING, "only a floating-point output has a choice"
@@ -89,7 +102,8 @@ class ILayer:
 
 
 class INetworkDefinition:
-    def __init__(self, layers: Sequence[ILayer]) -> None:
+    def __init__(self, layers: Sequence[ILayer], version: str = VERSION) -> None:
+        self.version = version
         self.layers = list(layers)
 
     @property
@@ -97,10 +111,14 @@ class INetworkDefinition:
         return len(self.layers)
 
     def get_layer(self, index: int) -> Any:
-        return Checked(self.layers[index], VERSION)
+        return Checked(self.layers[index], self.version)
+
+    __getitem__ = get_layer
 
 
-def parsed(proto: onnx.ModelProto, types: dict[str, str]) -> INetworkDefinition:
+def parsed(
+    proto: onnx.ModelProto, types: dict[str, str], version: str = VERSION
+) -> INetworkDefinition:
     """Return the network of a graph; ``types`` has all of its values."""
     layers: list[ILayer] = []
     tensors = {
@@ -111,7 +129,7 @@ def parsed(proto: onnx.ModelProto, types: dict[str, str]) -> INetworkDefinition:
     def own(kind: LayerType, source: ITensor | None, dtype: DataType) -> ITensor:
         made = ITensor(f"(Unnamed Layer* {len(layers)}) [{kind.name}]_output", dtype)
         # Without a source it is a constant; an input that was left out is None.
-        layers.append(ILayer(kind, [] if source is None else [source, None], [made]))
+        layers.append(ILayer(kind, [] if source is None else [source, None], [made], version))
         return made
 
     for name in constants:
@@ -131,11 +149,11 @@ def parsed(proto: onnx.ModelProto, types: dict[str, str]) -> INetworkDefinition:
             assert inputs[0] is not None
             flat = own(LayerType.SHUFFLE, inputs[0], inputs[0].dtype)
             mixed = own(LayerType.OTHER, flat, flat.dtype)
-            layers.append(ILayer(LayerType.SHUFFLE, [mixed], outputs))
+            layers.append(ILayer(LayerType.SHUFFLE, [mixed], outputs, version))
             continue
         kind = {"Cast": LayerType.CAST, "Shape": LayerType.SHAPE}.get(node.op_type, LayerType.OTHER)
-        layers.append(ILayer(kind, inputs, outputs))
-    return INetworkDefinition(layers)
+        layers.append(ILayer(kind, inputs, outputs, version))
+    return INetworkDefinition(layers, version)
 
 
 def _values(proto: onnx.ModelProto) -> Sequence[Any]:

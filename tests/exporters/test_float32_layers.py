@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import onnx
-import polygraphy.backend.trt
-import polygraphy.mod.trt_importer
 import pytest
 from onnx import TensorProto, helper
 
@@ -35,10 +31,7 @@ from tests.exporters.fake_network import (
 )
 from tests.runtime.fake_tensorrt import Checked, DataType
 
-LIBRARY = SimpleNamespace(
-    DataType=DataType,
-    PreviewFeature=SimpleNamespace(__members__={"PROFILE_SHARING_0806": "SHARING"}),
-)
+LIBRARY = SimpleNamespace(DataType=DataType)
 Half = Callable[[str, Precision], tuple[SparseDepthTransformer, Path]]
 
 
@@ -145,57 +138,6 @@ def test_layers_are_as_precise_as_the_graph(half: Half, tmp_path: Path, name: st
             seen.add(wanted)
         assert True in seen, graph
         assert False in seen or graph == "entry"
-
-
-def test_a_float16_build_is_held_to_it(
-    half: Half, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = copied(half, "active-lm", tmp_path)
-    made: dict[str, Any] = {}
-
-    def network_of(path: str, *, strongly_typed: bool) -> Callable[[], Any]:
-        assert not strongly_typed
-        proto = onnx.load(path, load_external_data=False)
-        made["network"] = parsed(proto, value_types(proto))
-        return lambda: ("the builder", Checked(made["network"], "8.6"), "the parser")
-
-    def engine(network: Any, config: Any, save_timing_cache: Any) -> Callable[[], bytes]:
-        made.update(config=config, loaded=network())
-        return lambda: b"an engine"
-
-    for attribute, value in {
-        "EngineBytesFromNetwork": engine,
-        "NetworkFromOnnxPath": network_of,
-    }.items():
-        monkeypatch.setattr(polygraphy.backend.trt, attribute, value)
-    monkeypatch.setattr(polygraphy.mod.trt_importer, "lazy_import_trt", lambda: LIBRARY)
-    job = {
-        "rtx": False,
-        "gpu_here": False,
-        "strongly_typed": False,
-        "workspace_bytes": None,
-        "timing_cache": None,
-        "pin_timing_cache": False,
-    }
-    graph = {
-        "name": "entry",
-        "onnx": str(bundle.file(bundle.manifest.graphs["entry"].file)),
-        "output": str(tmp_path / "entry.engine"),
-        "profiles": [{"input_ids": [[1], [8], [9]], "position_ids": [[1], [8], [9]]}],
-        "attention": None,
-    }
-    asked = {}
-    for precision in ("float16", "float32"):
-        events = io.StringIO()
-        engine_worker.build({**job, "precision": precision}, graph, engine_worker.Reporter(events))
-        assert '"event": "built"' in events.getvalue(), events.getvalue()
-        assert made["loaded"][0] == "the builder"
-        asked[precision] = (
-            made["config"].fp16,
-            made["config"].precision_constraints,
-            any(each.asked for each in made["network"].layers),
-        )
-    assert asked == {"float16": (True, "obey", True), "float32": (False, None, False)}
 
 
 def test_float16_engines_of_before_are_not_reused(

@@ -1,17 +1,12 @@
-"""What full TensorRT is asked for, which is not here: pinned kernel times, flags, its own GPU."""
+"""What of full TensorRT is decided before a build: pinned kernel times, its own GPU, its graphs."""
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import onnx
-import polygraphy.backend.trt
-import polygraphy.mod.trt_importer
 import pytest
 
 from sdt_deploy import trt
@@ -21,7 +16,7 @@ from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import EngineSet
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.exporters import engine_plan, engine_worker
-from sdt_deploy.exporters.engine_plan import plan_jobs, worker_options
+from sdt_deploy.exporters.engine_plan import plan_jobs
 from sdt_deploy.exporters.restore import restore
 from sdt_deploy.exporters.tensorrt import BatchLimits, build_engines
 from sdt_deploy.exporters.verify import verify_graph
@@ -30,7 +25,6 @@ from tests.samples import CONFIGS, ExportedModel
 
 Exported = Callable[[str], ExportedModel]
 HOPPER = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
-SHAPES = [{"hidden_states": [[1, 8], [4, 8], [9, 8]]}]
 
 
 @pytest.fixture(autouse=True)
@@ -38,70 +32,6 @@ def full_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with TensorRT and an H100, as far as a plan asks for them."""
     monkeypatch.setattr(trt, "checked_version", lambda chosen: "11.4.0.106")
     monkeypatch.setattr(engine_plan, "driver", lambda: HOPPER)
-
-
-def job_for(bundle: Bundle, config: BuildConfig, version: str = "11.4.0.106") -> dict[str, Any]:
-    features = trt.features(trt.flavour("tensorrt"), version)
-    return worker_options(config, bundle.manifest, features, ("9.0",))
-
-
-@pytest.mark.parametrize("pinned", [True, False])
-def test_a_pinned_timing_cache_is_only_read(
-    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: bool
-) -> None:
-    times = tmp_path / "times"
-    times.write_bytes(b"kernel times")
-    config = BuildConfig(flavour="tensorrt", timing_cache=times, pin_timing_cache=pinned)
-    job = job_for(Bundle.open(exported("active-lm").bundle), config)
-    seen: dict[str, Any] = {}
-
-    def engine(network: Any, config: Any, save_timing_cache: Any) -> Callable[[], bytes]:
-        seen.update(config=config, saved=save_timing_cache)
-        return lambda: b"an engine"
-
-    patches = {"EngineBytesFromNetwork": engine, "NetworkFromOnnxPath": lambda *_, **__: None}
-    for name, value in patches.items():
-        monkeypatch.setattr(polygraphy.backend.trt, name, value)
-    library = SimpleNamespace()
-    monkeypatch.setattr(polygraphy.mod.trt_importer, "lazy_import_trt", lambda: library)
-    graph = {
-        "name": "head",
-        "onnx": "x",
-        "output": str(tmp_path / "head"),
-        "profiles": SHAPES,
-        "attention": None,
-    }
-    events = io.StringIO()
-    engine_worker.build({**job, "gpu_here": False}, graph, engine_worker.Reporter(events))
-    assert '"event": "built"' in events.getvalue()
-    loaded = seen["config"].timing_cache_path
-    assert seen["config"].error_on_timing_cache_miss == pinned
-    if pinned:  # no path, beside which polygraphy would write a lock
-        assert loaded.read() == b"kernel times"
-        assert seen["saved"] is None
-    else:
-        assert loaded == seen["saved"] == str(times)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "times"]
-
-
-def test_flags_by_version(exported: Exported) -> None:
-    """Before version 10 a narrow precision is allowed by a flag; then the graph decides."""
-    bundle = Bundle.open(exported("active-lm").bundle)
-    config = BuildConfig(flavour="tensorrt", workspace_mb=64)
-    library = SimpleNamespace(
-        MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"),
-        PreviewFeature=SimpleNamespace(__members__={"PROFILE_SHARING_0806": "SHARING"}),
-    )
-    for version, typed in (("8.6.1", False), ("10.0.1", True), ("11.4.0.106", True)):
-        job = {**job_for(bundle, config, version), "precision": "float16"}
-        made = engine_worker.build_config(library, job, SHAPES, None)
-        assert job["strongly_typed"] == typed
-        assert made.fp16 == (not typed)
-        assert made.precision_constraints == (None if typed else "obey")
-        assert made.preview_features == (None if typed else ["SHARING"])
-        assert made.max_aux_streams == 0
-        assert made.memory_pool_limits == {"WORKSPACE": 64 << 20}
-        assert made.profiles[0]["hidden_states"].opt == [4, 8]
 
 
 def test_a_pinned_timing_cache_is_in_the_key_and_has_to_exist(

@@ -7,12 +7,15 @@ called with what it really takes, by the signatures in ``tests/data/tensorrt-sig
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import enum
 import json
 import operator
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,16 @@ from tests.runtime.tensorrt_signatures import TABLE
 
 SIGNATURES: dict[str, Any] = json.loads(TABLE.read_text())
 """By version, see :mod:`tests.runtime.tensorrt_signatures`."""
+VERSIONS = {"8.6": "8.6.1", "10.0": "10.0.1", "10.13": "10.13.3.9", "11.4": "11.4.0.106"}
+"""Those that there are fakes of, with the whole number."""
 
 
 class Severity(enum.IntEnum):
     INTERNAL_ERROR = 0
     ERROR = 1
     WARNING = 2
+    INFO = 3
+    VERBOSE = 4
 
 
 class ILogger:
@@ -57,7 +64,12 @@ class DataType(enum.Enum):
     BOOL = 4
 
 
-DTYPES = {"tensor(int32)": "int32", "tensor(int64)": "int64", "tensor(float)": "float32"}
+DTYPES = {
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+}
 
 
 def _is_integer(value: object) -> bool:
@@ -74,6 +86,23 @@ def _is_shape(value: object) -> bool:
     return isinstance(value, tuple | list) and len(value) <= 8 and all(map(_is_integer, value))
 
 
+def _is_named(enumeration: str) -> Callable[[Any], bool]:
+    return lambda value: type(value).__name__ == enumeration and isinstance(value, enum.IntEnum)
+
+
+def _is_checked(owner: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Checked) and type(value.fake()).__name__ == owner
+
+
+ENUMERATIONS = (
+    "BuilderFlag",
+    "PreviewFeature",
+    "QuantizationFlag",
+    "MemoryPoolType",
+    "NetworkDefinitionCreationFlag",
+)
+OWNERS = "INetworkDefinition", "IBuilderConfig", "IOptimizationProfile", "ITimingCache"
+
 ACCEPTS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": _is_integer,
@@ -88,6 +117,13 @@ ACCEPTS: dict[str, Callable[[Any], bool]] = {
     "ExecutionContextAllocationStrategy": lambda value: isinstance(value, Strategy),
     "LayerInformationFormat": lambda value: isinstance(value, LayerInformationFormat),
     "DataType": lambda value: isinstance(value, DataType),
+    "bool": lambda value: isinstance(value, bool),
+    # An ILogger is handed over as a capsule, by pybind11 itself.
+    "capsule": lambda value: isinstance(value, ILogger) and value.initialised,
+    "CapsuleType": lambda value: isinstance(value, ILogger) and value.initialised,
+    **{name: _is_named(name) for name in ENUMERATIONS},
+    **{name: _is_checked(name) for name in OWNERS},
+    "object": lambda value: False,
     "IRuntimeConfig": lambda value: False,
     "IStreamReader": lambda value: False,
     "IStreamReaderV2": lambda value: False,
@@ -122,6 +158,16 @@ class Checked:
         object.__setattr__(self, "_owner", owner)
         object.__setattr__(self, "_version", version)
         object.__setattr__(self, "_members", SIGNATURES[version]["members"][owner])
+
+    def fake(self) -> Any:
+        """Return what is behind it; for other fakes."""
+        return self._fake
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getattr__("__getitem__")(index)
 
     def _member(self, name: str) -> Any:
         if name not in self._members:
@@ -192,7 +238,7 @@ class ICudaEngine:
         self.logger = logger
         self.graph = content["graph"]
         self.profiles = content["profiles"]
-        self.session = open_session(Path(content["onnx"]))
+        self.session = _opened(content)
         self.scratch = self.device_memory_size = 1000
 
     @property
@@ -289,6 +335,47 @@ class IExecutionContext:
         assert self.profile is not None
         self.library.calls.append((graph, self.profile, stream_handle))
         return True
+
+
+class ReferenceSession:
+    """A graph that ONNX Runtime does not compute: it broadcasts no mask of ``Attention``."""
+
+    def __init__(self, proto: Any) -> None:
+        from onnx import TensorProto
+        from onnx.reference import ReferenceEvaluator
+
+        self._evaluator = ReferenceEvaluator(proto)
+        self._inputs = [
+            SimpleNamespace(
+                name=each.name,
+                type=f"tensor({TensorProto.DataType.Name(each.type.tensor_type.elem_type).lower()})",
+            )
+            for each in proto.graph.input
+        ]
+
+    def get_inputs(self) -> list[Any]:
+        return self._inputs
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in self._evaluator.output_names]
+
+    def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        return list(self._evaluator.run(names, feeds))
+
+
+def _opened(content: Any) -> Any:
+    """Open the graph of an engine: a file, or what a fake of the builder put into it."""
+    if "onnx" in content:
+        return open_session(Path(content["onnx"]))
+    import onnx
+
+    proto = onnx.load_from_string(base64.b64decode(content["model"]))
+    if any(node.op_type == "Attention" for node in proto.graph.node):
+        return ReferenceSession(proto)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        path.write_bytes(base64.b64decode(content["model"]))
+        return open_session(path)
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

@@ -53,31 +53,87 @@ USED: Mapping[str, tuple[str, ...]] = {
     "LayerInformationFormat": ("JSON",),
     "IProgressMonitor": ("__init__", "phase_start", "phase_finish", "step_complete"),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
-    "MemoryPoolType": ("WORKSPACE",),
-    "INetworkDefinition": ("num_layers", "get_layer"),
+    "Builder": (
+        "__init__",
+        "create_network",
+        "create_builder_config",
+        "create_optimization_profile",
+        "build_serialized_network",
+    ),
+    "IBuilderConfig": (
+        "set_flag",
+        "clear_flag",
+        "get_flag",
+        "set_preview_feature",
+        "get_preview_feature",
+        "set_quantization_flag",
+        "get_quantization_flag",
+        "set_memory_pool_limit",
+        "get_memory_pool_limit",
+        "add_optimization_profile",
+        "num_optimization_profiles",
+        "create_timing_cache",
+        "set_timing_cache",
+        "get_timing_cache",
+        "get_tactic_sources",
+        "max_aux_streams",
+        "progress_monitor",
+        "profiling_verbosity",
+        "engine_capability",
+        "default_device_type",
+        "DLA_core",
+        "int8_calibrator",
+    ),
+    "IOptimizationProfile": ("set_shape", "set_shape_input"),
+    "ITimingCache": ("serialize", "combine"),
+    "OnnxParser": ("__init__", "parse_from_file", "num_errors", "get_error"),
+    "INetworkDefinition": (
+        "num_layers",
+        "get_layer",
+        "__getitem__",
+        "num_inputs",
+        "get_input",
+        "get_flag",
+    ),
     "ILayer": (
+        "name",
         "type",
         "precision",
+        "precision_is_set",
         "num_inputs",
         "num_outputs",
         "get_input",
         "get_output",
         "set_output_type",
     ),
-    "ITensor": ("name", "dtype"),
+    "ITensor": ("name", "dtype", "shape", "is_shape_tensor"),
     "DataType": ("FLOAT", "HALF", "INT32", "BOOL"),
     "LayerType": ("CAST", "SHAPE", "CONSTANT", "SHUFFLE", "ELEMENTWISE"),
+    "NetworkDefinitionCreationFlag": ("__members__",),
+    "BuilderFlag": ("__members__",),
+    "PreviewFeature": ("__members__",),
+    "QuantizationFlag": ("__members__",),
+    "MemoryPoolType": ("__members__",),
+    "TacticSource": ("__members__",),
+    "ProfilingVerbosity": ("__members__",),
+    "EngineCapability": ("__members__",),
+    "DeviceType": ("__members__",),
 }
-"""Classes and members. A version that lacks one has no entry for it."""
+"""Classes and members: what this package uses, and what polygraphy does for it at a build. A
+version that lacks one has no entry for it."""
+FUNCTIONS = ("init_libnvinfer_plugins",)
+"""Of the module itself, under the name ``module``."""
 
 
 def members(module: ModuleType) -> dict[str, dict[str, Any]]:
     """Describe the members of :data:`USED` that ``module`` has.
 
     Methods are lists of overloads, each a list of parameters ``[name, type, has a default]``
-    without ``self``; properties are ``read`` or ``write``; all else is ``constant``.
+    without ``self``; properties are ``read`` or ``write``; the members of an enumeration have their
+    numbers; all else is ``constant``.
     """
-    found: dict[str, dict[str, Any]] = {}
+    functions = {name: overloads(getattr(module, name).__doc__ or "", name) for name in FUNCTIONS}
+    found: dict[str, dict[str, Any]] = {"module": functions}
     for owner, names in USED.items():
         cls = getattr(module, owner, None)
         if cls is not None:
@@ -88,6 +144,8 @@ def members(module: ModuleType) -> dict[str, dict[str, Any]]:
 def member(cls: type, name: str) -> Any:
     """Describe one member."""
     value = vars(cls)[name]
+    if name == "__members__":
+        return {key: int(each) for key, each in cls.__members__.items()}  # type: ignore[attr-defined]
     if isinstance(value, property):
         return "read" if value.fset is None else "write"
     if not callable(value) or isinstance(value, type):
@@ -97,9 +155,12 @@ def member(cls: type, name: str) -> Any:
 
 def overloads(documented: str, name: str) -> list[list[list[Any]]]:
     """Read a docstring of pybind11."""
-    lines = re.findall(rf"^(?:\d+\. )?{name}\((self: .*)\) -> ", documented, re.MULTILINE)
+    lines = re.findall(
+        rf"^(?:\d+\. )?{name}\(((?:self|logger): .*)\) -> ", documented, re.MULTILINE
+    )
     assert lines, f"{name} documents no signature"
-    return [[parameter(text) for text in re.split(r", (?=\w+: )", each)[1:]] for each in lines]
+    parameters = [re.split(r", (?=\w+: )", each) for each in lines]
+    return [[parameter(x) for x in each if not x.startswith("self: ")] for each in parameters]
 
 
 def parameter(text: str) -> list[Any]:
@@ -162,7 +223,7 @@ def main() -> None:
         "members": members(tensorrt_rtx),
     }
     text = json.dumps(table, indent=1)  # a signature on one line
-    sys.stdout.write(re.sub(r"\n {5,}|\n {4}(?=\])", " ", text) + "\n")
+    sys.stdout.write(re.sub(r"\n {5,}|\n {4}(?=[\]}])", " ", text) + "\n")
 
 
 if __name__ == "__main__":

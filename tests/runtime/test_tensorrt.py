@@ -32,14 +32,13 @@ from sdt_deploy.runtime.device_plan import ALIGNMENT
 from sdt_deploy.runtime.session import Session
 from tests.gpu import rtx_refusal
 from tests.runtime import fake_tensorrt
-from tests.runtime.fake_tensorrt import SIGNATURES, Checked, FakeLibrary
+from tests.runtime.fake_tensorrt import SIGNATURES, VERSIONS, Checked, FakeLibrary
 from tests.runtime.tensorrt_signatures import members
 from tests.samples import ExportedModel, assert_parity, in_threads, random_batch
 
 Exported = Callable[[str], ExportedModel]
 HOPPER = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
 LIMITS = BatchLimits(max_seqlen=20, max_batch=3, max_padded_tokens=40)
-VERSIONS = {"8.6": "8.6.1", "10.0": "10.0.1", "10.13": "10.13.3.9", "11.4": "11.4.0.106"}
 
 
 def with_engines(
@@ -141,7 +140,13 @@ def test_the_table_is_that_of_full_tensorrt() -> None:
 
 
 def test_rtx_takes_what_tensorrt_11_takes() -> None:
-    assert SIGNATURES["rtx"]["members"] == SIGNATURES["11.4"]["members"]
+    """TensorRT has one more way to build, and other flags."""
+    rtx, full = SIGNATURES["rtx"]["members"], SIGNATURES["11.4"]["members"]
+    differing = {owner for owner in full if rtx.get(owner) != full[owner]}
+    assert differing == {"Builder", "NetworkDefinitionCreationFlag", "BuilderFlag"}
+    for name, overloads in rtx["Builder"].items():
+        assert full["Builder"][name][: len(overloads)] == overloads
+    assert set(rtx) == set(full)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""Builds by versions of TensorRT that are not here: worker and polygraphy are real, the rest fake.
+
+See :mod:`tests.exporters.fake_builder`. The engines run in sessions, with fakes of the version.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sdt_deploy import trt
+from sdt_deploy.buckets import BatchLimits
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.config import BuildConfig, ExportConfig, Precision
+from sdt_deploy.engines import EngineSet, read_engine
+from sdt_deploy.errors import BuildError, ConfigError
+from sdt_deploy.exporters import engine_plan
+from sdt_deploy.exporters.export import export
+from sdt_deploy.exporters.tensorrt import build_engines
+from sdt_deploy.gpu import Driver, Gpu
+from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.runtime.backends import tensorrt as backend_module
+from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
+from sdt_deploy.runtime.session import Session
+from tests.exporters.building import built_graphs
+from tests.exporters.fake_builder import FAILING, BuildingLibrary, built
+from tests.runtime.fake_tensorrt import VERSIONS
+from tests.samples import CONFIGS, ExportedModel, assert_parity, random_batch, random_model
+
+Exported = Callable[[str], ExportedModel]
+Fake = Callable[[str], BuildingLibrary]
+HERE = Path(__file__).parent
+HOPPER = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
+LIMITS = BatchLimits(max_seqlen=20, max_batch=3, max_padded_tokens=40)
+FULL = BuildConfig(flavour="tensorrt")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Install a version of TensorRT and an H100, for this process and those that build."""
+
+    def install(number: str) -> BuildingLibrary:
+        library = BuildingLibrary(number)
+        monkeypatch.setenv("FAKE_TENSORRT", number)
+        monkeypatch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(HERE / "fakes"), str(HERE.parents[1])])
+        )
+        monkeypatch.setattr(trt, "installed_version", lambda chosen: VERSIONS[number])
+        monkeypatch.setattr(trt, "load", lambda chosen: library)
+        for module in (engine_plan, backend_module):
+            monkeypatch.setattr(module, "driver", lambda: HOPPER)
+        return library
+
+    return install
+
+
+def copied(found: ExportedModel, directory: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(found.bundle, directory / "bundle"))
+
+
+def asked_of(bundle: Bundle, engines: EngineSet) -> dict[str, SimpleNamespace]:
+    return {name: built(read_engine(bundle.path, spec)) for name, spec in engines.engines.items()}
+
+
+@pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
+@pytest.mark.parametrize("number", VERSIONS)
+def test_a_bundle_is_built_and_run(
+    fake: Fake, exported: Exported, tmp_path: Path, number: str, name: str
+) -> None:
+    library, found = fake(number), exported(name)
+    bundle = copied(found, tmp_path)
+    steps: list[str] = []
+    report = build_engines(bundle, FULL, LIMITS, progress=lambda what, *_: steps.append(what))
+    assert list(report.engines.engines) == built_graphs(bundle)
+    assert report.engines.version == VERSIONS[number]
+    assert any("Building Engine" in step for step in steps) == (number != "8.6")
+    for spec in report.engines.engines.values():
+        assert spec.scratch_bytes is not None  # its GPU is here
+        assert spec.layers
+    bundle = Bundle.open(bundle.path)
+    with Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu")) as session:
+        batch = random_batch(found.model.config, [9, 5], 3)
+        for path in ("sparse", "dense", "masked"):
+            assert_parity(session, found.model, batch, path=path)
+    assert {graph for graph, _, _ in library.calls} >= {"entry", "stage-00", "dense", "masked"}
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("number", VERSIONS)
+def test_what_a_version_is_asked_for(
+    fake: Fake, tmp_path: Path, number: str, precision: Precision
+) -> None:
+    """Before version 10 flags allow narrow types and layers are held; then the graph decides."""
+    fake(number)
+    config = CONFIGS["all-embedding"][0].replace(n_layers=2, thresholds=())
+    model = random_model(config, 1)
+    export(Checkpoint(model=model), tmp_path / "bundle", ExportConfig(precision=precision))
+    bundle = Bundle.open(tmp_path / "bundle")
+    wanted = BuildConfig(flavour="tensorrt", workspace_mb=64)
+    report = build_engines(bundle, wanted, LIMITS)
+    legacy, narrow = number == "8.6", precision == "float16"
+    for name, asked in asked_of(bundle, report.engines).items():
+        flags = ["FP16", "OBEY_PRECISION_CONSTRAINTS"] if legacy and narrow else []
+        assert asked.flags == flags, name  # and not TF32
+        typed = "EXPLICIT_BATCH" if legacy else "STRONGLY_TYPED"
+        assert asked.network_flags == [typed]
+        assert ("PROFILE_SHARING_0806" in asked.preview_features) == legacy
+        assert (asked.layers_held > 0) == (legacy and narrow)
+        assert asked.pools == {"WORKSPACE": 64 << 20}
+        assert asked.max_aux_streams == 0
+        assert asked.timing_cache == ""
+
+
+def test_fused_attention_sees_no_padding(fake: Fake, tmp_path: Path) -> None:
+    """The parser drops the key lengths; the graph it gets has a mask instead."""
+    fake("11.4")
+    model = random_model(CONFIGS["all-embedding"][0], 2)
+    export(Checkpoint(model=model), tmp_path / "bundle", ExportConfig(attention="fused"))
+    bundle = Bundle.open(tmp_path / "bundle")
+    report = build_engines(bundle, FULL, LIMITS)
+    assert report.engines.engines["stage-00"].attention == "fused"
+    bundle = Bundle.open(bundle.path)
+    with Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu")) as session:
+        batch = random_batch(model.config, [9, 2], 5)
+        for path in ("sparse", "dense", "masked"):
+            assert_parity(session, model, batch, path=path)
+
+
+@pytest.mark.parametrize("number", VERSIONS)
+def test_a_failure_names_the_operator_and_keeps_the_others(
+    fake: Fake, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    fake(number)
+    monkeypatch.setenv(FAILING, "stage-01")
+    bundle = copied(exported("all-embedding"), tmp_path)
+    with pytest.raises(BuildError) as caught:
+        build_engines(bundle, FULL, LIMITS)
+    text = str(caught.value)
+    assert f"tensorrt {VERSIONS[number]} could not build stage-01" in text
+    assert "operator: " in text
+    assert "no implementation for node" in text
+    assert "--graph stage-01" in text
+    (engines,) = Bundle.open(bundle.path).manifest.engines
+    assert set(engines.engines) == {*built_graphs(bundle)} - {"stage-01"}
+
+
+@pytest.mark.parametrize("number", VERSIONS)
+def test_a_timing_cache_is_kept_or_only_read(
+    fake: Fake, exported: Exported, tmp_path: Path, number: str
+) -> None:
+    fake(number)
+    bundle, times = copied(exported("all-embedding"), tmp_path), tmp_path / "times"
+    graphs = ("entry", "head")
+    free = BuildConfig(flavour="tensorrt", timing_cache=times, graphs=graphs)
+    first = asked_of(bundle, build_engines(bundle, free, LIMITS).engines)
+    assert [asked.timing_cache for asked in first.values()] == ["", "+"]  # one reads the other's
+    content = times.read_bytes()
+    assert content == b"++"
+    pinned = BuildConfig(
+        flavour="tensorrt", timing_cache=times, pin_timing_cache=True, graphs=graphs
+    )
+    bundle = Bundle.open(bundle.path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    if number == "8.6":  # which has no BuilderFlag.ERROR_ON_TIMING_CACHE_MISS
+        with pytest.raises(ConfigError, match="cannot pin times"):
+            build_engines(bundle, pinned, LIMITS)
+    else:
+        second = asked_of(bundle, build_engines(bundle, pinned, LIMITS).engines)
+        for asked in second.values():
+            assert asked.timing_cache == "++"
+            assert asked.flags == ["ERROR_ON_TIMING_CACHE_MISS"]
+    assert times.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_fake_takes_only_what_the_library_would(fake: Fake) -> None:
+    """The tests above would pass with fakes that take anything."""
+    library: Any = fake("11.4")
+    logger = trt.logger(library)
+    config = library.Builder(logger).create_builder_config()
+    with pytest.raises(AttributeError, match="FP16"):
+        config.set_flag(library.BuilderFlag.FP16)
+    with pytest.raises(TypeError):
+        config.set_memory_pool_limit("WORKSPACE", 1)
+    with pytest.raises(AttributeError, match="no max_workspace_size"):
+        config.max_workspace_size = 1
+    network = library.Builder(logger).create_network()
+    with pytest.raises(TypeError):
+        library.Builder(logger).build_serialized_network(config, network)
+    old: Any = fake("8.6")
+    assert not hasattr(old, "IProgressMonitor")
+    with pytest.raises(AttributeError):
+        old.Builder(trt.logger(old)).create_builder_config().progress_monitor = None
