@@ -96,7 +96,7 @@ def progress_bar(first: str) -> Iterator[Callable[[str, int, int], None]]:
         task = bar.add_task(first, total=None)
 
         def advance(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
+            bar.update(task, description=escape(what), completed=done, total=total or None)
 
         yield advance
 

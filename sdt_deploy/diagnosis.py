@@ -127,5 +127,5 @@ def _refused(flavour: trt.Flavour, here: Driver) -> str | None:
         return None
     return (
         f"{gpu.name} has compute capability {gpu.compute_capability}, {flavour.name} runs on "
-        f"{', '.join(supported)}: use --target tensorrt"
+        f"{', '.join(supported)}: use --target {flavour.alternative}"
     )

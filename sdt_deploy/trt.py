@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,8 +21,11 @@ from sdt_deploy.errors import BackendError, ConfigError, MissingExtraError
 from sdt_deploy.extras import require
 
 MAX_LAYER_NAME = 200
-CONVERTS = frozenset({"CAST", "SHAPE"})
-"""Kinds of layers whose outputs need not have the type of their inputs."""
+FUSED_SINCE = (10, 14)
+"""The first version of ``tensorrt`` with attention layers, by its bindings."""
+PACKED_SINCE = (11, 1)
+"""The first with the ``TRT_Attention`` that graphs are written for. 11.0 has ragged attention too,
+but the order of the operator's inputs differs between versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,10 @@ class Flavour:
     """GPUs that its engines run on; None: all that the installed version supports."""
     limited: Mapping[str, tuple[Precision, ...]] = field(default_factory=dict)
     """By compute capability: the only precisions that stages can be built in for it."""
+    polygraphy_rtx: bool = False
+    """Which of the two polygraphy is to load."""
+    alternative: EngineFlavour | None = None
+    """What to take on GPUs that it does not run on."""
 
 
 FLAVOURS: Mapping[str, Flavour] = {
@@ -59,6 +66,8 @@ FLAVOURS: Mapping[str, Flavour] = {
         builds_for_other_gpus=True,
         compute_capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
         limited={"7.5": ("float16",)},  # 1.7.1: "FP32 GEMM is not supported", no bfloat16 either
+        polygraphy_rtx=True,
+        alternative="tensorrt",
     ),
 }
 
@@ -67,23 +76,19 @@ FLAVOURS: Mapping[str, Flavour] = {
 class Features:
     """What one version of a flavour can do."""
 
-    strongly_typed: bool
-    """Types come from the graph; otherwise builder flags allow the narrower ones."""
+    legacy: bool
+    """Whether it is 8.6, the only one without strong types: builder flags allow narrow ones, and
+    layers are held to float32. Its parser reads opset 17, and misreads more; contexts share a
+    profile only if it is asked for."""
     precisions: tuple[Precision, ...]
     timing_cache: bool
     """Whether a timing cache has an effect."""
+    pins_times: bool
+    """Whether a build can be held to the times that such a cache has."""
     fused_attention: bool
     """Whether ONNX's ``Attention`` can be built."""
     packed_attention: bool
     """Whether attention takes ragged batches (``AttentionIOForm.PACKED_NHD``)."""
-
-    @property
-    def legacy(self) -> bool:
-        """Whether it is 8.6, the only one without strong types.
-
-        Its parser reads opset 17, and contexts share a profile only if it is asked for.
-        """
-        return not self.strongly_typed
 
 
 def flavour(name: str) -> Flavour:
@@ -119,8 +124,10 @@ def checked_version(chosen: Flavour) -> str:
         require(chosen.module, extra=chosen.name, purpose=f"The target {chosen.name}")
         found = str(load(chosen).__version__)  # installed without a package, as on a Jetson
     if _numbers(found) < chosen.oldest:
-        oldest = ".".join(map(str, chosen.oldest))
-        raise BackendError(f"{chosen.name} {found} is too old: {oldest} or newer is needed")
+        raise BackendError(
+            f"{chosen.name} {found} is too old, {written(chosen.oldest)} or newer is needed: "
+            f"pip install --upgrade {chosen.distributions[0]}"
+        )
     return found
 
 
@@ -148,20 +155,27 @@ def features(chosen: Flavour, found: str) -> Features:
     """Return what version ``found`` of a flavour can do."""
     if chosen.name == "tensorrt-rtx":
         return Features(
-            strongly_typed=True,
+            legacy=False,
             precisions=("float32", "float16", "bfloat16"),
             timing_cache=False,
+            pins_times=False,
             fused_attention=True,
             packed_attention=False,  # 1.7.1 reads it and has no kernel for any of its GPUs
         )
     modern = _numbers(found) >= (10,)
     return Features(
-        strongly_typed=modern,
+        legacy=not modern,
         precisions=("float32", "float16", "bfloat16") if modern else ("float32", "float16"),
         timing_cache=True,
-        fused_attention=_numbers(found) >= (10, 14),
-        packed_attention=_numbers(found) >= (11, 1),
+        pins_times=modern,
+        fused_attention=_numbers(found) >= FUSED_SINCE,
+        packed_attention=_numbers(found) >= PACKED_SINCE,
     )
+
+
+def written(numbers: tuple[int, ...]) -> str:
+    """Write a version as text."""
+    return ".".join(map(str, numbers))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -204,11 +218,11 @@ def reports_progress(library: Any) -> bool:
     return hasattr(library, "IProgressMonitor")
 
 
-def builder_options(library: Any, *, strongly_typed: bool, precision: Precision) -> dict[str, Any]:
+def builder_options(library: Any, *, legacy: bool, precision: Precision) -> dict[str, Any]:
     """Return what polygraphy's configuration of a build takes for this version alone."""
-    if strongly_typed:
+    if not legacy:
         return {}
-    # 8.6. Profiles are to be shared; the other features are on by default, if none is named.
+    # Profiles are to be shared; the other features are on by default, if none is named.
     options: dict[str, Any] = {
         "preview_features": list(library.PreviewFeature.__members__.values())
     }
@@ -255,73 +269,6 @@ def engine_facts(library: Any, engine: Any) -> dict[str, Any]:
         "scratch_bytes": max(scratch_bytes(engine, number) for number in profiles),
         "layers": [name[:MAX_LAYER_NAME] for name in layers],
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerTensors:
-    """What of a layer decides its precision."""
-
-    kind: str
-    """The name of its ``LayerType``."""
-    names: tuple[str, ...]
-    """Its inputs and outputs of floating point."""
-
-
-def float32_tensors(layers: Sequence[LayerTensors], types: Mapping[str, str]) -> frozenset[str]:
-    """Return the names of all tensors of a network that are float32 in the graph it was made of.
-
-    The parser adds tensors that the graph does not have: constants and what layers of its own make.
-    One has the type of the other floating-point tensors of a layer, unless the layer converts.
-
-    Args:
-        layers: of the network.
-        types: the graph's values and their types.
-    """
-    found = {name for name, kind in types.items() if kind == "float32"}
-    while True:
-        reached = {
-            name
-            for layer in layers
-            if layer.kind not in CONVERTS and not found.isdisjoint(layer.names)
-            for name in layer.names
-            if name not in types
-        }
-        if reached <= found:
-            return frozenset(found)
-        found |= reached
-
-
-def keep_float32(library: Any, types: Mapping[str, str], network: Any) -> None:
-    """Make 8.6 compute in float32 what is float32 in the graph; all else may be float16.
-
-    Casts are left alone: in either type they round no more than the graph does, except integers
-    above 2048, which no graph casts. Layers for shapes have no other type than their own.
-
-    Args:
-        library: the module.
-        types: as in :func:`float32_tensors`.
-        network: what the parser made of the graph; changed in place.
-    """
-    floating = library.DataType.FLOAT, library.DataType.HALF
-    layers = [network.get_layer(number) for number in range(network.num_layers)]
-    described = []
-    for layer in layers:
-        inputs = [layer.get_input(index) for index in range(layer.num_inputs)]  # None: left out
-        outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
-        tensors = [each for each in (*inputs, *outputs) if each is not None]
-        names = tuple(each.name for each in tensors if each.dtype in floating)
-        described.append(LayerTensors(kind=layer.type.name, names=names))
-    wide = float32_tensors(described, types)
-    for layer, of_layer in zip(layers, described, strict=True):
-        if of_layer.kind in CONVERTS or wide.isdisjoint(of_layer.names):
-            continue
-        outputs = [layer.get_output(index).name for index in range(layer.num_outputs)]
-        written = [index for index, name in enumerate(outputs) if name in wide]
-        if not written and layer.precision not in floating:
-            continue  # it has a type of its own, whatever it reads
-        layer.precision = library.DataType.FLOAT
-        for index in written:  # not the bool of a comparison
-            layer.set_output_type(index, library.DataType.FLOAT)
 
 
 def set_scratch(context: Any, address: int, n_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rich.console
 import typer.main
 
 from sdt_deploy import cli, console
@@ -164,6 +166,16 @@ def test_progress_bars_vanish_when_piped(place: Path) -> None:
     done = subprocess.run([str(SCRIPT), *bench], capture_output=True, check=True)
     assert done.stderr == b""
     assert b"\x1b" not in done.stdout
+
+
+def test_progress_shows_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in what TensorRT says of a fused node; rich would take them for its markup."""
+    shown = io.StringIO()
+    terminal = rich.console.Console(file=shown, force_terminal=True, width=200)
+    monkeypatch.setattr(console, "messages", terminal)
+    with console.progress_bar("build") as advance:
+        advance("no kernel for ForeignNode[/model/a...[/b]]", 1, 2)
+    assert "ForeignNode[/model/a...[/b]]" in shown.getvalue()
 
 
 def test_piped_text_is_not_broken(place: Path) -> None:

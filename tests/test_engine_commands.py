@@ -18,7 +18,7 @@ import pytest
 from sdt_deploy import diagnosis, gpu
 from sdt_deploy.buckets import BatchLimits, plan_profiles
 from sdt_deploy.bundle import Bundle, write_manifest
-from sdt_deploy.engines import EngineSet, read_engine
+from sdt_deploy.engines import EngineSet, EngineSpec, read_engine
 from sdt_deploy.gpu import Driver, Gpu, driver, read_capability
 from sdt_deploy.runtime.backends import BACKENDS
 from tests.samples import ExportedModel
@@ -111,6 +111,45 @@ def test_packed_attention_is_said_to_be_untested(exported: Exported, tmp_path: P
         one = dataclasses.replace(engines, attention=attention)
         write_manifest(bundle.path, dataclasses.replace(bundle.manifest, engines=(one,)))
         assert said in call("inspect", bundle.path)
+
+
+def test_inspect_says_all_that_is_known_of_engines(exported: Exported, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(exported("active-lm").bundle, tmp_path / "bundle"))
+    spec = EngineSpec(
+        graph="head",
+        file="engines/head.engine",
+        sha256="0123456789abcdef" * 4,
+        size_bytes=34_560_000,
+        key="f" * 64,
+        build_s=7.25,
+        attention="decomposed",
+        attention_reason="no kernel [for it]",
+        scratch_bytes=5 * 2**20,
+        layers=("gemm", "norm", "gelu"),
+    )
+    engines = EngineSet(
+        flavour="tensorrt",
+        version="11.4.0.106",
+        compute_capabilities=("9.0",),
+        profiles=plan_profiles(BatchLimits(max_seqlen=33)),
+        attention="fused",
+        workspace_mb=77,
+        engines={"head": spec},
+        precision="float16",
+    )
+    write_manifest(bundle.path, dataclasses.replace(bundle.manifest, engines=(engines,)))
+    text = " ".join(call("inspect", bundle.path).replace("│", " ").split())
+    assert (
+        "tensorrt for 9.0, version 11.4.0.106, float16, attention fused, workspace 77 MB"
+    ) in text
+    assert "head decomposed 34.6 7.25 s 5.0 MB 3 01234567" in text
+    assert "in head: no kernel [for it]" in text
+    for profile in engines.profiles:
+        low, best, high = profile.max_seqlen.min, profile.max_seqlen.opt, profile.max_seqlen.max
+        assert f"{low}–{best}–{high}" in text
+    (told,) = json.loads(call("inspect", bundle.path, "--json"))["engines"]
+    assert told["engines"]["head"] == {**dataclasses.asdict(spec), "layers": [*spec.layers]}
+    assert told["version"] == "11.4.0.106"
 
 
 def test_ctrl_c_leaves_nothing(exported: Exported, tmp_path: Path) -> None:

@@ -69,6 +69,10 @@ def build_engine(
     pin_timing_cache: Annotated[
         bool, typer.Option("--pin-timing-cache", help="Only read it; fail where it lacks a time.")
     ] = False,
+    keep_bundle: Annotated[
+        bool,
+        typer.Option("--keep-bundle", help="Leave the bundle as it is; engines go to the cache."),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -92,6 +96,8 @@ def build_engine(
 
     if no_cache and cache is not None:
         raise ConfigError("--cache and --no-cache contradict each other; give one of them")
+    if keep_bundle and compare:
+        raise ConfigError("--compare runs the bundle's engines; leave it or --keep-bundle out")
     opened = Bundle.open(bundle)
     config = BuildConfig(
         flavour=target.value,
@@ -115,6 +121,7 @@ def build_engine(
             config,
             limits,
             cache=None if no_cache else EngineCache(cache or default_cache()),
+            keep_bundle=keep_bundle,
             progress=advance,
         )
     errors = _compare(bundle, target.value, tuple(report.sources)) if compare else {}

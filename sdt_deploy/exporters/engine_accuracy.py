@@ -1,7 +1,7 @@
 """Engines of this machine's GPU against the oracle: ``python -m`` this module is the process.
 
 polygraphy loads and runs the engines, in a process of its own since it chooses the flavour once.
-They are judged as the graphs were at export, with the same inputs and tolerances.
+They are judged as the graphs were at export, with the same inputs, and more strictly in float32.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import numpy as np
 from sdt_deploy import trt
 from sdt_deploy.buckets import fitting_profile
 from sdt_deploy.bundle import Bundle, GraphSpec
+from sdt_deploy.config import TOLERANCES
 from sdt_deploy.engines import EngineSet, EngineSpec, read_engine
 from sdt_deploy.errors import BackendError, ConfigError, SdtDeployError, VerificationError
 from sdt_deploy.exporters.engine_process import early_end, environment
 from sdt_deploy.exporters.engine_worker import own_output
 
+FLOAT32_TOLERANCE = 2e-4
+"""Of engines that are float32 throughout; TF32 is off."""
 Opener = Callable[[Bundle, EngineSpec], Any]
 """Makes the runner of polygraphy for an engine."""
 
@@ -60,7 +63,7 @@ def compare_engines(
         [sys.executable, "-m", "sdt_deploy.exporters.engine_accuracy"],
         input=json.dumps(job).encode(),
         capture_output=True,
-        env=environment(rtx=engines.flavour == "tensorrt-rtx"),
+        env=environment(rtx=trt.flavour(engines.flavour).polygraphy_rtx),
         check=False,
     )
     if done.returncode:
@@ -79,6 +82,9 @@ def compare(
     from sdt_deploy.exporters.verify import verify_graph
 
     model, manifest = restore(bundle), bundle.manifest
+    tolerances = dict(TOLERANCES)
+    if manifest.export.precision == "float32":
+        tolerances["float32"] = FLOAT32_TOLERANCE
     errors, problems = {}, []
     for name in graphs:
         spec = manifest.graphs[name]
@@ -86,7 +92,13 @@ def compare(
             on = {f"the engine of {engines.name}": run}
             try:
                 errors[name] = verify_graph(
-                    bundle.file(spec.file), name, spec.layers, model, manifest.export, on=on
+                    bundle.file(spec.file),
+                    name,
+                    spec.layers,
+                    model,
+                    manifest.export,
+                    on=on,
+                    tolerances=tolerances,
                 )
             except VerificationError as error:
                 problems.append(str(error))

@@ -23,14 +23,19 @@ def check_model(manifest: Manifest, limits: BatchLimits) -> None:
     model = manifest.model
     if limits.max_seqlen > model.max_positions:
         raise ConfigError(
-            f"max_seqlen = {limits.max_seqlen} exceeds the model's {model.max_positions} positions"
+            f"max_seqlen = {limits.max_seqlen} exceeds the model's {model.max_positions}"
+            " positions; take as many at most"
         )
     if model.causal:
-        raise ConfigError("engines run on GPUs, where causal attention is not supported")
+        raise ConfigError(
+            "engines run on GPUs, where causal attention is not supported; run this bundle by "
+            "onnxruntime-cpu"
+        )
     if not model.scored_once:
         raise ConfigError(
             "engines run on GPUs, which route by thresholds on one score, and this model has "
-            f"routing {model.routing!r} and selection {model.selection!r}"
+            f"routing {model.routing!r} and selection {model.selection!r}; run it by "
+            "onnxruntime-cpu"
         )
     if manifest.export.quantization != "none":
         raise ConfigError(
@@ -55,7 +60,7 @@ def check_library(
         )
     if config.timing_cache is not None and not features.timing_cache:
         raise ConfigError(f"{chosen.name} {version} has no timing cache; leave --timing-cache out")
-    if config.pin_timing_cache and features.legacy:
+    if config.pin_timing_cache and not features.pins_times:
         raise ConfigError(f"{chosen.name} {version} cannot pin times; leave --pin-timing-cache out")
 
 

@@ -20,6 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sdt_deploy.errors import ExportError
 
+REVISION = 1
+"""Of what this module and :mod:`.engine_types` do to a graph; a part of the engines' keys."""
 _MASK, _LENGTHS = 3, 6
 """Places of mask and key lengths among the inputs of ``Attention``."""
 

@@ -15,6 +15,7 @@ from sdt_deploy.config import BuildConfig, shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.engines import EngineSet, build_command
 from sdt_deploy.errors import BundleFormatError, ConfigError
+from sdt_deploy.exporters.engine_graphs import REVISION
 from sdt_deploy.exporters.engine_process import EngineJob
 from sdt_deploy.files import sha256
 from sdt_deploy.gpu import driver, read_capability
@@ -57,7 +58,7 @@ def target_gpus(config: BuildConfig, chosen: trt.Flavour) -> tuple[str, ...]:
             raise ConfigError(
                 f"{chosen.name} engines run on GPUs of compute capability {', '.join(supported)}, "
                 f"not {capability}"
-                + ("; take --target tensorrt there" if chosen.name == "tensorrt-rtx" else "")
+                + (f"; take --target {chosen.alternative} there" if chosen.alternative else "")
             )
     return tuple(sorted(set(targets), key=read_capability))
 
@@ -74,7 +75,10 @@ def read_lengths(path: Path | None) -> list[int] | None:
     lines = read_lines(path)
     for line in lines:
         if not (line.isascii() and line.isdecimal() and len(line) < 10):
-            raise ConfigError(f"{path}: a length is a number of tokens, not {shown(line)}")
+            raise ConfigError(
+                f"{path}: a length is a number of tokens, not {shown(line)}; write one a "
+                "line, as 17"
+            )
     return [int(line) for line in lines]
 
 
@@ -92,13 +96,14 @@ def set_attention(config: BuildConfig, manifest: Manifest, chosen: trt.Flavour, 
         )
     if config.attention == "packed" and not features.packed_attention:
         raise ConfigError(
-            f"{chosen.name} {found} has no packed attention, tensorrt 11.1 and newer have; leave "
-            "--attention packed out"
+            f"{chosen.name} {found} has no packed attention, tensorrt "
+            f"{trt.written(trt.PACKED_SINCE)} and newer have; leave --attention packed out"
         )
     if exported == "fused" and not features.fused_attention:
         raise ConfigError(
-            f"{chosen.name} {found} has no fused attention, tensorrt 10.14 and newer have; export "
-            "the bundle with --attention decomposed"
+            f"{chosen.name} {found} has no fused attention, tensorrt "
+            f"{trt.written(trt.FUSED_SINCE)} and newer have; export the bundle with --attention "
+            "decomposed"
         )
     return "packed" if config.attention == "packed" else exported
 
@@ -193,7 +198,7 @@ def plan_jobs(
             "compute_capabilities": engines.compute_capabilities,
             "workspace_mb": engines.workspace_mb,
             "timing_cache": pinned,
-            **_layers(engines, manifest),
+            **_rewriting(engines, graph_attention(spec, engines.attention)),
             **_machine(engines),
         }
         canonical = json.dumps(parts, sort_keys=True).encode()
@@ -217,11 +222,11 @@ def _machine(engines: EngineSet) -> dict[str, Any]:
     return {"gpu": here.gpus[0].name, "driver": here.cuda_version}
 
 
-def _layers(engines: EngineSet, manifest: Manifest) -> dict[str, Any]:
-    """How the types of layers were chosen, where that changed: engines of before are not reused."""
+def _rewriting(engines: EngineSet, attention: str | None) -> dict[str, Any]:
+    """How a graph is rewritten before its build, if it is: engines of before are not reused."""
     legacy = trt.features(trt.flavour(engines.flavour), engines.version).legacy
-    kept = legacy and manifest.export.precision != "float32"
-    return {"layers": "float32 is kept"} if kept else {}
+    rewritten = legacy or attention in ("fused", "packed")
+    return {"rewriting": REVISION} if rewritten else {}
 
 
 def worker_options(
@@ -231,11 +236,11 @@ def worker_options(
     local = [gpu.compute_capability for gpu in driver().gpus[:1]]
     workspace = config.workspace_mb
     return {
-        "rtx": config.flavour == "tensorrt-rtx",
+        "rtx": trt.flavour(config.flavour).polygraphy_rtx,
         "compute_capabilities": [read_capability(each) for each in targets],
         "gpu_here": bool(set(local) & set(targets)),
         "workspace_bytes": None if workspace is None else workspace << 20,
-        "strongly_typed": features.strongly_typed,
+        "legacy": features.legacy,
         "precision": manifest.export.precision,
         "timing_cache": None if config.timing_cache is None else str(config.timing_cache),
         "pin_timing_cache": config.pin_timing_cache,
@@ -249,9 +254,13 @@ def command_line(
     engines: EngineSet,
     graph: str,
     cache: Path | None,
+    *,
+    keep_bundle: bool,
 ) -> str:
     """Return the command that builds just one engine of a set; ``cache``: None for no cache."""
     further = ["--no-cache"] if cache is None else ["--cache", str(cache)]
+    if keep_bundle:
+        further.append("--keep-bundle")
     if config.timing_cache is not None:
         further += ["--timing-cache", str(config.timing_cache)]
     if config.pin_timing_cache:

@@ -58,12 +58,13 @@ def environment(*, rtx: bool) -> dict[str, str]:
 
 def early_end(what: str, code: int, errors: bytes) -> BackendError:
     """Return the error of a process that ended before its work did, with its last lines."""
-    lines = errors.decode(errors="replace").strip().splitlines()[-15:]
-    return BackendError(f"the process that {what} ended with {code}:\n" + "\n".join(lines))
+    lines = errors.decode(errors="replace").strip().splitlines()[-15:] or ["it wrote nothing"]
+    advice = "`sdt-deploy doctor` says whether the library works here"
+    return BackendError("\n".join([f"the process that {what} ended with {code}:", *lines, advice]))
 
 
 def run_worker(
-    jobs: list[EngineJob],
+    jobs: Sequence[EngineJob],
     directory: Path,
     options: Mapping[str, Any],
     *,
@@ -71,8 +72,9 @@ def run_worker(
 ) -> Generator[Built, None, None]:
     """Build engines in a process of their own; yield what came of each as soon as it is there.
 
-    Whoever does not read to the end closes the iterator (``contextlib.closing``), which ends the
-    process.
+    Where the library ends the process, that is what came of the graph it was at; another process
+    builds the rest. Whoever does not read to the end closes the iterator (``contextlib.closing``),
+    which ends the process.
 
     Args:
         jobs: what to build.
@@ -81,7 +83,40 @@ def run_worker(
         on_step: see :data:`OnStep`. An exception from it, Ctrl-C too, ends the process.
 
     Raises:
-        BackendError: if the process ended before its work did.
+        BackendError: if the process ended before it began with a graph.
+    """
+    left = list(jobs)
+    while left:
+        done: set[str] = set()
+        try:
+            for built in _run_process(left, directory, options, on_step):
+                done.add(built.graph)
+                yield built
+            return
+        except _EarlyEndError as end:
+            if not end.started:
+                raise end.error from None
+            left = [job for job in left if job.graph not in done]
+            graph = left.pop(0).graph
+            yield Built(graph=graph, output=directory / f"{graph}.engine", problem=str(end.error))
+
+
+class _EarlyEndError(Exception):
+    """The process ended before its work did; ``started``: whether it had begun with a graph."""
+
+    def __init__(self, error: BackendError, *, started: bool) -> None:
+        super().__init__(error)
+        self.error = error
+        self.started = started
+
+
+def _run_process(
+    jobs: Sequence[EngineJob], directory: Path, options: Mapping[str, Any], on_step: OnStep
+) -> Generator[Built, None, None]:
+    """Build in one process; arguments as in :func:`run_worker`.
+
+    Raises:
+        _EarlyEndError: if it ended before its work did.
     """
     outputs = {job.graph: directory / f"{job.graph}.engine" for job in jobs}
     request = {
@@ -97,7 +132,6 @@ def run_worker(
             for job in jobs
         ],
     }
-    current = ""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "sdt_deploy.exporters.engine_worker"],
@@ -109,7 +143,7 @@ def run_worker(
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        ended = False
+        started = ended = False
         try:
             process.stdin.write(json.dumps(request))
             process.stdin.close()
@@ -118,7 +152,7 @@ def run_worker(
                 kind, graph = event.pop("event"), event.pop("graph")
                 ended = kind == "end"
                 if kind == "start":
-                    current = graph
+                    started = True
                     on_step(graph, "read the graph", 0, 0)
                 elif kind == "step":
                     on_step(graph, event["phase"], event["done"], event["total"])
@@ -140,5 +174,5 @@ def run_worker(
             process.wait()
         if not ended:
             errors.seek(0)
-            where = f" at {current}" if current else ""
-            raise early_end(f"builds engines{where}", process.returncode, errors.read())
+            error = early_end("builds engines", process.returncode, errors.read())
+            raise _EarlyEndError(error, started=started)

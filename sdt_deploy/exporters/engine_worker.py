@@ -25,7 +25,8 @@ RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 _EVENT_INTERVAL_S = 0.05
 _MAX_LINES = 40
 _MAX_REASON = 300
-_WORD = re.compile(r"[\w./]+")
+_WORD = re.compile(r"[\w/]+(?:\.[\w/]+)*")
+"""A node's name; not the dot behind it, nor the three between those of a fused one."""
 
 
 class Reporter:
@@ -100,8 +101,8 @@ def build(job: Mapping[str, Any], graph: Mapping[str, Any], reporter: Reporter) 
     """Build one engine and report how it went.
 
     Args:
-        job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``strongly_typed`` (all but
-            8.6), ``precision``, ``timing_cache`` and ``pin_timing_cache``.
+        job: ``rtx``, ``compute_capabilities``, ``workspace_bytes``, ``legacy`` (8.6),
+            ``precision``, ``timing_cache`` and ``pin_timing_cache``.
         graph: ``name``, ``onnx``, ``output``, ``attention`` and ``profiles``, for each a mapping
             from input to ``[min, opt, max]``. Where the library cannot build ``fused`` attention
             it becomes ``decomposed``.
@@ -190,11 +191,11 @@ def build_bytes(
     trt = lazy_import_trt()
     progress = monitor(trt, graph["name"], reporter) if reports_progress(trt) else None
     config = build_config(trt, job, graph["profiles"], progress)
-    path, typed = Path(graph["onnx"]), job["strongly_typed"]
-    if not typed or graph["attention"] in ("fused", "packed"):
-        path = adapted(path, Path(graph["output"]).parent, attention, legacy=not typed)
-    network = NetworkFromOnnxPath(str(path), strongly_typed=typed)
-    if not typed and job["precision"] != "float32":
+    path, legacy = Path(graph["onnx"]), job["legacy"]
+    if legacy or graph["attention"] in ("fused", "packed"):
+        path = adapted(path, Path(graph["output"]).parent, attention, legacy=legacy)
+    network = NetworkFromOnnxPath(str(path), strongly_typed=not legacy)
+    if legacy and job["precision"] != "float32":
         network = PostprocessNetwork(network, float32_keeper(trt, path), "keep float32")
     save_cache = None if job["pin_timing_cache"] else job["timing_cache"]
     return memoryview(
@@ -234,7 +235,7 @@ def float32_keeper(trt: Any, path: Path) -> Callable[..., None]:
     import onnx
 
     from sdt_deploy.exporters.engine_graphs import value_types
-    from sdt_deploy.trt import keep_float32
+    from sdt_deploy.exporters.engine_types import keep_float32
 
     types = value_types(onnx.load(path, load_external_data=False))
     return functools.partial(keep_float32, trt, types)
@@ -265,7 +266,7 @@ def build_config(
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         return CreateConfigRTX(compute_capabilities=job["compute_capabilities"], **options)
-    own = builder_options(trt, strongly_typed=job["strongly_typed"], precision=job["precision"])
+    own = builder_options(trt, legacy=job["legacy"], precision=job["precision"])
     return CreateConfig(**options, **own)
 
 

@@ -70,6 +70,7 @@ def build_engines(
     limits: BatchLimits | None = None,
     *,
     cache: EngineCache | None = None,
+    keep_bundle: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> BuildReport:
     """Build engines and put them into the bundle.
@@ -84,6 +85,7 @@ def build_engines(
         config: what to build and for which GPU.
         limits: the largest batches; None: as long as the model's positions.
         cache: engines that need not be built again; None: only the bundle itself.
+        keep_bundle: leave the bundle as it is; what is built goes into the cache alone.
         progress: called with what is being done, steps done and steps in all.
 
     Raises:
@@ -120,7 +122,8 @@ def build_engines(
     with exclusive(bundle.path), _workplace(bundle.path) as directory:
         present = _present(bundle).engines  # another build may have ended since it was opened
         old = next((each for each in present if each.name == new.name), None)
-        check_others_stay(bundle.path, old, new, config.graphs)
+        if not keep_bundle:
+            check_others_stay(bundle.path, old, new, config.graphs)
         specs: dict[str, EngineSpec] = {}
         sources: dict[str, str] = {}
         missing = []
@@ -139,6 +142,10 @@ def build_engines(
                 progress(f"{graph} ({number} of {len(names)}): {phase}", done, total)
 
             options = worker_options(config, manifest, features, targets)
+            if features.timing_cache and options["timing_cache"] is None:
+                times = directory / "kernel-times"  # layers of one topology need the same ones
+                times.touch()
+                options["timing_cache"] = str(times)
             builds = run_worker(missing, directory, options, on_step=step)
             with contextlib.closing(builds):
                 for built in builds:
@@ -157,13 +164,15 @@ def build_engines(
         # Some engines are better than none, but not better than all of the old ones.
         stays = old if failures and not same_settings else None
         changed = new != old or set(sources.values()) - {"bundle"}
-        if changed and specs and stays is None:
+        if changed and specs and stays is None and not keep_bundle:
             progress("put the engines into the bundle", 0, 0)
             install(bundle, new, directory)
     if failures:
         folder = None if cache is None else cache.directory
         commands = {
-            graph: command_line(bundle.path, config, limits, new, graph, folder)
+            graph: command_line(
+                bundle.path, config, limits, new, graph, folder, keep_bundle=stays is not None
+            )
             for graph in failures
         }
         raise BuildError(_failure_text(new, failures, commands, stays))
@@ -280,7 +289,13 @@ def install(bundle: Bundle, engines: EngineSet, directory: Path) -> None:
         write_manifest(bundle.path, manifest)
     except OSError as error:
         raise OutputError(f"{bundle.path} cannot be written: {error}") from error
-    listed = {spec.file for each in manifest.engines for spec in each.engines.values()}
+    finally:
+        _remove_unlisted(bundle, directory)
+
+
+def _remove_unlisted(bundle: Bundle, directory: Path) -> None:
+    """Remove engines that the manifest, as it stands, does not list; ``directory`` stays."""
+    listed = {spec.file for each in _present(bundle).engines for spec in each.engines.values()}
     for path in (bundle.path / ENGINES).iterdir():
         if path != directory and path.relative_to(bundle.path).as_posix() not in listed:
             if path.is_dir() and not path.is_symlink():

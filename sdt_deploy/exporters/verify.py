@@ -89,10 +89,11 @@ def verify_graph(
     config: ExportConfig,
     *,
     on: Mapping[str, Engine] | None = None,
+    tolerances: Mapping[str, float] = TOLERANCES,
 ) -> float:
     """Run one exported graph on random inputs and compare it with the float32 oracle.
 
-    ``on``: what runs it, by name; None: :func:`engines`.
+    ``on``: what runs it, by name; None: :func:`engines`. ``tolerances``: by precision.
 
     A row passes if the root mean square of its deviations is within the tolerance of the precision,
     relative to the root mean square of all values. Scores have the tolerance of float32. What int8
@@ -122,7 +123,7 @@ def verify_graph(
         for i, key in enumerate(cases[0][2]):
             size = _root_mean_square(np.concatenate([case[2][key].ravel() for case in cases]))
             width = 1 if key == "scores" else cases[0][2][key].shape[-1]
-            tolerance = TOLERANCES["float32" if key == "scores" else precision]
+            tolerance = tolerances["float32" if key == "scores" else precision]
             if is_int8 and key != "scores":
                 width, tolerance = -1, INT8_TOLERANCE
             by_token = key == "scores" or not model.config.head.per_sequence

@@ -15,6 +15,7 @@ import base64
 import enum
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,8 @@ from tests.runtime.fake_tensorrt import (
 
 FAILING = "FAKE_TENSORRT_FAILING"
 """Environment variable: names of graphs that cannot be built."""
-ATTENTION_SINCE = (10, 14)
+CRASHING = "FAKE_TENSORRT_CRASHING"
+"""Likewise of graphs that end the process."""
 _LENGTHS = 6
 """Place of the key lengths among the inputs of ``Attention``."""
 
@@ -100,17 +102,25 @@ class INetworkDefinition(fake_network.INetworkDefinition):
         return bool(self.flags >> flag & 1)
 
 
+class ParserError:
+    def __init__(self, desc: str, node: onnx.NodeProto | None = None) -> None:
+        self.text = desc if node is None else f"In node 0 with name: {node.name}. {desc}"
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class OnnxParser:
     def __init__(self, library: BuildingLibrary, network: Any) -> None:
         self.library = library
         self.network: INetworkDefinition = network.fake()
-        self.errors: list[str] = []
+        self.errors: list[ParserError] = []
 
     @property
     def num_errors(self) -> int:
         return len(self.errors)
 
-    def get_error(self, index: int) -> str:
+    def get_error(self, index: int) -> ParserError:
         return self.errors[index]
 
     def parse_from_file(self, model: str) -> bool:
@@ -118,7 +128,7 @@ class OnnxParser:
         for node in proto.graph.node:
             self._read(node, number)
         self.errors += [
-            f"{self.library.number} reads opset 17, not {each.version}"
+            ParserError(f"{self.library.number} reads opset 17, not {each.version}")
             for each in proto.opset_import
             if number < (10,) and not each.domain and each.version > 17
         ]
@@ -129,13 +139,19 @@ class OnnxParser:
         for value in proto.graph.input:
             shape = tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim)
             network.inputs.append(ITensor(value.name, fake_network.TYPES[types[value.name]], shape))
-        network.layers = fake_network.parsed(proto, types, network.version).layers
+        if number < (10,):  # which alone is told about layers
+            network.layers = fake_network.parsed(proto, types, network.version).layers
         return True
 
     def _read(self, node: onnx.NodeProto, number: tuple[int, ...]) -> None:
         """Change a node as the parser misreads it, or say why it cannot be read."""
-        if (node.op_type == "Attention" and number < ATTENTION_SINCE) or node.domain:
-            self.errors.append(f"In node 0 with name: {node.name}: no importer for {node.op_type}")
+        members = SIGNATURES[self.library.version]["members"]
+        known = {
+            "Attention": "add_attention" in members["INetworkDefinition"],
+            "TRT_Attention": "AttentionIOForm" in members,
+        }
+        if not known.get(node.op_type, not node.domain):
+            self.errors.append(ParserError(f"no importer for {node.op_type}", node))
         if node.op_type == "Attention":
             del node.input[_LENGTHS:]  # "Unused Input"
         if number < (10,):
@@ -300,8 +316,10 @@ class Builder:
         typed = hasattr(flags, "STRONGLY_TYPED") and network.get_flag(flags.STRONGLY_TYPED)
         if typed and {flag.name for flag in config.flags} & {"FP16", "BF16"}:
             return "precision flags cannot be set for a strongly typed network"
+        if network.graph in os.environ.get(CRASHING, "").split():
+            os.kill(os.getpid(), signal.SIGSEGV)
         if network.graph in os.environ.get(FAILING, "").split():
-            return f"Error Code 10: no implementation for node {network.proto.graph.node[0].name}"  # type: ignore[union-attr]
+            return f"Error Code 10: Could not find any implementation for {self._named(network)}."
         if not config.profiles:
             return "Network has dynamic inputs, but no optimization profile has been defined"
         for shapes in config.profiles:
@@ -311,6 +329,12 @@ class Builder:
                 if not all(a <= b <= c and n in (-1, a) for n, a, b, c in sizes):
                     return f"{tensor.name}: {low} {best} {high} do not fit {tensor.shape}"
         return None
+
+    def _named(self, network: INetworkDefinition) -> str:
+        """Name two nodes as a fused one."""
+        assert network.proto is not None
+        nodes = network.proto.graph.node
+        return f"node {{ForeignNode[{nodes[0].name}...{nodes[-1].name}]}}"
 
     def _stopped(self, config: IBuilderConfig) -> str | None:
         monitor = config.progress_monitor
@@ -326,3 +350,8 @@ class Builder:
 def built(content: bytes) -> SimpleNamespace:
     """Return what a builder was asked for, from the bytes of an engine."""
     return SimpleNamespace(**json.loads(content)["asked"])
+
+
+def graph_of(content: bytes) -> bytes:
+    """Return the graph that an engine was built from, as the parser got it."""
+    return base64.b64decode(json.loads(content)["model"])

@@ -14,14 +14,16 @@ from sdt_deploy.buckets import BatchLimits, plan_profiles
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import ENGINES, EngineSet, build_command
-from sdt_deploy.errors import ConfigError, OutputError
+from sdt_deploy.errors import BuildError, ConfigError, OutputError
+from sdt_deploy.exporters.engine_cache import EngineCache
 from sdt_deploy.exporters.engine_checks import check_others_stay
 from sdt_deploy.exporters.engine_plan import command_line
 from sdt_deploy.exporters.tensorrt import build_engines
-from tests.exporters.building import ADA, files_of, reopened
+from tests.exporters.building import ADA, break_graph, files_of, reopened
 from tests.samples import sign_bundle
 from tests.test_cli import call
 
+RTX = ("--target", "tensorrt-rtx", "--compute-capability", "8.9")
 LIMITS = BatchLimits(max_seqlen=24, max_batch=9, max_padded_tokens=200)
 
 
@@ -71,6 +73,32 @@ def test_all_graphs_that_there_are_may_get_other_settings(bundle: Bundle) -> Non
     assert list(reopened(bundle).engines) == ["head", "entry"]
 
 
+def test_the_command_for_one_that_failed_can_be_called(bundle: Bundle) -> None:
+    """Also where the bundle keeps engines with other settings; it leaves them alone."""
+    build_engines(bundle, only("entry", "head"), LIMITS)
+    broken = break_graph(bundle, "stage-01")
+    before = files_of(broken)
+    with pytest.raises(BuildError) as error:
+        build_engines(broken, only("entry", "head", "stage-01", workspace_mb=64), LIMITS)
+    (line,) = (each for each in str(error.value).splitlines() if "to try this one again" in each)
+    command = shlex.split(line.partition(": ")[2])
+    assert command[:2] == ["sdt-deploy", "build-engine"]
+    said = call(*command[1:], code=2)
+    assert "could not build stage-01" in said
+    assert "Sharpmax" in said
+    assert files_of(broken) == before
+
+
+def test_a_build_may_leave_the_bundle_as_it_is(bundle: Bundle, tmp_path: Path) -> None:
+    before, cache = files_of(bundle), EngineCache(tmp_path / "cache")
+    report = build_engines(bundle, only("head"), LIMITS, cache=cache, keep_bundle=True)
+    assert report.sources == {"head": "built"}
+    assert files_of(bundle) == before
+    assert build_engines(bundle, only("head"), LIMITS, cache=cache).sources == {"head": "cache"}
+    refused = call("build-engine", bundle.path, *RTX, "--keep-bundle", "--compare", code=2)
+    assert "leave it or --keep-bundle out" in " ".join(refused.split())
+
+
 @pytest.fixture
 def timing_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT-RTX has the calls, and keeps no times; so ``build-engine`` refuses the option."""
@@ -117,12 +145,14 @@ def test_the_command_that_repeats_a_build_has_all_its_options(tmp_path: Path) ->
         workspace_mb=64,
         engines={},
     )
-    said = command_line(tmp_path, config, LIMITS, engines, "head", Path("a folder"))
+    said = command_line(
+        tmp_path, config, LIMITS, engines, "head", Path("a folder"), keep_bundle=True
+    )
     assert said == (
         f"sdt-deploy build-engine {tmp_path} --target tensorrt --compute-capability 9.0 "
         "--max-seqlen 24 --max-batch 9 --max-padded-tokens 200 --workspace-mb 64 --lengths lengths "
-        "--attention packed --cache 'a folder' --timing-cache times --pin-timing-cache "
-        "--graph head"
+        "--attention packed --cache 'a folder' --keep-bundle --timing-cache times "
+        "--pin-timing-cache --graph head"
     )
 
 

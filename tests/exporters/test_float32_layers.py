@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sdt_deploy.buckets import BatchLimits, plan_profiles
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import Precision
-from sdt_deploy.engines import EngineSet
-from sdt_deploy.exporters import engine_plan, engine_worker
+from sdt_deploy.exporters import engine_worker
 from sdt_deploy.exporters.engine_graphs import value_types
-from sdt_deploy.gpu import Driver, Gpu
+from sdt_deploy.exporters.engine_types import LayerTensors, float32_tensors, keep_float32
 from sdt_deploy.model.transformer import SparseDepthTransformer
-from sdt_deploy.trt import LayerTensors, float32_tensors, keep_float32
 from tests.exporters.fake_network import (
     FLOATING,
     ILayer,
@@ -138,38 +134,3 @@ def test_layers_are_as_precise_as_the_graph(half: Half, tmp_path: Path, name: st
             seen.add(wanted)
         assert True in seen, graph
         assert False in seen or graph == "entry"
-
-
-def test_float16_engines_of_before_are_not_reused(
-    half: Half, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = Bundle.open(half("active-lm", "float16")[1])
-    hopper = Driver(gpus=(Gpu(name="H100", compute_capability="9.0"),), cuda_version="13.0")
-    monkeypatch.setattr(engine_plan, "driver", lambda: hopper)
-
-    def key(version: str, precision: Precision) -> str:
-        engines = EngineSet(
-            flavour="tensorrt",
-            version=version,
-            compute_capabilities=("9.0",),
-            profiles=plan_profiles(BatchLimits(max_seqlen=33)),
-            attention="decomposed",
-            workspace_mb=None,
-            engines={},
-        )
-        exported = dataclasses.replace(bundle.manifest.export, precision=precision)
-        manifest = dataclasses.replace(bundle.manifest, export=exported)
-        (job,) = engine_plan.plan_jobs(
-            dataclasses.replace(bundle, manifest=manifest), engines, ("head",)
-        )
-        return job.key
-
-    cases: list[tuple[str, Precision]] = [
-        ("8.6.0", "float16"),
-        ("8.6.0", "float32"),
-        ("11.4.0.106", "float16"),
-    ]
-    now = [key(*case) for case in cases]
-    monkeypatch.setattr(engine_plan, "_layers", lambda engines, manifest: {})
-    before = [key(*case) for case in cases]
-    assert [old == new for old, new in zip(before, now, strict=True)] == [False, True, True]

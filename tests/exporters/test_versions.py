@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 from sdt_deploy import trt
-from sdt_deploy.buckets import BatchLimits
+from sdt_deploy.buckets import BatchLimits, plan_profiles
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.config import BuildConfig, ExportConfig, Precision
 from sdt_deploy.engines import EngineSet, read_engine
@@ -25,12 +26,13 @@ from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.tensorrt import build_engines
 from sdt_deploy.gpu import Driver, Gpu
 from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.backends import tensorrt as backend_module
 from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
 from sdt_deploy.runtime.session import Session
 from tests.exporters.building import built_graphs
-from tests.exporters.fake_builder import FAILING, BuildingLibrary, built
-from tests.runtime.fake_tensorrt import VERSIONS
+from tests.exporters.fake_builder import CRASHING, FAILING, BuildingLibrary, built, graph_of
+from tests.runtime.fake_tensorrt import SIGNATURES, VERSIONS
 from tests.samples import CONFIGS, ExportedModel, assert_parity, random_batch, random_model
 
 Exported = Callable[[str], ExportedModel]
@@ -68,8 +70,40 @@ def asked_of(bundle: Bundle, engines: EngineSet) -> dict[str, SimpleNamespace]:
     return {name: built(read_engine(bundle.path, spec)) for name, spec in engines.engines.items()}
 
 
-@pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
+def assert_runs(bundle: Bundle, model: SparseDepthTransformer) -> None:
+    """Sessions on the engines agree with the oracle."""
+    bundle = Bundle.open(bundle.path)
+    with Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu")) as session:
+        for seed, lengths in enumerate(([9, 2], [1, 13, 6], [20, 20])):
+            batch = random_batch(model.config, lengths, seed)
+            for path in ("sparse", "masked", "dense"):
+                if path == "sparse" or len(lengths) == 2:  # whole models run in no parts
+                    assert_parity(session, model, batch, path=path)
+
+
+BUILT = ("8.6", "10.0", "11.4")
+"""Of these versions the others differ in what ``test_features`` sees."""
+
+
 @pytest.mark.parametrize("number", VERSIONS)
+def test_features(number: str) -> None:
+    """What a version is said to have is what its bindings have."""
+    members = SIGNATURES[number]["members"]
+    found = trt.features(trt.flavour("tensorrt"), VERSIONS[number])
+    flags = members["NetworkDefinitionCreationFlag"]["__members__"]
+    assert found.legacy == ("STRONGLY_TYPED" not in flags)
+    assert ("bfloat16" in found.precisions) == ("BF16" in members["DataType"])
+    assert found.pins_times == (
+        "ERROR_ON_TIMING_CACHE_MISS" in members["BuilderFlag"]["__members__"]
+    )
+    assert found.fused_attention == ("add_attention" in members["INetworkDefinition"])
+    forms = members.get("AttentionIOForm", {}).get("__members__", {})
+    assert found.packed_attention == ("PACKED_NHD" in forms)
+    assert trt.reports_progress(BuildingLibrary(number)) == ("IProgressMonitor" in members)
+
+
+@pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
+@pytest.mark.parametrize("number", BUILT)
 def test_a_bundle_is_built_and_run(
     fake: Fake, exported: Exported, tmp_path: Path, number: str, name: str
 ) -> None:
@@ -83,16 +117,12 @@ def test_a_bundle_is_built_and_run(
     for spec in report.engines.engines.values():
         assert spec.scratch_bytes is not None  # its GPU is here
         assert spec.layers
-    bundle = Bundle.open(bundle.path)
-    with Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu")) as session:
-        batch = random_batch(found.model.config, [9, 5], 3)
-        for path in ("sparse", "dense", "masked"):
-            assert_parity(session, found.model, batch, path=path)
+    assert_runs(bundle, found.model)
     assert {graph for graph, _, _ in library.calls} >= {"entry", "stage-00", "dense", "masked"}
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("number", VERSIONS)
+@pytest.mark.parametrize("number", BUILT)
 def test_what_a_version_is_asked_for(
     fake: Fake, tmp_path: Path, number: str, precision: Precision
 ) -> None:
@@ -114,7 +144,8 @@ def test_what_a_version_is_asked_for(
         assert (asked.layers_held > 0) == (legacy and narrow)
         assert asked.pools == {"WORKSPACE": 64 << 20}
         assert asked.max_aux_streams == 0
-        assert asked.timing_cache == ""
+    caches = [asked.timing_cache for asked in asked_of(bundle, report.engines).values()]
+    assert caches == ["+" * n for n in range(len(caches))], "each build knows the times of the last"
 
 
 def test_fused_attention_sees_no_padding(fake: Fake, tmp_path: Path) -> None:
@@ -125,14 +156,10 @@ def test_fused_attention_sees_no_padding(fake: Fake, tmp_path: Path) -> None:
     bundle = Bundle.open(tmp_path / "bundle")
     report = build_engines(bundle, FULL, LIMITS)
     assert report.engines.engines["stage-00"].attention == "fused"
-    bundle = Bundle.open(bundle.path)
-    with Session(bundle, TensorRtBackend(bundle, "tensorrt", device="cpu")) as session:
-        batch = random_batch(model.config, [9, 2], 5)
-        for path in ("sparse", "dense", "masked"):
-            assert_parity(session, model, batch, path=path)
+    assert_runs(bundle, model)
 
 
-@pytest.mark.parametrize("number", VERSIONS)
+@pytest.mark.parametrize("number", BUILT)
 def test_a_failure_names_the_operator_and_keeps_the_others(
     fake: Fake, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
 ) -> None:
@@ -142,15 +169,98 @@ def test_a_failure_names_the_operator_and_keeps_the_others(
     with pytest.raises(BuildError) as caught:
         build_engines(bundle, FULL, LIMITS)
     text = str(caught.value)
-    assert f"tensorrt {VERSIONS[number]} could not build stage-01" in text
-    assert "operator: " in text
-    assert "no implementation for node" in text
+    nodes = onnx.load(bundle.path / "stage-01.onnx", load_external_data=False).graph.node
+    ends = [f"{node.op_type} ({node.name})" for node in (nodes[0], nodes[-1])]
+    assert (
+        f"tensorrt {VERSIONS[number]} could not build stage-01:\noperator: {', '.join(ends)}"
+        in text
+    )
+    assert "Could not find any implementation for node {ForeignNode[" in text
     assert "--graph stage-01" in text
     (engines,) = Bundle.open(bundle.path).manifest.engines
     assert set(engines.engines) == {*built_graphs(bundle)} - {"stage-01"}
 
 
-@pytest.mark.parametrize("number", VERSIONS)
+def test_a_graph_that_ends_the_process_costs_no_other(
+    fake: Fake, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("11.4")
+    monkeypatch.setenv(CRASHING, "stage-00 dense")
+    bundle = copied(exported("all-embedding"), tmp_path)
+    with pytest.raises(BuildError) as caught:
+        build_engines(bundle, FULL, LIMITS)
+    for graph in ("stage-00", "dense"):
+        assert f"could not build {graph}:\nthe process that builds engines ended with -11" in str(
+            caught.value
+        )
+        assert f"--graph {graph}" in str(caught.value)
+    (engines,) = Bundle.open(bundle.path).manifest.engines
+    assert set(engines.engines) == {*built_graphs(bundle)} - {"stage-00", "dense"}
+
+
+def test_8_6_has_no_bfloat16(fake: Fake, tmp_path: Path) -> None:
+    fake("8.6")
+    model = random_model(CONFIGS["all-embedding"][0], 2)
+    export(Checkpoint(model=model), tmp_path / "bundle", ExportConfig(precision="bfloat16"))
+    with pytest.raises(ConfigError, match=r"8\.6\.1 does not build bfloat16; .* --precision"):
+        build_engines(Bundle.open(tmp_path / "bundle"), FULL, LIMITS)
+
+
+def test_packed_attention(fake: Fake, tmp_path: Path) -> None:
+    """Stages have the ragged operator, as NvInfer.h describes it; whole models the padded one."""
+    model = random_model(CONFIGS["all-embedding"][0], 2)
+    export(Checkpoint(model=model), tmp_path / "bundle", ExportConfig(attention="fused"))
+    bundle = Bundle.open(tmp_path / "bundle")
+    packed = BuildConfig(flavour="tensorrt", attention="packed")
+    for number in ("10.14", "8.6"):
+        fake(number)
+        with pytest.raises(ConfigError, match=r"no packed attention, tensorrt 11\.1"):
+            build_engines(bundle, packed, LIMITS)
+    fake("10.13")
+    with pytest.raises(ConfigError, match=r"no fused attention, tensorrt 10\.14"):
+        build_engines(bundle, FULL, LIMITS)
+    fake("11.4")
+    engines = build_engines(bundle, packed, LIMITS).engines.engines
+    operators = {
+        name: {
+            node.op_type
+            for node in onnx.load_from_string(graph_of(read_engine(bundle.path, spec))).graph.node
+        }
+        for name, spec in engines.items()
+    }
+    assert "TRT_Attention" in operators["stage-00"]
+    assert "Attention" in operators["dense"]
+    assert engines["stage-00"].attention == "packed"
+    assert engines["dense"].attention == "fused"
+    assert_runs(bundle, model)
+
+
+def test_an_engine_made_by_other_rewriting_is_not_reused(
+    fake: Fake, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(exported("all-embedding").bundle)
+
+    def keys(number: str, attention: str) -> set[str]:
+        fake(number)
+        engines = EngineSet(
+            flavour="tensorrt",
+            version=VERSIONS[number],
+            compute_capabilities=("9.0",),
+            profiles=plan_profiles(LIMITS),
+            attention=attention,
+            workspace_mb=None,
+            engines={},
+        )
+        return {job.key for job in engine_plan.plan_jobs(bundle, engines, ("stage-00", "head"))}
+
+    cases = [("8.6", "decomposed"), ("11.4", "fused"), ("11.4", "decomposed")]
+    now = [keys(*case) for case in cases]
+    monkeypatch.setattr(engine_plan, "REVISION", -1)
+    kept = [len(keys(*case) & before) for case, before in zip(cases, now, strict=True)]
+    assert kept == [0, 1, 2]  # of two: 8.6 rewrites all graphs, fused attention stages
+
+
+@pytest.mark.parametrize("number", BUILT)
 def test_a_timing_cache_is_kept_or_only_read(
     fake: Fake, exported: Exported, tmp_path: Path, number: str
 ) -> None:

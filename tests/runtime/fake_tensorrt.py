@@ -25,7 +25,13 @@ from tests.runtime.tensorrt_signatures import TABLE
 
 SIGNATURES: dict[str, Any] = json.loads(TABLE.read_text())
 """By version, see :mod:`tests.runtime.tensorrt_signatures`."""
-VERSIONS = {"8.6": "8.6.1", "10.0": "10.0.1", "10.13": "10.13.3.9", "11.4": "11.4.0.106"}
+VERSIONS = {
+    "8.6": "8.6.1",
+    "10.0": "10.0.1",
+    "10.13": "10.13.3.9",
+    "10.14": "10.14.1.48",
+    "11.4": "11.4.0.106",
+}
 """Those that there are fakes of, with the whole number."""
 
 
@@ -338,13 +344,15 @@ class IExecutionContext:
 
 
 class ReferenceSession:
-    """A graph that ONNX Runtime does not compute: it broadcasts no mask of ``Attention``."""
+    """A graph that ONNX Runtime does not compute, with masks to broadcast or ragged attention."""
 
     def __init__(self, proto: Any) -> None:
         from onnx import TensorProto
         from onnx.reference import ReferenceEvaluator
 
-        self._evaluator = ReferenceEvaluator(proto)
+        from tests.runtime.ragged import TRT_Attention
+
+        self._evaluator = ReferenceEvaluator(proto, new_ops=[TRT_Attention])
         self._inputs = [
             SimpleNamespace(
                 name=each.name,
@@ -370,7 +378,7 @@ def _opened(content: Any) -> Any:
     import onnx
 
     proto = onnx.load_from_string(base64.b64decode(content["model"]))
-    if any(node.op_type == "Attention" for node in proto.graph.node):
+    if any(node.op_type.endswith("Attention") for node in proto.graph.node):
         return ReferenceSession(proto)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"

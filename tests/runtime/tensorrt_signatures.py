@@ -3,7 +3,8 @@
     python -m tests.runtime.tensorrt_signatures WHEEL... > tests/data/tensorrt-signatures.json
 
 The wheels are those of the bindings alone (``tensorrt-bindings`` 8.6.1, ``tensorrt-cu12-bindings``
-10.0.1 and 10.13.3.9, ``tensorrt-cu13-bindings`` 11.4.0.106, for the Python that runs this). Their
+10.0.1 and 10.13.3.9, ``tensorrt-cu13-bindings`` 10.14.1.48 and 11.4.0.106, for the Python that runs
+this). Their
 module says in its docstrings what it takes. It loads without TensorRT's libraries, against empty
 ones with the same names that ``gcc`` makes here; no function of them is called. The installed
 ``tensorrt_rtx`` is read too.
@@ -94,6 +95,7 @@ USED: Mapping[str, tuple[str, ...]] = {
         "num_inputs",
         "get_input",
         "get_flag",
+        "add_attention",
     ),
     "ILayer": (
         "name",
@@ -107,8 +109,9 @@ USED: Mapping[str, tuple[str, ...]] = {
         "set_output_type",
     ),
     "ITensor": ("name", "dtype", "shape", "is_shape_tensor"),
-    "DataType": ("FLOAT", "HALF", "INT32", "BOOL"),
+    "DataType": ("FLOAT", "HALF", "BF16", "INT32", "BOOL"),
     "LayerType": ("CAST", "SHAPE", "CONSTANT", "SHUFFLE", "ELEMENTWISE"),
+    "AttentionIOForm": ("__members__",),
     "NetworkDefinitionCreationFlag": ("__members__",),
     "BuilderFlag": ("__members__",),
     "PreviewFeature": ("__members__",),

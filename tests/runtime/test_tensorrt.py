@@ -272,6 +272,26 @@ def test_contexts_are_reused_and_never_shared(open_fake: Open) -> None:
         in_threads(6, work)
 
 
+def test_all_engines_share_one_block_of_scratch_memory(open_fake: Open) -> None:
+    session, library, found = open_fake()
+    with session:
+        session.run_batch(random_batch(found.model.config, [9, 4], seed=1), path="sparse")
+        addresses = {context.device_memory for context in library.contexts}
+        assert len({graph for graph, _, _ in library.calls}) > 3
+    assert len(addresses) == 1
+    assert 0 not in addresses
+
+
+def test_engines_run_on_the_stream_of_the_caller(
+    open_fake: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, library, found = open_fake()
+    monkeypatch.setattr(AlignedBackend, "stream", 77)
+    with session:
+        session.run_batch(random_batch(found.model.config, [9, 4], seed=1), path="sparse")
+    assert {stream for _, _, stream in library.calls} == {77}
+
+
 def test_refusals(open_fake: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     session, _, found = open_fake()
     bundle = session.bundle
@@ -286,13 +306,20 @@ def test_refusals(open_fake: Open, monkeypatch: pytest.MonkeyPatch) -> None:
 
     refused("has no tensorrt engines; build them: sdt-deploy", at=found.bundle)
     refused(
-        r"were built with tensorrt 11.4.0.106, which 11.5.0, .* again: .* --max-seqlen 20 ",
+        r"by another version \(tensorrt for 9.0 by version 11.4.0.106\). Here are H100, of compute "
+        r"capability 9.0, and version 11.5.0: build them again: .* --max-seqlen 20 ",
         installed_version="11.5.0",
     )
-    refused("8.5.3 is too old: 8.6 or newer", installed_version="8.5.3")
+    refused("8.5.3 is too old, 8.6 or newer is needed: pip install", installed_version="8.5.3")
     refused("need a GPU: no NVIDIA driver", driver=Driver(problem="no NVIDIA driver"))
     ada = Driver(gpus=(Gpu(name="RTX 4090", compute_capability="8.9"),))
-    refused("are for compute capability 9.0, and this GPU, RTX 4090, has 8.9", driver=ada)
+    refused(
+        r"built for other GPUs \(tensorrt for 9.0 by version 11.4.0.106\). Here are RTX 4090, of "
+        r"compute capability 8.9, and version 11.4.0.106: build for this one: sdt-deploy",
+        driver=ada,
+    )
+    with pytest.raises(BackendError, match=r"on the first GPU .*: set CUDA_VISIBLE_DEVICES=1"):
+        TensorRtBackend(bundle, "tensorrt", device="cpu:1")
     with pytest.raises(BackendError, match="n_threads is for onnxruntime-cpu"):
         Session.open(bundle, backend="tensorrt", n_threads=2)
 

@@ -96,10 +96,11 @@ class TensorRtBackend(DeviceMemory):
     Args:
         bundle: the opened bundle.
         flavour: ``tensorrt`` or ``tensorrt-rtx``.
-        device: see :class:`DeviceMemory`.
+        device: see :class:`DeviceMemory`; of GPUs, the first one.
 
     Raises:
-        BackendError: if the bundle has no engines of this flavour for this GPU and version.
+        BackendError: if the bundle has no engines of this flavour for this GPU and version, or for
+            another GPU than the first.
         MissingExtraError: if the library or torch is not installed.
     """
 
@@ -110,6 +111,11 @@ class TensorRtBackend(DeviceMemory):
         self.name: str = chosen.name
         self._engines = find_engines(bundle, chosen)
         super().__init__(device)
+        if self.device.index:
+            raise BackendError(
+                f"engines run on the first GPU that is visible, not on {device}: set "
+                f"CUDA_VISIBLE_DEVICES={self.device.index} and open the session on cuda"
+            )
         self.library = trt.load(chosen)
         self.profiles = self._engines.profiles
         self._bundle = bundle
@@ -145,7 +151,10 @@ class TensorRtBackend(DeviceMemory):
             return self._graphs[name]
 
     def scratch(self, n_bytes: int, stream: int) -> Array:
-        """Return a block of at least ``n_bytes`` for work on ``stream``."""
+        """Return a block of at least ``n_bytes`` for work on ``stream``.
+
+        Blocks and contexts of a stream are kept until the session is closed: use few streams.
+        """
         block = self._scratch.get(stream)
         if block is None or block.numel() < n_bytes:
             block = self._scratch[stream] = self.empty((max(n_bytes, 1),), "uint8")
@@ -181,22 +190,19 @@ def find_engines(bundle: Bundle, flavour: trt.Flavour) -> EngineSet:
         raise BackendError(f"{flavour.name} engines need a GPU: {here.problem}")
     gpu = here.gpus[0]
     fitting = [each for each in found if gpu.compute_capability in each.compute_capabilities]
-    if not fitting:
-        capabilities = {each for one in found for each in one.compute_capabilities}
-        supported = flavour.compute_capabilities
-        advice = f"build for this one: {build}"
-        if supported is not None and gpu.compute_capability not in supported:
-            advice = f"{flavour.name} does not run on it at all; use tensorrt"
-        raise BackendError(
-            f"the {flavour.name} engines of {bundle.path} are for compute capability "
-            f"{', '.join(sorted(capabilities))}, and this GPU, {gpu.name}, has "
-            f"{gpu.compute_capability}: {advice}"
-        )
     for engines in fitting:
         if engines.version == version:
             return engines
+    theirs = ", ".join(f"{each.name} by version {each.version}" for each in found)
+    built = f"the {flavour.name} engines of {bundle.path} were built for other GPUs"
+    advice = f"build for this one: {build}"
+    if fitting:
+        built = f"the {flavour.name} engines of {bundle.path} were built by another version"
+        advice = f"build them again: {build_command(bundle.path, fitting[0])}"
+    supported = flavour.compute_capabilities
+    if supported is not None and gpu.compute_capability not in supported:
+        advice = f"{flavour.name} does not run on it at all; use {flavour.alternative}"
     raise BackendError(
-        f"the engines of {bundle.path} were built with {flavour.name} {fitting[0].version}, which "
-        f"{version}, installed here, does not read: build them again: "
-        f"{build_command(bundle.path, fitting[0])}"
+        f"{built} ({theirs}). Here are {gpu.name}, of compute capability "
+        f"{gpu.compute_capability}, and version {version}: {advice}"
     )
