@@ -209,7 +209,7 @@ class IBuilderConfig:
         self.pools: dict[Any, int] = {}
         self.profiles: list[Any] = []
         self.timing_cache: Any = None
-        self.max_aux_streams: int | None = None
+        self.max_aux_streams = -1  # its own choice
         self.progress_monitor: Any = None
         self.profiling_verbosity = self.library.ProfilingVerbosity.LAYER_NAMES_ONLY
         self.engine_capability = self.library.EngineCapability.STANDARD

@@ -303,6 +303,11 @@ def test_a_fake_takes_only_what_the_library_would(fake: Fake) -> None:
     network = library.Builder(logger).create_network()
     with pytest.raises(TypeError):
         library.Builder(logger).build_serialized_network(config, network)
+    with pytest.raises(AssertionError):
+        config.max_aux_streams = "none"
+    real = pytest.importorskip("tensorrt_rtx")
+    offered = [name for name in dir(library) if name[0].isupper() and name != "VERSIONS"]
+    assert [name for name in offered if not hasattr(real, name)] == []
     old: Any = fake("8.6")
     assert not hasattr(old, "IProgressMonitor")
     with pytest.raises(AttributeError):

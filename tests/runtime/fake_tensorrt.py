@@ -194,6 +194,11 @@ class Checked:
 
     def __setattr__(self, name: str, value: Any) -> None:
         assert self._member(name) == "write", name
+        before = getattr(self._fake, name)
+        if isinstance(before, enum.Enum):
+            assert type(value) is type(before), (name, value)
+        elif isinstance(before, int):
+            assert _is_integer(value), (name, value)
         setattr(self._fake, name, value)
 
 
