@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -83,22 +84,28 @@ def run_worker(
         on_step: see :data:`OnStep`. An exception from it, Ctrl-C too, ends the process.
 
     Raises:
-        BackendError: if the process ended before it began with a graph.
+        BackendError: if the first process ended before it began with a graph.
     """
     left = list(jobs)
+    begun = False
     while left:
         done: set[str] = set()
         try:
-            for built in _run_process(left, directory, options, on_step):
-                done.add(built.graph)
-                yield built
+            with contextlib.closing(_run_process(left, directory, options, on_step)) as builds:
+                for built in builds:
+                    done.add(built.graph)
+                    yield built
             return
         except _EarlyEndError as end:
-            if not end.started:
+            if not end.started and not begun:
                 raise end.error from None
+            begun = True
             left = [job for job in left if job.graph not in done]
-            graph = left.pop(0).graph
-            yield Built(graph=graph, output=directory / f"{graph}.engine", problem=str(end.error))
+            # One that does not even begin would not for the next graph either.
+            failed, left = (left[:1], left[1:]) if end.started else (left, [])
+            for job in failed:
+                output = directory / f"{job.graph}.engine"
+                yield Built(graph=job.graph, output=output, problem=str(end.error))
 
 
 class _EarlyEndError(Exception):

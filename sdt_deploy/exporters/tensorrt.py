@@ -175,7 +175,8 @@ def build_engines(
             )
             for graph in failures
         }
-        raise BuildError(_failure_text(new, failures, commands, stays))
+        text = _failure_text(new, failures, commands)
+        raise BuildError(text if keep_bundle else text + _usable_text(new, failures, stays))
     return BuildReport(engines=new, sources=sources, hint=fused_hint(manifest, features))
 
 
@@ -290,7 +291,8 @@ def install(bundle: Bundle, engines: EngineSet, directory: Path) -> None:
     except OSError as error:
         raise OutputError(f"{bundle.path} cannot be written: {error}") from error
     finally:
-        _remove_unlisted(bundle, directory)
+        with contextlib.suppress(OSError, OutputError):  # what is left over is not listed
+            _remove_unlisted(bundle, directory)
 
 
 def _remove_unlisted(bundle: Bundle, directory: Path) -> None:
@@ -305,24 +307,23 @@ def _remove_unlisted(bundle: Bundle, directory: Path) -> None:
 
 
 def _failure_text(
-    engines: EngineSet,
-    failures: Mapping[str, str],
-    commands: Mapping[str, str],
-    stays: EngineSet | None,
+    engines: EngineSet, failures: Mapping[str, str], commands: Mapping[str, str]
 ) -> str:
-    """Say what failed and what can be used; ``stays``: the set that ``engines`` did not replace."""
-    lines = []
-    for graph, problem in failures.items():
-        lines.append(
-            f"{engines.flavour} {engines.version} could not build {graph}:\n{problem}\n"
-            f"to try this one again: {commands[graph]}"
-        )
+    """Say what failed, and how each can be tried again."""
+    return "\n".join(
+        f"{engines.flavour} {engines.version} could not build {graph}:\n{problem}\n"
+        f"to try this one again: {commands[graph]}"
+        for graph, problem in failures.items()
+    )
+
+
+def _usable_text(engines: EngineSet, failures: Mapping[str, str], stays: EngineSet | None) -> str:
+    """Say what can be used; ``stays``: the set that ``engines`` did not replace."""
     usable = [name for name in (stays or engines).engines if stays or name not in failures]
-    if usable:
-        lines.append(f"these engines can be used: {', '.join(usable)}")
+    said = f"\nthese engines can be used: {', '.join(usable)}" if usable else ""
     if stays is not None:
-        lines.append(
-            "they are the bundle's former ones, with other settings; of the new ones none was put "
-            "into it"
+        said += (
+            "\nthey are the bundle's former ones, with other settings; of the new ones none was "
+            "put into it"
         )
-    return "\n".join(lines)
+    return said

@@ -86,6 +86,7 @@ def test_the_command_for_one_that_failed_can_be_called(bundle: Bundle) -> None:
     said = call(*command[1:], code=2)
     assert "could not build stage-01" in said
     assert "Sharpmax" in said
+    assert "can be used" not in said
     assert files_of(broken) == before
 
 

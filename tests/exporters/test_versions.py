@@ -198,6 +198,30 @@ def test_a_graph_that_ends_the_process_costs_no_other(
     assert set(engines.engines) == {*built_graphs(bundle)} - {"stage-00", "dense"}
 
 
+def test_a_library_that_does_not_start_again_keeps_what_was_built(
+    fake: Fake, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a driver that is lost with the first crash."""
+    fake("11.4")
+    monkeypatch.setenv(CRASHING, "stage-00")
+    bundle = copied(exported("all-embedding"), tmp_path)
+
+    def lose(what: str, done: int, total: int) -> None:
+        if what.startswith("stage-00"):
+            monkeypatch.setenv("FAKE_TENSORRT", "no version")
+
+    with pytest.raises(BuildError) as caught:
+        build_engines(bundle, FULL, LIMITS, progress=lose)
+    assert "could not build stage-00:\nthe process that builds engines ended with -11" in str(
+        caught.value
+    )
+    assert "could not build stage-01:\nthe process that builds engines ended with 1" in str(
+        caught.value
+    )
+    (engines,) = Bundle.open(bundle.path).manifest.engines
+    assert set(engines.engines) == {"entry"}
+
+
 def test_8_6_has_no_bfloat16(fake: Fake, tmp_path: Path) -> None:
     fake("8.6")
     model = random_model(CONFIGS["all-embedding"][0], 2)
