@@ -145,7 +145,13 @@ def new_directory(
         sync_tree(temporary)
         if _checked(target, marker, overwrite) != place:
             raise OutputError(f"{target} leads elsewhere than when this was begun; try again")
-        _put_in_place(temporary, place)
+        try:
+            _put_in_place(temporary, place, overwrite=overwrite)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _checked(target, marker, overwrite)  # another writer came between: as if it had before
+            raise
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error}") from error
     finally:
@@ -199,16 +205,16 @@ def _is_replaceable(target: Path, marker: tuple[str, str]) -> bool:
     return isinstance(content, dict) and content.get("format") == kind
 
 
-def _put_in_place(source: Path, target: Path) -> None:
-    """Move the directory ``source`` to ``target``, which is free or a directory to replace.
+def _put_in_place(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Move the directory ``source`` to ``target``, which is free or, to overwrite, one to replace.
 
     An existing ``target`` is exchanged with ``source`` in one step, so there is one at any moment,
     the old or the new. Where the system cannot do that (Linux can, on almost every file system),
     the old one is moved aside first, and a kill between the two steps leaves it under the name
     ``.NAME.….partial``; an exception puts it back.
     """
-    if not target.exists():
-        source.rename(target)
+    if not overwrite or not target.exists():
+        source.rename(target)  # fails where another writer has put something since
     elif not _exchange(source, target):
         aside = _temporary(target)
         try:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sdt_deploy import files
 from sdt_deploy.errors import OutputError
 from sdt_deploy.files import new_directory, write_file
 
@@ -88,3 +89,23 @@ def test_of_two_writers_one_wins_and_nothing_is_mixed(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists already"):
         write_twice()
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "second"]
+
+
+def test_another_writer_between_the_last_look_and_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, put = tmp_path / "target", files._put_in_place
+
+    def late(source: Path, place: Path, *, overwrite: bool) -> None:
+        place.mkdir()
+        (place / "theirs").touch()
+        put(source, place, overwrite=overwrite)
+
+    monkeypatch.setattr(files, "_put_in_place", late)
+    with (
+        pytest.raises(OutputError, match="exists already; choose another path"),
+        files.new_directory(target, marker=("m.json", "x")) as directory,
+    ):
+        (directory / "ours").touch()
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
