@@ -23,7 +23,7 @@ from sdt_deploy.external_data import check_places
 from sdt_deploy.files import MAX_JSON_BYTES, is_partial, parse_json, read_bytes, write_file
 
 FORMAT = "sdt-bundle"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Written; older ones are read as well. Version 1 knows no precision but float32."""
 ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
     1: {"decomposed": "padded"},
@@ -32,6 +32,7 @@ ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
     4: {"decomposed": "padded-heads", "fused": "padded-rows"},
     5: {"decomposed": "padded-heads", "fused": "padded-rows"},
     6: {"decomposed": "padded-heads", "fused": "padded-rows"},
+    7: {"decomposed": "padded-heads", "fused": "padded-rows"},
 }
 """How a stage lays rows out for attention, by format version and :attr:`ExportConfig.attention`."""
 WEIGHTS = "weights.bin"
@@ -41,7 +42,7 @@ SAMPLE = "sample.npz"
 STATES = frozenset(
     {
         *("hidden_states", "context_states", "updated_states", "mixed_states"),
-        *("query", "key_value", "key", "value"),
+        *("query", "key_value", "key", "value", "up_product", "inner_states"),
     }
 )
 """Inputs and outputs in the precision of the export; the others are float32 or integers in all."""
@@ -152,6 +153,12 @@ class Manifest:
         """``(first layer, one past the last)`` of every stage."""
         return tuple(spec.layers for spec in self.stages if spec.layers is not None)
 
+    def _width(self, name: str) -> int:
+        """Return the last axis of a tensor among :data:`STATES`."""
+        if name in ("up_product", "inner_states"):
+            return self.model.d_ff
+        return self.model.d_model * (2 if name == "key_value" else 1)
+
     def to_json(self) -> bytes:
         """Serialise, with the digest that :meth:`from_json` checks."""
         body: dict[str, Any] = {
@@ -255,7 +262,7 @@ class Manifest:
                         f"{' or '.join(allowed)}"
                     )
                 n_axes = 3 if self.export.attention == "fused" else 2
-                width = self.model.d_model * (2 if tensor.name == "key_value" else 1)
+                width = self._width(tensor.name)
                 if is_state and (len(tensor.axes) != n_axes or tensor.axes[-1] != width):
                     raise ConfigError(
                         f"graph {spec.name}: {tensor.name} has the axes {shown(tensor.axes)}, "

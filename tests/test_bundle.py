@@ -74,9 +74,9 @@ def test_every_byte_of_every_file_counts(copied: Path) -> None:
 
 
 def test_a_newer_version_says_so(copied: Path) -> None:
-    edit(copied, lambda body: body.update(format_version=7))
+    edit(copied, lambda body: body.update(format_version=8))
     with pytest.raises(
-        BundleFormatError, match=r"format version 7; this release.*versions 1, 2, 3, 4, 5, 6"
+        BundleFormatError, match=r"format version 8; this release.*versions 1, 2, 3, 4, 5, 6, 7"
     ):
         Bundle.open(copied)
 

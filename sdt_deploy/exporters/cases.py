@@ -320,12 +320,17 @@ def _update_case(
     states, mixed = map(torch.from_numpy, inputs.values())
     attention = layer.attention
     states = states + attention.output(mixed + attention.value.bias)
-    if layer.pre_norm:
-        return inputs, {
-            "updated_states": states + layer.feed_forward(layer.feed_forward_norm(states))
-        }
-    states = layer.attention_norm(states)
-    return inputs, {"updated_states": layer.feed_forward_norm(states + layer.feed_forward(states))}
+    feed_forward = layer.feed_forward
+    if not layer.pre_norm:
+        states = layer.attention_norm(states)
+    rows = layer.feed_forward_norm(states) if layer.pre_norm else states
+    updated = states + feed_forward(rows)
+    product = rows @ feed_forward.up.weight.T
+    return inputs, {
+        "updated_states": updated if layer.pre_norm else layer.feed_forward_norm(updated),
+        "up_product": product,
+        "inner_states": feed_forward.activated(feed_forward.up(rows)),
+    }
 
 
 def _decode_case(

@@ -46,7 +46,11 @@ class Projection(nn.Module):
 
 
 class Update(nn.Module):
-    """The output projection and the feed-forward."""
+    """The output projection and the feed-forward.
+
+    What the feed-forward makes of the rows is the widest there is, so both forms of it are outputs:
+    a runtime binds them to one buffer of its own, in which the activation runs in place.
+    """
 
     def __init__(self, layer: FusedLayer) -> None:
         super().__init__()
@@ -55,15 +59,25 @@ class Update(nn.Module):
         self.output, self.feed_forward = layer.output, layer.feed_forward
         self.feed_forward_norm = layer.feed_forward_norm
 
-    def forward(self, states: Tensor, mixed: Tensor) -> Tensor:
-        """Update ``states`` by what attention has ``mixed`` for them."""
-        feed_forward = self.feed_forward
+    def forward(self, states: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Update ``states`` by what attention has ``mixed`` for them.
+
+        Also returns ``[1, n_tokens, d_ff]`` the product of the feed-forward's first layer, without
+        bias, and what its activation makes of the sum.
+        """
         if self.attention_norm is None:
             states = states + self.output(mixed)
-            return states + feed_forward(self.feed_forward_norm(states))
+            product, inner = self._inner(self.feed_forward_norm(states))
+            return states + self.feed_forward.down(inner), product, inner
         states = _sum_normed(states, mixed, self.output, self.attention_norm)
-        inner = feed_forward.inner(states)
-        return _sum_normed(states, inner, feed_forward.down, self.feed_forward_norm)
+        product, inner = self._inner(states)
+        down = self.feed_forward.down
+        return _sum_normed(states, inner, down, self.feed_forward_norm), product, inner
+
+    def _inner(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        feed_forward = self.feed_forward
+        product, bias = rows @ feed_forward.up.weight, feed_forward.up.bias
+        return product, feed_forward.activated(product if bias is None else product + bias)
 
 
 def _sum_normed(states: Tensor, rows: Tensor, linear: PackedLinear, norm: Any) -> Tensor:
@@ -109,12 +123,12 @@ class PieceGraph(GraphModule):
         )
         self.inputs, self.outputs = (*inputs, *parameters), outputs
 
-    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the part with these parameters."""
         states, parameters = tensors[: self._n_states], tensors[self._n_states :]
         names = [spec.name for spec in self.inputs[self._n_states :]]
         given = dict(zip(names, parameters, strict=True))
-        found: Tensor | tuple[Tensor, Tensor] = functional_call(self._part[0], given, states)
+        found: tuple[Tensor, ...] = functional_call(self._part[0], given, states)
         return found
 
 
@@ -124,17 +138,19 @@ def piece_graphs(
     """Return both graphs by name; ``layer`` is any one."""
     states = partial(states_of, precision=precision)
     packed: tuple[str | int, ...] = (1, "n_tokens", config.d_model)
+    wide: tuple[str | int, ...] = (1, "n_tokens", config.d_ff)
     places: tuple[str | int, ...] = ("batch", "max_context_seqlen", config.d_model)
     sees_all = config.context == "all"
     seen = places if sees_all else packed
     rows = states("hidden_states", *packed)
     projected = states("query", *packed), states("key_value", *seen[:-1], 2 * config.d_model)
+    inner = states("up_product", *wide), states("inner_states", *wide)
     context = (states("context_states", *places),) * sees_all
     return {
         PROJECT: PieceGraph(Projection(layer), (rows, *context), projected),
         UPDATE: PieceGraph(
             Update(layer),
             (rows, states("mixed_states", *packed)),
-            (states("updated_states", *packed),),
+            (states("updated_states", *packed), *inner),
         ),
     }

@@ -72,14 +72,15 @@ class PackedFeedForward(nn.Module):
     def inner(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, d_model]`` to ``[n_tokens, d_ff]``, activated."""
         if self.gate is None:
-            return self._activated(self.up(rows))
-        return self._activated(self.gate(rows)) * self.up(rows)
+            return self.activated(self.up(rows))
+        return self.activated(self.gate(rows)) * self.up(rows)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, d_model]`` to the same shape."""
         return self.down(self.inner(rows))
 
-    def _activated(self, inner: Tensor) -> Tensor:
+    def activated(self, inner: Tensor) -> Tensor:
+        """Apply the activation, element by element."""
         if self.activation == "relu":
             return torch.relu(inner)
         if self.activation == "silu":

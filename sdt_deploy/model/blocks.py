@@ -239,10 +239,11 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map ``[..., d_model]`` to ``[..., d_model]``."""
         if self.gate is None:
-            return self.down(self._activated(self.up(hidden)))
-        return self.down(self._activated(self.gate(hidden)) * self.up(hidden))
+            return self.down(self.activated(self.up(hidden)))
+        return self.down(self.activated(self.gate(hidden)) * self.up(hidden))
 
-    def _activated(self, inner: Tensor) -> Tensor:
+    def activated(self, inner: Tensor) -> Tensor:
+        """Apply the activation, element by element."""
         if self.activation == "relu":
             return F.relu(inner)
         if self.activation == "silu":

@@ -99,17 +99,24 @@ class Workspace:
     Args:
         backend: where they lie.
         n_places: of the largest batch.
-        d_model: their width.
-        dtype: their type.
+        config: of the model.
+        dtype: of the states.
         in_pieces: whether attention is between the pieces of stages.
     """
 
     def __init__(
-        self, backend: DeviceBackend, n_places: int, d_model: int, dtype: str, *, in_pieces: bool
+        self,
+        backend: DeviceBackend,
+        n_places: int,
+        config: ModelConfig,
+        dtype: str,
+        *,
+        in_pieces: bool,
     ) -> None:
         def made(width: int) -> Any:
             return backend.empty((n_places, width), dtype)
 
+        d_model = config.d_model
         self.n_places = n_places
         self.states = made(d_model)
         """``[n_places, d_model]``, the last state of every token, in its place."""
@@ -118,8 +125,16 @@ class Workspace:
         other; pieces of stages, which attend to nothing while they write, have one for both."""
         self.query: Any = made(d_model) if in_pieces else None
         """``[n_places, d_model]``, of the active rows; attention writes in its place."""
-        self.key_value: Any = made(2 * d_model) if in_pieces else None
-        """``[n_places, 2 · d_model]``, of what active rows see."""
+        self._wide: Any = made(max(2 * d_model, config.d_ff)) if in_pieces else None
+
+    def wide(self, *axes: int) -> Any:
+        """Return the block that holds, one after the other, keys and values and the feed-forward.
+
+        ``axes``: of the tensor to see it as: keys and values side by side of what active rows see,
+        ``2 · d_model`` wide, until attention has read them, and then what the feed-forward makes of
+        the rows, ``d_ff`` wide.
+        """
+        return self._wide.flatten()[: math.prod(axes)].view(axes)
 
 
 class Frame:

@@ -258,7 +258,7 @@ class DeviceLoop:
     def _settle(self, frame: Frame, number: int, size: Bucket) -> None:
         if self._pieces is not None:
             inputs = self._inputs(frame, self._workspace.rows[0][None, : size.n_tokens])
-            self._pieces.settle(self._workspace, frame, self._layers[number], inputs)
+            self._pieces.settle(self._workspace, self._layers[number], inputs)
 
     def _all_stages(self, frame: Frame) -> None:
         """Run everything with all rows of the bucket; nothing has to be known."""
@@ -346,7 +346,7 @@ class DeviceLoop:
         self._space = None
         in_pieces = self._pieces is not None
         self._space = Workspace(
-            self._backend, n_places, self._config.d_model, self._dtype, in_pieces=in_pieces
+            self._backend, n_places, self._config, self._dtype, in_pieces=in_pieces
         )
 
     def _call(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:

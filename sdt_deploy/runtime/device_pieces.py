@@ -9,10 +9,7 @@ from sdt_deploy.bundle import PROJECT, UPDATE, Bundle
 from sdt_deploy.runtime.device_buffers import DeviceBackend, Frame, Workspace
 from sdt_deploy.runtime.ladders import Bucket
 
-UPDATE_ROWS = 4096
-"""More rows than these, and than two thirds of a batch's places, are updated in two parts: what the
-feed-forward makes of them is the widest there is, and so the memory that a run takes. No part is
-larger than the very first one: an arena that has to grow keeps what it had besides."""
+UPDATED = "updated_states"
 
 
 class StagePieces:
@@ -32,6 +29,7 @@ class StagePieces:
             name: [tensor.name for tensor in graphs[name].inputs if tensor.is_parameter]
             for name in (PROJECT, UPDATE)
         }
+        self._inner = [spec.name for spec in graphs[UPDATE].outputs if spec.name != UPDATED]
         for name in (PROJECT, UPDATE):
             backend.graph(name)
 
@@ -71,31 +69,31 @@ class StagePieces:
             longest=size.max_seqlen,
             key_places=None if context is None else context.shape[1],
         )
-        rows = inputs["hidden_states"]
-        self._update(frame, layer, (rows, query, rows))
+        self._update(space, layer, inputs["hidden_states"], query, inputs["hidden_states"])
 
-    def settle(self, space: Workspace, frame: Frame, layer: int, inputs: Mapping[str, Any]) -> None:
+    def settle(self, space: Workspace, layer: int, inputs: Mapping[str, Any]) -> None:
         """Call both graphs as :meth:`run` does, into buffers that are free."""
         query, _ = self._project(space, layer, inputs)
-        rows = inputs["hidden_states"]
-        free = space.key_value.view(2, *space.states.shape)[0][None, : rows.shape[1]]
-        self._update(frame, layer, (rows, query, free))
+        self._update(space, layer, inputs["hidden_states"], query, query)
 
     def _project(self, space: Workspace, layer: int, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return queries of the rows, and keys and values of what they see."""
         rows = inputs["hidden_states"]
         seen = inputs.get("context_states", rows)
         query = space.query[None, : rows.shape[1]]
-        both = space.key_value[: seen.shape[0] * seen.shape[1]].view(*seen.shape[:2], -1)
+        both = space.wide(*seen.shape[:2], 2 * self._config.d_model)
         self._call(PROJECT, layer, inputs, {"query": query, "key_value": both})
         return query, both
 
-    def _update(self, frame: Frame, layer: int, buffers: tuple[Any, Any, Any]) -> None:
-        """Update rows; ``buffers``: these, what they attended to, and where to, maybe in place."""
-        at_most = max(UPDATE_ROWS, 64 * (2 * frame.bucket.n_tokens // (3 * 64)))
-        for rows, mixed, out in zip(*(each.split(at_most, 1) for each in buffers), strict=True):
-            inputs = {"hidden_states": rows, "mixed_states": mixed}
-            self._call(UPDATE, layer, inputs, {"updated_states": out})
+    def _update(self, space: Workspace, layer: int, rows: Any, mixed: Any, out: Any) -> None:
+        """Update rows by what they attended to; ``out`` may be either.
+
+        What the feed-forward makes of them, before and after its activation, has one buffer: the
+        activation goes element by element, so it works in place.
+        """
+        inner = space.wide(*rows.shape[:2], self._config.d_ff)
+        outputs = {UPDATED: out, **dict.fromkeys(self._inner, inner)}
+        self._call(UPDATE, layer, {"hidden_states": rows, "mixed_states": mixed}, outputs)
 
     def _call(
         self, name: str, layer: int, inputs: Mapping[str, Any], outputs: dict[str, Any]

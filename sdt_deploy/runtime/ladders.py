@@ -1,7 +1,8 @@
 """Sizes that captured graphs are made for: a few, so that they are reused.
 
 A *bucket* is a triple of sizes on a ladder; a batch takes the smallest one that holds it. Rungs
-grow by a quarter at most (tokens by a sixteenth from 1,024 on), which bounds what padding costs.
+grow by a quarter at most, those of tokens by a thirty-second from 2,048 on, which bounds what padding
+costs.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def stage_bucket(n_active: int, max_seqlen: int, whole: Bucket) -> Bucket:
         whole: the bucket of the batch.
     """
     return Bucket(
-        n_tokens=min(rung(n_active, multiple=TOKEN_MULTIPLE, steps=16), whole.n_tokens),
+        n_tokens=min(rung(n_active, multiple=TOKEN_MULTIPLE, steps=32), whole.n_tokens),
         batch=whole.batch,
         max_seqlen=min(rung(max_seqlen, multiple=SEQLEN_MULTIPLE, steps=8), whole.max_seqlen),
     )

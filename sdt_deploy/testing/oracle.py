@@ -247,7 +247,12 @@ class _OracleGraph:
         given = {name: torch.from_numpy(array) for name, array in inputs.items()}
         states = given["hidden_states"]
         self._calls.append(StageCall(stage=self._spec.name, n_rows=states.shape[-2]))
-        return {"updated_states": finish(given, self._model.config, states, given["mixed_states"])}
+        updated = finish(given, self._model.config, states, given["mixed_states"])
+        # The other outputs are for the engine's own use: whatever is there is written over first.
+        names = [spec.name for spec in self._spec.outputs if spec.name != "updated_states"]
+        width = self._model.config.d_ff
+        spoilt = states.new_full((*states.shape[:-1], width), torch.nan)
+        return {**dict.fromkeys(names, spoilt), "updated_states": updated}
 
     def _head(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
         states = torch.from_numpy(inputs["hidden_states"])

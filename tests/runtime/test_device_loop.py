@@ -24,7 +24,7 @@ from sdt_deploy.errors import BackendError, ConfigError, RunCancelledError
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.probe import quantiles
 from sdt_deploy.model.transformer import SparseDepthTransformer
-from sdt_deploy.runtime import device_loop, device_pieces
+from sdt_deploy.runtime import device_loop
 from sdt_deploy.runtime.device_plan import NO_ROW, DevicePlan, TorchRouting
 from sdt_deploy.runtime.graph_cache import (
     MAX_TRIES,
@@ -66,20 +66,16 @@ def in_whole_stages(bundle: Bundle) -> Bundle:
 
 
 @pytest.mark.parametrize("name", ["active-lm", "all-embedding"])
-def test_many_rows_are_updated_in_two_parts(name: str) -> None:
-    """Neither holds more than two thirds of the places, and together they are the stage's rows."""
+def test_bundles_whose_feed_forward_keeps_its_rows_to_itself(name: str) -> None:
+    """As in format version 6, where the graph ``update`` had one output."""
     model = random_model(CONFIGS[name][0], 3)
     bundle = memory_bundle(model, FUSED)
-    backend = OracleDeviceBackend(bundle, model)
-    batch = random_batch(model.config, [29, 25, 32, 30], 0)
-    n_places = 128  # 116 tokens; layers take 116 and 23 of them
-    thresholds = (0.0, *quantile_thresholds(model, batch, [0.8] * (model.config.n_layers - 1)))
-    with mock.patch.object(device_pieces, "UPDATE_ROWS", 8), Session(bundle, backend) as session:
-        result = assert_parity(session, model, batch, thresholds)
-    rows = [call.n_rows for call in backend.calls]
-    assert sum(rows) == sum(result.stage_rows)
-    assert max(rows) <= 2 * n_places // 3 < result.stage_rows[0]
-    assert len(rows) == 1 + len(result.stage_rows)
+    graphs = dict(bundle.manifest.graphs)
+    graphs["update"] = replace(graphs["update"], outputs=graphs["update"].outputs[:1])
+    manifest = replace(bundle.manifest, graphs=graphs, format_version=6)
+    older = replace(bundle, manifest=manifest)
+    with Session(older, OracleDeviceBackend(older, model)) as session:
+        assert_parity(session, model, random_batch(model.config, [29, 25, 32, 30], 0))
 
 
 @given(drawn=model_configs(), lengths=lengths_lists, seed=seeds)
