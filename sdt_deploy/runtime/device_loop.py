@@ -131,7 +131,7 @@ class DeviceLoop:
                 else:
                     whole = None
                     if thresholds[0] <= 0.0:  # scores are positive
-                        whole = stage_bucket(batch.n_tokens, longest, bucket)
+                        whole = self._sized(batch.n_tokens, longest, bucket)
                     active, stage_rows = self._run_stages(frame, whole, check)
                     usage = LayerUsage.from_active(batch.n_tokens, active)
             else:
@@ -186,8 +186,9 @@ class DeviceLoop:
                 self._backend.wait()
                 return
             self._launch_part("entry", frame, self._enter)
+            in_pieces = self._pieces is not None
             for number, layer in enumerate(self._layers):
-                for size in likely_buckets(bucket, active_shares[layer]):
+                for size in likely_buckets(bucket, active_shares[layer], in_pieces=in_pieces):
                     self._launch_stage(frame, number, size)
             self._launch_part("head", frame, self._head)
             self._backend.wait()
@@ -234,9 +235,12 @@ class DeviceLoop:
             n_active, longest = counts[:, layer].tolist()
             if not n_active:
                 break
-            run(number, stage_bucket(n_active, longest, bucket))
+            run(number, self._sized(n_active, longest, bucket))
         self._launch_part("head", frame, self._head)
         return counts[0].tolist(), tuple(processed)
+
+    def _sized(self, n_active: int, longest: int, bucket: Bucket) -> Bucket:
+        return stage_bucket(n_active, longest, bucket, in_pieces=self._pieces is not None)
 
     def _launch_part(self, name: str, frame: Frame, part: Callable[[Frame], None]) -> None:
         """Launch what may as well run twice."""

@@ -1,8 +1,8 @@
 """Sizes that captured graphs are made for: a few, so that they are reused.
 
 A *bucket* is a triple of sizes on a ladder; a batch takes the smallest one that holds it. Rungs
-grow by a quarter at most, those of tokens by a thirty-second from 2,048 on, which bounds what padding
-costs.
+grow by a quarter at most, those of tokens by a thirty-second from 2,048 on, which bounds what
+padding costs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from sdt_deploy.errors import ConfigError
 TOKEN_MULTIPLE = 64
 """Rows come in multiples of it: the height of the tiles that GPU matrix products work on."""
 SEQLEN_MULTIPLE = 8
+QUERY_TILE = 64
+"""Queries of a sequence that the attention between the pieces of stages takes at a time; flash
+attention of the libraries takes 128, too many for what is left of a sequence in deep layers.
+Nothing else depends on the longest sequence there, so a finer size would save nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +77,22 @@ def largest_batch(n_sequences: int) -> int:
     return n_sequences
 
 
-def stage_bucket(n_active: int, max_seqlen: int, whole: Bucket) -> Bucket:
+def stage_bucket(
+    n_active: int, max_seqlen: int, whole: Bucket, *, in_pieces: bool = False
+) -> Bucket:
     """Return the bucket of a stage call.
 
     Args:
         n_active: active tokens.
         max_seqlen: active tokens of the sequence that has most.
         whole: the bucket of the batch.
+        in_pieces: whether the stage pads no sequences, see :data:`QUERY_TILE`.
     """
+    multiple = QUERY_TILE if in_pieces else SEQLEN_MULTIPLE
     return Bucket(
         n_tokens=min(rung(n_active, multiple=TOKEN_MULTIPLE, steps=32), whole.n_tokens),
         batch=whole.batch,
-        max_seqlen=min(rung(max_seqlen, multiple=SEQLEN_MULTIPLE, steps=8), whole.max_seqlen),
+        max_seqlen=min(rung(max_seqlen, multiple=multiple, steps=8), whole.max_seqlen),
     )
 
 
@@ -96,7 +104,9 @@ def is_one_piece(whole: Bucket) -> bool:
     return whole.n_tokens <= TOKEN_MULTIPLE
 
 
-def likely_buckets(whole: Bucket, share: float, *, spread: float = 0.1) -> list[Bucket]:
+def likely_buckets(
+    whole: Bucket, share: float, *, spread: float = 0.1, in_pieces: bool = False
+) -> list[Bucket]:
     """Return the buckets that a stage call is likely to need, for captures made beforehand.
 
     Args:
@@ -104,12 +114,13 @@ def likely_buckets(whole: Bucket, share: float, *, spread: float = 0.1) -> list[
         share: expected share of active tokens, 0 to 1.
         spread: how far the share of one batch may lie from it, and that of the sequence that has
             most active tokens twice as far above it.
+        in_pieces: see :func:`stage_bucket`.
     """
     low, high, most = (min(1.0, max(0.0, share + by)) for by in (-spread, spread, 2 * spread))
     if not share:
         return []
     found = {
-        stage_bucket(n_active, longest, whole)
+        stage_bucket(n_active, longest, whole, in_pieces=in_pieces)
         for n_active in _between(low * whole.n_tokens, high * whole.n_tokens, TOKEN_MULTIPLE)
         for longest in _between(share * whole.max_seqlen, most * whole.max_seqlen, SEQLEN_MULTIPLE)
     }

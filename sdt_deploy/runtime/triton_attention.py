@@ -16,9 +16,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-BLOCK_QUERIES = 64
-"""Queries of a tile: flash attention of the libraries takes 128, too many for what is left of a
-sequence in deep layers."""
+from sdt_deploy.runtime.ladders import QUERY_TILE
+
 BLOCK_KEYS = 64
 WARPS, STAGES = 4, 3
 
@@ -98,12 +97,12 @@ class TritonAttention:
         head_dim = query.shape[1] // n_heads
         scale = math.log2(math.e) / math.sqrt(head_dim)  # for exp2
         assert key.stride() == value.stride()
-        _attend[(triton.cdiv(longest, BLOCK_QUERIES), n_heads, len(grid))](
+        _attend[(triton.cdiv(longest, QUERY_TILE), n_heads, len(grid))](
             query, key, value, out, query_bias, grid, query_lengths, key_lengths,
             scale, grid.shape[1], key_places or 0,
             query.stride(0), key.stride(0), out.stride(0),
             by_grid=key_places is None, head_dim=head_dim,
             block_dim=max(16, triton.next_power_of_2(head_dim)),
-            block_queries=BLOCK_QUERIES, block_keys=BLOCK_KEYS,
+            block_queries=QUERY_TILE, block_keys=BLOCK_KEYS,
             num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sdt_deploy.errors import ConfigError
+from sdt_deploy.runtime.graph_cache import MAX_GRAPHS
 from sdt_deploy.runtime.ladders import Bucket, batch_bucket, likely_buckets, rung, stage_bucket
 
 
@@ -40,7 +42,8 @@ def test_buckets_hold_their_batch(lengths: list[int], data: st.DataObject) -> No
     assert whole.n_tokens == whole.batch * whole.max_seqlen
     active = [data.draw(st.integers(0, n)) for n in lengths]
     if any(active):
-        stage = stage_bucket(sum(active), max(active), whole)
+        in_pieces = data.draw(st.booleans())
+        stage = stage_bucket(sum(active), max(active), whole, in_pieces=in_pieces)
         assert sum(active) <= stage.n_tokens <= whole.n_tokens
         assert max(active) <= stage.max_seqlen <= whole.max_seqlen
         assert stage.batch == whole.batch
@@ -64,11 +67,24 @@ def test_likely_buckets_miss_none_between(
     batch: int, longest: int, share: float, data: st.DataObject
 ) -> None:
     whole = batch_bucket([longest * 8] * batch, max_seqlen=512)
-    found = likely_buckets(whole, share, spread=0.1)
+    in_pieces = data.draw(st.booleans())
+    found = likely_buckets(whole, share, spread=0.1, in_pieces=in_pieces)
     near = data.draw(st.floats(share - 0.1, min(1.0, share + 0.1)))
     widest = data.draw(st.floats(share, min(1.0, share + 0.2)))
     n_active = max(1, round(near * whole.n_tokens))
-    assert stage_bucket(n_active, max(1, round(widest * whole.max_seqlen)), whole) in found
+    longest = max(1, round(widest * whole.max_seqlen))
+    assert stage_bucket(n_active, longest, whole, in_pieces=in_pieces) in found
+
+
+@pytest.mark.parametrize(("batch", "seq"), [(16, 512), (64, 128), (128, 256)])
+def test_all_that_is_likely_fits_the_cache_of_graphs(batch: int, seq: int) -> None:
+    """Of a model with 12 layers: a warm-up that throws out what it captured would be in vain."""
+    whole = batch_bucket([seq] * batch, max_seqlen=512)
+    shares = [1.0, *np.linspace(0.8, 0.2, 11).tolist()]
+    found = [likely_buckets(whole, share, in_pieces=True) for share in shares]
+    assert sum(map(len, found)) < MAX_GRAPHS
+    for share, sizes in zip(shares, found, strict=True):
+        assert len(sizes) < len(likely_buckets(whole, share)) or share == 1.0
 
 
 def test_a_stage_without_tokens_needs_no_bucket() -> None:
