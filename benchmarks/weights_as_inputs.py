@@ -157,7 +157,7 @@ def main() -> None:
         files = {}
         for number in range(options.rounds):
             for built in run_worker(jobs[:: -1 if number % 2 else 1], directory, worker):
-                assert built.problem is None, built.problem
+                assert built.problem is None, f"{built.graph}: {built.problem}"
                 seconds[built.graph].append(built.build_s)
                 files[built.graph] = built.output
         report: dict[str, Any] = {
