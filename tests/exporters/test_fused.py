@@ -10,13 +10,14 @@ import onnx
 import pytest
 import torch
 
-from sdt_deploy.bundle import UPDATE, Bundle
-from sdt_deploy.config import FUSED_OPSET, ExportConfig, Precision
+from sdt_deploy.bundle import UPDATE, Bundle, TensorSpec
+from sdt_deploy.config import FUSED_OPSET, Activation, ExportConfig, Precision
 from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.pieces import CONTRIB
 from sdt_deploy.exporters.restore import restore
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.inference import oracle_output
+from sdt_deploy.ort import bind_arrays, open_session
 from tests.samples import CONFIGS, ExportedModel, random_batch, random_model
 
 Fused = Callable[[str], ExportedModel]
@@ -52,6 +53,33 @@ def test_the_model_can_be_had_back(fused: Fused, name: str) -> None:
     )
     np.testing.assert_array_equal(found.depths, expected.depths)
     np.testing.assert_allclose(found.output, expected.output, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("all-embedding", "gelu"), ("active-lm", "relu"), ("active-lm", "gelu_tanh")],
+)
+def test_the_activation_works_in_place(name: str, activation: Activation, tmp_path: Path) -> None:
+    """As ONNX Runtime fuses it: the feed-forward's product and what becomes of it in one buffer."""
+    config = CONFIGS[name][0].replace(n_layers=1, thresholds=(), activation=activation)
+    form = ExportConfig(attention="fused")
+    export(Checkpoint(model=random_model(config, seed=3)), tmp_path / "bundle", form)
+    bundle = Bundle.open(tmp_path / "bundle")
+    spec, rng = bundle.manifest.graphs[UPDATE], np.random.default_rng(0)
+
+    def arrays(tensors: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
+        shapes = {t.name: [57 if axis == "n_tokens" else axis for axis in t.axes] for t in tensors}
+        return {n: rng.standard_normal(shape).astype("f4") for n, shape in shapes.items()}
+
+    inputs, apart = arrays(spec.inputs), arrays(spec.outputs)
+    shared = {**apart, "updated_states": inputs["hidden_states"]}
+    shared["inner_states"] = shared["up_product"] = np.empty_like(apart["inner_states"])
+    session = open_session(bundle.file(spec.file))
+    bind_arrays(session, inputs, apart)()
+    bind_arrays(session, inputs, shared)()
+    for found in ("updated_states", "inner_states"):
+        np.testing.assert_array_equal(shared[found], apart[found])
+    assert (apart["up_product"] != apart["inner_states"]).any()
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
