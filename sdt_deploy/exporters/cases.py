@@ -325,10 +325,9 @@ def _update_case(
         states = layer.attention_norm(states)
     rows = layer.feed_forward_norm(states) if layer.pre_norm else states
     updated = states + feed_forward(rows)
-    product = rows @ feed_forward.up.weight.T
     return inputs, {
         "updated_states": updated if layer.pre_norm else layer.feed_forward_norm(updated),
-        "up_product": product,
+        "up_product": rows @ feed_forward.up.weight.T,
         "inner_states": feed_forward.activated(feed_forward.up(rows)),
     }
 
