@@ -76,8 +76,8 @@ class Update(nn.Module):
 
     def _inner(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         feed_forward = self.feed_forward
-        product, bias = rows @ feed_forward.up.weight, feed_forward.up.bias
-        return product, feed_forward.activated(product if bias is None else product + bias)
+        product = rows @ feed_forward.up.weight
+        return product, feed_forward.activated(feed_forward.up.biased(product))
 
 
 def _sum_normed(states: Tensor, rows: Tensor, linear: PackedLinear, norm: Any) -> Tensor:

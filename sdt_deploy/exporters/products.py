@@ -36,7 +36,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``[n_tokens, in]`` to ``[n_tokens, out]``."""
-        product = rows @ self.weight
+        return self.biased(rows @ self.weight)
+
+    def biased(self, product: Tensor) -> Tensor:
+        """Add the bias, if there is one, to ``rows @ weight``."""
         return product if self.bias is None else product + self.bias
 
 

@@ -134,7 +134,7 @@ class Workspace:
         ``2 · d_model`` wide, until attention has read them, and then what the feed-forward makes of
         the rows, ``d_ff`` wide.
         """
-        return self._wide.flatten()[: math.prod(axes)].view(axes)
+        return self._wide.view(-1)[: math.prod(axes)].view(axes)
 
 
 class Frame:

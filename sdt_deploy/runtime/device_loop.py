@@ -186,9 +186,9 @@ class DeviceLoop:
                 self._backend.wait()
                 return
             self._launch_part("entry", frame, self._enter)
-            in_pieces = self._pieces is not None
             for number, layer in enumerate(self._layers):
-                for size in likely_buckets(bucket, active_shares[layer], in_pieces=in_pieces):
+                share = active_shares[layer]
+                for size in likely_buckets(bucket, share, in_pieces=self._in_pieces):
                     self._launch_stage(frame, number, size)
             self._launch_part("head", frame, self._head)
             self._backend.wait()
@@ -240,7 +240,7 @@ class DeviceLoop:
         return counts[0].tolist(), tuple(processed)
 
     def _sized(self, n_active: int, longest: int, bucket: Bucket) -> Bucket:
-        return stage_bucket(n_active, longest, bucket, in_pieces=self._pieces is not None)
+        return stage_bucket(n_active, longest, bucket, in_pieces=self._in_pieces)
 
     def _launch_part(self, name: str, frame: Frame, part: Callable[[Frame], None]) -> None:
         """Launch what may as well run twice."""
@@ -338,6 +338,10 @@ class DeviceLoop:
         return self._states(frame).view(*frame.plan.grid.shape, -1)
 
     @property
+    def _in_pieces(self) -> bool:
+        return self._pieces is not None
+
+    @property
     def _workspace(self) -> Workspace:
         assert self._space is not None
         return self._space
@@ -348,9 +352,8 @@ class DeviceLoop:
             return
         self._graphs.clear()  # they name addresses that are about to go
         self._space = None
-        in_pieces = self._pieces is not None
         self._space = Workspace(
-            self._backend, n_places, self._config, self._dtype, in_pieces=in_pieces
+            self._backend, n_places, self._config, self._dtype, in_pieces=self._in_pieces
         )
 
     def _call(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
