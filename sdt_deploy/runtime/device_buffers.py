@@ -190,7 +190,7 @@ class Frame:
 
         The block is free: the last run that used it has ended.
         """
-        n, longest = len(batch.lengths), int(batch.lengths.max())
+        n, longest = len(batch.lengths), batch.max_seqlen
         here = self.sent.here
         padded = {
             "input_ids": batch.padded(batch.input_ids),

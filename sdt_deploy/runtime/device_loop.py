@@ -117,7 +117,7 @@ class DeviceLoop:
         start = perf_counter()
         config = self._config
         bucket = batch_bucket(batch.lengths.tolist(), max_seqlen=self._max_seqlen)
-        n, longest = len(batch.lengths), int(batch.lengths.max())
+        n, longest = len(batch.lengths), batch.max_seqlen
         with self._lock, self._backend.running():
             frame = self._frame(bucket)
             frame.send(batch, thresholds)

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from sdt_deploy.bundle import Manifest
 from sdt_deploy.config import ModelConfig
-from sdt_deploy.costs import dense_flops, head_flops, layer_flops, score_flops, sparse_flops
+from sdt_deploy.costs import (
+    active_shares,
+    dense_flops,
+    head_flops,
+    layer_flops,
+    score_flops,
+    sparse_flops,
+)
 from sdt_deploy.runtime.routing import Int32
 
 Path = Literal["sparse", "single", "masked"]
@@ -81,6 +90,21 @@ class CostModel:
                 flops = padded_flops(config, lengths) if path == "masked" else needed
                 total_ms[path] += line.predict_ms(flops)
         return min(total_ms, key=total_ms.__getitem__)
+
+
+Choice = Callable[[tuple[tuple[int, ...], ...], tuple[float, ...]], Path]
+"""Picks the path for what a batch runs as, each part by the tokens of its sequences, at thresholds
+of one per layer."""
+
+
+def remembered_choice(costs: CostModel, manifest: Manifest) -> Choice:
+    """Return :meth:`CostModel.choose` for a bundle, which remembers the sizes it saw last."""
+
+    @lru_cache(256)
+    def choice(parts: tuple[tuple[int, ...], ...], thresholds: tuple[float, ...]) -> Path:
+        return costs.choose(manifest.model, parts, active_shares(manifest, thresholds))
+
+    return choice
 
 
 def padded_flops(config: ModelConfig, lengths: Sequence[int]) -> float:

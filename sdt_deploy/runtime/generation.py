@@ -120,7 +120,7 @@ def generate(
         overflow="error",
         tokenizer=lambda: session.tokenizer,
     )
-    _check_length(max_new_tokens, int(batch.lengths.max()), config)
+    _check_length(max_new_tokens, batch.max_seqlen, config)
     limits = chosen_thresholds(thresholds, target_depth, session.manifest)
     values = config.thresholds if limits is None else read_thresholds(limits, config)
     n_sequences = len(batch.lengths)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from time import perf_counter
 
 from sdt_deploy.bundle import STATES, GraphSpec, TensorSpec
 from sdt_deploy.config import shown
 from sdt_deploy.errors import BundleFormatError
 from sdt_deploy.runtime.backend import Array, Backend, Call, Graph
-from sdt_deploy.runtime.routing import HeadLayout, PaddedLayout, RoutePlan, RouteStep
+from sdt_deploy.runtime.routing import RoutePlan, RouteStep
 from sdt_deploy.runtime.stopping import StopCheck
 
 
@@ -126,37 +127,51 @@ def timed(call: Call) -> float:
     return (perf_counter() - start) * 1e3
 
 
+Source = Callable[[RouteStep], Array | None]
+
+SOURCES: Mapping[str, Source] = {
+    "gather_index": attrgetter("queries.gather_index"),
+    "lengths": attrgetter("queries.lengths"),
+    "scatter_index": attrgetter("queries.scatter_index"),
+    "key_bias": attrgetter("key_bias"),
+    "remaining_depth": attrgetter("remaining_depth"),
+    "query_places": attrgetter("query_places"),
+    "position_ids": lambda step: (
+        None if step.position_ids is None else step.position_ids[: step.n_active]
+    ),
+    "context_position_ids": attrgetter("position_ids"),
+    "refresh_index": attrgetter("refresh_index"),
+    "context_gather_index": lambda step: step.context and step.context.gather_index,
+    "context_lengths": lambda step: step.context and step.context.lengths,
+}
+"""Inputs of a stage besides the states, and where a step has them; None: it has not."""
+PADDED_SOURCES: Mapping[str, Source] = {
+    **SOURCES,
+    "gather_index": attrgetter("queries.padded.gather_index"),
+    "scatter_index": attrgetter("queries.padded.scatter_index"),
+    "context_gather_index": lambda step: step.context and step.context.padded.gather_index,
+}
+"""The same for format version 1."""
+
+
 def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, Array]:
     """Name the arrays of ``step`` that the graph of ``spec`` takes besides the states.
 
     Raises:
         BundleFormatError: if it takes something else.
     """
-    layout: HeadLayout | PaddedLayout = step.queries
-    context: HeadLayout | PaddedLayout | None = step.context
-    positions = step.position_ids
-    if spec.attention_layout == "padded":  # format version 1
-        layout, context = step.queries.padded, step.context and step.context.padded
-    available = {
-        "gather_index": layout.gather_index,
-        "lengths": layout.lengths,
-        "scatter_index": layout.scatter_index,
-        "key_bias": step.key_bias,
-        "remaining_depth": step.remaining_depth,
-        "query_places": step.query_places,
-        "position_ids": positions if positions is None else positions[: step.n_active],
-        "context_position_ids": positions,
-        "refresh_index": step.refresh_index,
-    }
-    if context is not None:
-        available["context_gather_index"] = context.gather_index
-        available["context_lengths"] = context.lengths
-    names = [tensor.name for tensor in spec.inputs if tensor.name not in STATES]
-    named = {name: available.get(name) for name in names}
-    for name, array in named.items():
+    sources = PADDED_SOURCES if spec.attention_layout == "padded" else SOURCES
+    named: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        name = tensor.name
+        if name in STATES:
+            continue
+        source = sources.get(name)
+        array = None if source is None else source(step)
         if array is None:
             raise BundleFormatError(
                 f"graph {spec.name} takes {shown(name)}, which no stage of this kind has; "
                 "export again"
             )
+        named[name] = array
     return named

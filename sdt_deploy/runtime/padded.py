@@ -12,7 +12,7 @@ from sdt_deploy.runtime.backend import Array, Graph
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.layer_routing import taken_by_layer
 from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
-from sdt_deploy.runtime.routing import depths_of
+from sdt_deploy.runtime.routing import depths_of, float32_thresholds
 
 
 def padded_arrays(
@@ -32,7 +32,7 @@ def padded_arrays(
     rows = shape[:1] if config.head.per_sequence else shape
     outputs = {"output": np.empty((*rows, config.output_width), dtype=np.float32)}
     if path != "dense":
-        inputs["thresholds"] = np.asarray(thresholds, dtype=np.float32)
+        inputs["thresholds"] = float32_thresholds(tuple(thresholds))
         outputs["scores"] = np.empty((*shape, *config.score_axes), dtype=np.float32)
     return inputs, outputs
 

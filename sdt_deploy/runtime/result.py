@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
+from operator import sub
 from typing import Literal
 
 import numpy as np
@@ -30,11 +31,12 @@ class LayerUsage:
 
         ``active`` may be None where a token passes through the first layers up to its depth.
         """
-        counts = tuple(int(n) for n in np.bincount(depths, minlength=n_layers + 1))
-        if active is not None:
-            return cls(depth_histogram=counts, active_tokens=tuple(active.sum(axis=0).tolist()))
-        deeper = np.cumsum(counts[::-1])[::-1]
-        return cls(depth_histogram=counts, active_tokens=tuple(deeper[1:].tolist()))
+        counts = np.bincount(depths, minlength=n_layers + 1).tolist()
+        if active is None:
+            active_tokens = [*accumulate(counts[:0:-1])][::-1]
+        else:
+            active_tokens = active.sum(axis=0).tolist()
+        return cls(depth_histogram=tuple(counts), active_tokens=tuple(active_tokens))
 
     @classmethod
     def from_depths(cls, depths: Int32, n_layers: int) -> LayerUsage:
@@ -44,11 +46,8 @@ class LayerUsage:
     @classmethod
     def from_active(cls, n_tokens: int, active_tokens: Sequence[int]) -> LayerUsage:
         """Take the active tokens of every layer, of ``n_tokens``; the sets are nested."""
-        reached = (n_tokens, *active_tokens, 0)
-        return cls(
-            depth_histogram=tuple(a - b for a, b in pairwise(reached)),
-            active_tokens=tuple(active_tokens),
-        )
+        left = map(sub, (n_tokens, *active_tokens), (*active_tokens, 0))
+        return cls(depth_histogram=tuple(left), active_tokens=tuple(active_tokens))
 
     @property
     def n_tokens(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Self
 
@@ -161,8 +161,16 @@ def depths_from_scores(scores: npt.NDArray[np.float32], thresholds: Sequence[flo
 
     ``thresholds`` must not fall. They are compared in float32, as the graphs do.
     """
-    limits = np.asarray(thresholds, dtype=np.float32)
+    limits = float32_thresholds(tuple(thresholds))
     return limits.searchsorted(scores, side="left").astype(np.int32)
+
+
+@lru_cache
+def float32_thresholds(thresholds: tuple[float, ...]) -> Float32:
+    """Return ``thresholds`` as ``[n_layers]`` float32, read-only: kept for later runs."""
+    limits = np.array(thresholds, dtype=np.float32)
+    limits.flags.writeable = False
+    return limits
 
 
 def standings(scores: Float32, cu_seqlens: Int32) -> Float32:
@@ -336,9 +344,10 @@ def plan_route(
             firsts.append(-1)  # every token: what all stages see where each sequence stays active
         members = depths > np.array(firsts, dtype=np.int32)[:, None]
         if context == "all":
-            alive = np.logical_or.reduceat(members[:-1], cu_seqlens[:-1], axis=1)
-            if not alive[-1].all():
-                members = np.concatenate([members[:-1], alive.repeat(lengths, axis=1)])
+            deepest = np.maximum.reduceat(depths, cu_seqlens[:-1])  # of each sequence
+            if deepest.min() <= firsts[-2]:
+                alive = (deepest > np.array(firsts[:-1])[:, None]).repeat(lengths, axis=1)
+                members = np.concatenate([members[:-1], alive])
         layouts = head_layouts(
             members,
             order,

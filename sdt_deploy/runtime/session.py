@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn, Self, get_args
@@ -82,7 +81,7 @@ class Session:
         self._tokenizer: TextTokenizer | None = None
         self._costs: dispatch.CostModel | None = None
         self._closed = False
-        self._choose: Callable[..., dispatch.Path] | None = None
+        self._choice: dispatch.Choice | None = None
         self._graphs: Graphs | None = None
         if self._device_loop is None:
             stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
@@ -177,7 +176,7 @@ class Session:
         if self._device_loop is not None:
             self._device_loop.close()
         self.backend.close()
-        self._tokenizer = self._costs = self._graphs = None
+        self._tokenizer = self._costs = self._choice = self._graphs = None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -301,12 +300,9 @@ class Session:
             path = "sparse"  # how many tokens go on is not known beforehand
         parts = [select(batch, group) for group in groups] if groups else [batch]
         if path == "auto":
-            shares = active_shares(self.manifest, limits)
-            lengths = [part.lengths.tolist() for part in parts]
-            costs = self.cost_model()
-            if self._choose is None:
-                self._choose = functools.lru_cache(256)(functools.partial(costs.choose, config))
-            path = self._choose(tuple(map(tuple, lengths)), shares)
+            choice = self._choice or dispatch.remembered_choice(self.cost_model(), self.manifest)
+            self._choice = choice
+            path = choice(tuple(tuple(part.lengths.tolist()) for part in parts), limits)
         results = [self._run_one(part, limits, path, check) for part in parts]
         result = results[0]
         if groups:

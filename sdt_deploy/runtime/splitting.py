@@ -86,7 +86,7 @@ def split_batch(lengths: Int32, config: ModelConfig, limits: PartLimits) -> Grou
     Raises:
         InputError: if a sequence alone needs too much memory.
     """
-    if len(lengths) <= limits.max_sequences(config, int(lengths.max())):
+    if len(lengths) <= limits.max_sequences(config, max(lengths.tolist())):
         return []
     order = np.argsort(-lengths, kind="stable")
     groups, start = [], 0
