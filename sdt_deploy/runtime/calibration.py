@@ -13,7 +13,8 @@ from sdt_deploy.runtime.result import RunResult
 
 MIN_RUNS, MIN_MS = 5, 30.0
 """Of each path and size; runs of half a millisecond need more than five of them to be told apart
-from what else the machine does."""
+from what else the machine does. The paths take turns: a machine that is slow for a while is so for
+all of them."""
 
 
 def random_batch(config: ModelConfig, lengths: Sequence[int]) -> TokenBatch:
@@ -36,14 +37,17 @@ def measure_costs(
     For the sizes see :func:`sdt_deploy.runtime.dispatch.calibrate`.
     """
 
-    def measure(path: Path, lengths: Sequence[int]) -> tuple[float, float]:
+    def measure(lengths: Sequence[int]) -> dict[Path, tuple[float, float]]:
         batch = random_batch(config, lengths)
-        first = run(batch, path)  # opens the graph and fills the caches
-        times: list[float] = []
-        while len(times) < MIN_RUNS or sum(times) < MIN_MS:
-            times.append(run(batch, path).timings.total_ms)
-        if path == "masked":
-            return padded_flops(config, lengths), min(times)
-        return needed_flops(config, first.depths, batch.cu_seqlens, first.active), min(times)
+        first = [run(batch, path) for path in paths]  # opens the graphs, too
+        times: dict[Path, list[float]] = {path: [] for path in paths}
+        while any(len(ms) < MIN_RUNS or sum(ms) < MIN_MS for ms in times.values()):
+            for path in paths:
+                times[path].append(run(batch, path).timings.total_ms)
+        padded = padded_flops(config, lengths)
+        needed = needed_flops(config, first[0].depths, batch.cu_seqlens, first[0].active)
+        return {
+            path: (padded if path == "masked" else needed, min(ms)) for path, ms in times.items()
+        }
 
     return calibrate(config, paths, measure, n_large=n_large, longest=longest)

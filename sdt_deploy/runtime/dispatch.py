@@ -150,7 +150,7 @@ def needed_flops(
 def calibrate(
     config: ModelConfig,
     paths: Sequence[Path],
-    measure: Callable[[Path, Sequence[int]], tuple[float, float]],
+    measure: Callable[[Sequence[int]], Mapping[Path, tuple[float, float]]],
     *,
     n_large: int = 4,
     longest: int = 128,
@@ -160,13 +160,11 @@ def calibrate(
     Args:
         config: the model.
         paths: to choose from.
-        measure: runs one path on sequences of the given lengths; returns the operations that were
-            needed and the milliseconds that they took.
+        measure: runs all paths on sequences of the given lengths; returns for each the operations
+            that were needed and the milliseconds that they took.
         n_large: sequences of the larger one; as many as keep the hardware busy.
         longest: tokens of each of them, if the model takes as many.
     """
     longest = min(longest, config.max_positions)
-    small, large = [min(longest, 8)], [longest] * n_large
-    return CostModel(
-        lines={path: LinearCost.fit(measure(path, small), measure(path, large)) for path in paths}
-    )
+    small, large = measure([min(longest, 8)]), measure([longest] * n_large)
+    return CostModel(lines={path: LinearCost.fit(small[path], large[path]) for path in paths})
