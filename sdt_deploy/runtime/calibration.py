@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate, needed_flops, padded_flops
 from sdt_deploy.runtime.result import RunResult
 
-MIN_RUNS, MIN_MS = 5, 30.0
+MIN_RUNS, MIN_MS = 5, 50.0
 """Of each path and size; runs of half a millisecond need more than five of them to be told apart
 from what else the machine does. The paths take turns: a machine that is slow for a while is so for
 all of them."""
@@ -26,28 +27,53 @@ def random_batch(config: ModelConfig, lengths: Sequence[int]) -> TokenBatch:
 
 def measure_costs(
     config: ModelConfig,
+    active_shares: Sequence[float],
     paths: Sequence[Path],
-    run: Callable[[TokenBatch, Path], RunResult],
+    run: Callable[[TokenBatch, tuple[float, ...], Path], RunResult],
     *,
     n_large: int = 4,
     longest: int = 128,
 ) -> CostModel:
     """Return the cost model of ``run`` over ``paths`` after a few runs on random tokens.
 
-    For the sizes see :func:`sdt_deploy.runtime.dispatch.calibrate`.
+    Their scores say little about those of real text, so they run at thresholds that let through the
+    shares of them that are expected.
+
+    Args:
+        config: of the model.
+        active_shares: expected share of active tokens in every layer.
+        paths: to choose from.
+        run: runs a batch at thresholds, one per layer, on a path.
+        n_large: see :func:`sdt_deploy.runtime.dispatch.calibrate`.
+        longest: likewise.
     """
 
     def measure(lengths: Sequence[int]) -> dict[Path, tuple[float, float]]:
         batch = random_batch(config, lengths)
-        first = [run(batch, path) for path in paths]  # opens the graphs, too
+        thresholds = config.thresholds
+        opened = [run(batch, thresholds, path) for path in paths]
+        if opened[0].scores is not None and config.selection == "threshold":
+            thresholds = thresholds_for_shares(opened[0].scores, active_shares)
         times: dict[Path, list[float]] = {path: [] for path in paths}
         while any(len(ms) < MIN_RUNS or sum(ms) < MIN_MS for ms in times.values()):
             for path in paths:
-                times[path].append(run(batch, path).timings.total_ms)
+                result = run(batch, thresholds, path)
+                times[path].append(result.timings.total_ms)
         padded = padded_flops(config, lengths)
-        needed = needed_flops(config, first[0].depths, batch.cu_seqlens, first[0].active)
+        needed = needed_flops(config, result.depths, batch.cu_seqlens, result.active)
         return {
             path: (padded if path == "masked" else needed, min(ms)) for path, ms in times.items()
         }
 
     return calibrate(config, paths, measure, n_large=n_large, longest=longest)
+
+
+def thresholds_for_shares(
+    scores: npt.NDArray[np.float32], active_shares: Sequence[float]
+) -> tuple[float, ...]:
+    """Return thresholds that as near as possible ``active_shares`` of ``scores [n_tokens]`` exceed.
+
+    Shares do not rise, so the thresholds do not fall.
+    """
+    rising = [-1.0, *np.sort(scores).tolist()]  # scores lie in (0, 1)
+    return tuple(rising[round((1 - share) * len(scores))] for share in active_shares)

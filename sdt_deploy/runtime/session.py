@@ -399,8 +399,9 @@ class Session:
                     n_large = min(n_large, limits.max_sequences(config, longest))
                 costs = self._costs = measure_costs(
                     config,
+                    active_shares(self.manifest, config.thresholds),
                     dispatch.candidates(config, self.backend.has),
-                    lambda batch, path: self._run_one(batch, config.thresholds, path),
+                    self._run_one,
                     n_large=n_large,
                     longest=longest,
                 )

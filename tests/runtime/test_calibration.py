@@ -1,17 +1,23 @@
 """The measurements behind ``path="auto"``, on a clock of our own."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.calibration import measure_costs
+from sdt_deploy.runtime.calibration import measure_costs, thresholds_for_shares
 from sdt_deploy.runtime.dispatch import Path
 from sdt_deploy.runtime.result import RunResult, Timings
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.runtime.test_dispatch import CONFIG
-from tests.samples import random_model
+from tests.samples import ExportedModel, random_model
+
+Exported = Callable[[str], ExportedModel]
 
 
 @pytest.mark.parametrize("slow", [range(12), range(12, 24), range(5, 17)])
@@ -24,15 +30,49 @@ def test_a_machine_that_is_slow_for_a_while_is_slow_for_all_paths(slow: range) -
 
     with Session(bundle, OracleBackend(bundle, model)) as session:
 
-        def run(batch: TokenBatch, path: Path) -> RunResult:
+        def run(batch: TokenBatch, thresholds: tuple[float, ...], path: Path) -> RunResult:
             nonlocal n_runs
             slower = 2.0 if n_runs in slow else 1.0
             n_runs += 1
-            result = session.run_batch(batch, path="sparse")
+            result = session.run_batch(batch, thresholds=thresholds, path="sparse")
             total_ms = needs[path] * slower * (1 + batch.n_tokens / 100)
             return replace(result, timings=Timings(total_ms=total_ms))
 
-        costs = measure_costs(model.config, tuple(needs), run)  # type: ignore[arg-type]
+        costs = measure_costs(model.config, (0.75, 0.25), tuple(needs), run)  # type: ignore[arg-type]
     for flops in (1e3, 1e5, 1e7):
         sparse, single = (costs.lines[path].predict_ms(flops) for path in ("sparse", "single"))
         assert single / sparse == pytest.approx(0.9, rel=0.15)
+
+
+@given(
+    st.lists(st.floats(2**-10, 1 - 2**-10, width=32), min_size=1, max_size=40, unique=True),
+    st.lists(st.floats(0, 1), min_size=1, max_size=6),
+)
+def test_as_many_scores_exceed_the_thresholds_as_are_expected(
+    scores: list[float], shares: list[float]
+) -> None:
+    shares.sort(reverse=True)
+    thresholds = thresholds_for_shares(np.array(scores, dtype=np.float32), shares)
+    assert list(thresholds) == sorted(thresholds)
+    for threshold, share in zip(thresholds, shares, strict=True):
+        found = sum(score > threshold for score in scores)
+        assert abs(found - share * len(scores)) <= 0.5 + 1e-6
+
+
+def test_calibration_runs_as_deep_as_text_is_expected_to(exported: Exported) -> None:
+    sample = exported("active-lm")
+    seen = []
+    with Session.open(sample.bundle) as session:
+        run_one = session._run_one
+
+        def run(batch: TokenBatch, thresholds: tuple[float, ...], path: Path) -> RunResult:
+            result = run_one(batch, thresholds, path)
+            seen.append((path, batch.n_tokens, result.layer_usage))
+            return result
+
+        shares = (0.5,) * session.manifest.model.n_layers
+        measure_costs(session.manifest.model, shares, ("sparse", "single"), run)
+    for path in ("sparse", "single"):
+        usage = [usage for taken, _, usage in seen if taken == path][-1]
+        for n_active in usage.active_tokens:
+            assert n_active == pytest.approx(usage.n_tokens / 2, abs=1)
