@@ -386,7 +386,7 @@ class Session:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.
 
         Calibration runs the paths to choose from, :func:`sdt_deploy.runtime.dispatch.candidates`,
-        on two random batches; it takes well under a second for a model of MiniLM's size.
+        on two random batches; it takes about a second for a model of MiniLM's size.
         """
         config = self.manifest.model
         with self._calibration_lock:
