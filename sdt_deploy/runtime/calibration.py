@@ -52,8 +52,9 @@ def measure_costs(
         batch = random_batch(config, lengths)
         thresholds = config.thresholds
         opened = [run(batch, thresholds, path) for path in paths]
-        if opened[0].scores is not None and config.selection == "threshold":
-            thresholds = thresholds_for_shares(opened[0].scores, active_shares)
+        scores = opened[0].scores
+        if scores is not None and (config.routing, config.selection) == ("once", "threshold"):
+            thresholds = thresholds_for_shares(scores, active_shares)
         times: dict[Path, list[float]] = {path: [] for path in paths}
         while any(len(ms) < MIN_RUNS or sum(ms) < MIN_MS for ms in times.values()):
             for path in paths:

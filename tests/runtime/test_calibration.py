@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdt_deploy.config import Routing
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.calibration import measure_costs, thresholds_for_shares
 from sdt_deploy.runtime.dispatch import Path
@@ -67,12 +68,20 @@ def test_calibration_runs_as_deep_as_text_is_expected_to(exported: Exported) -> 
 
         def run(batch: TokenBatch, thresholds: tuple[float, ...], path: Path) -> RunResult:
             result = run_one(batch, thresholds, path)
-            seen.append((path, batch.n_tokens, result.layer_usage))
+            seen.append((path, result.layer_usage))
             return result
 
         shares = (0.5,) * session.manifest.model.n_layers
         measure_costs(session.manifest.model, shares, ("sparse", "single"), run)
     for path in ("sparse", "single"):
-        usage = [usage for taken, _, usage in seen if taken == path][-1]
+        usage = [usage for taken, usage in seen if taken == path][-1]
         for n_active in usage.active_tokens:
             assert n_active == pytest.approx(usage.n_tokens / 2, abs=1)
+
+
+@pytest.mark.parametrize("routing", ["once", "per_layer"])
+def test_a_cost_model_can_be_asked_for_whoever_scores(routing: Routing) -> None:
+    model = random_model(CONFIG.replace(routing=routing), 0)
+    bundle = memory_bundle(model)
+    with Session(bundle, OracleBackend(bundle, model)) as session:
+        assert "sparse" in session.cost_model().lines
