@@ -27,6 +27,9 @@ from sdt_deploy.exporters.onnx import parameters_of
 
 HIDDEN = float(np.finfo(np.float32).min / 2)
 """Bias of a key that is not seen: so small that its weight is 0, without reaching an infinity."""
+GEMM_BELOW = 128
+"""Models narrower than this have a product and its bias as one node, which is slower on many rows: at
+so few operations the number of nodes decides, see ``docs/decisions/009-single-file.md``."""
 _END = 2**62
 """As the end of a slice: all the rest."""
 _BOOL, _FLOAT, _INT32, _INT64 = (
@@ -65,12 +68,12 @@ class _Route:
     scatter_index: list[str]
     """``[n_rows]`` each, the flat place of each row in ``[batch, width]``."""
     gather_index: list[str]
-    """``[1, parts, batch, h, seq]`` each, the slice of queries (and, with context ``active``, keys
-    and values) at each place; slices are as long as a head."""
+    """``[1, batch, h, seq]`` each, the slice of queries (and, with context ``active``, of keys and
+    values) at each place; slices are as long as a head."""
     key_bias: list[str]
     """``[…, batch, 1, 1, seq]`` each, 0 or :data:`HIDDEN`."""
     context_index: str = ""
-    """``[2, batch, h, seq]`` (context ``all``), the slice of keys and values at each place."""
+    """``[batch, h, seq]`` (context ``all``), the slice of keys and values at each place."""
 
 
 class _SingleGraph:
@@ -169,18 +172,18 @@ class _SingleGraph:
         # The place of a row in a grid of [batch, width]: sequence · width + rank.
         first = add("Mul", add("Div", order, seq), add("Unsqueeze", width, add.constant([1])))
         scatter = add("Reshape", add("Add", first, add("Mod", place_of, seq)), self.flat)
-        by_layer = add("Unsqueeze", n_active, add.constant([1, 2, 3, 4]))
+        by_layer = add("Unsqueeze", n_active, add.constant([1, 2, 3]))
         keys = add("Unsqueeze", grid, add.constant([1, 2]))
         grid = add("Unsqueeze", grid, add.constant([1]))
+        gather = self.slices(grid, by_layer)
         if self.sees_all:
             n_tokens = self.n_tokens()
             key_bias = [self.key_bias(keys, n_tokens)] * n_layers
-            context_index = self.slices(grid, n_tokens, parts=2)
-            gather = self.slices(grid, by_layer, parts=1)
+            context_index = self.slices(grid, n_tokens)
         else:
+            by_layer = add("Unsqueeze", by_layer, add.constant([1]))
             key_bias = add.split(self.key_bias(keys, by_layer), n_layers)
             context_index = ""
-            gather = self.slices(grid, by_layer, parts=3)
         return _Route(
             states=states,
             row_of=row_of,
@@ -213,18 +216,15 @@ class _SingleGraph:
         seen = self.add("Less", grid, n_rows)
         return self.add("Where", seen, constant(0.0, "float32"), constant(HIDDEN, "float32"))
 
-    def slices(self, grid: str, n_rows: str, *, parts: int) -> str:
-        """Turn rows ``[batch, 1, seq]`` into slices ``[…, parts, batch, h, seq]``.
+    def slices(self, grid: str, n_rows: str) -> str:
+        """Turn rows ``[batch, 1, seq]`` into the slices of their heads ``[…, batch, h, seq]``.
 
-        A row of ``parts · d_model`` numbers has ``parts · h`` slices. Hidden places get a row that
-        exists.
+        Hidden places get a row that exists.
         """
         add, n_heads = self.add, self.config.n_heads
         clamped = add("Min", grid, add("Sub", n_rows, self.one))
-        n_slices = add.constant(parts * n_heads)
-        numbers = add("Range", add.constant(0), n_slices, self.one)
-        numbers = add("Reshape", numbers, add.constant([parts, 1, n_heads, 1]))
-        return add("Add", add("Mul", clamped, n_slices), numbers)
+        heads = add.constant(np.arange(n_heads)[:, None])
+        return add("Add", add("Mul", clamped, add.constant(n_heads)), heads)
 
     def layer(self, i: int, states: str, route: _Route) -> str:
         """Update the active rows, the first of ``states``; return these only."""
@@ -262,28 +262,26 @@ class _SingleGraph:
         """Mix the values of ``context`` for the active rows: ``[n_active, d_model]``."""
         add, config, prefix = self.add, self.config, f"layers.{i}."
         head_dim = config.d_model // config.n_heads
-        by_head = add.constant([-1, head_dim])
-        wide = add.constant([4])
+        wide = add.constant([3])
         index = add("Slice", route.gather_index[i], self.start, route.width[i], wide)
-        bias = route.key_bias[i]
-        if self.sees_all:
-            if config.norm_placement == "pre":
-                active = add("Slice", context, self.start, route.n_active[i])
-            rows = add("Reshape", self.linear(active, f"{prefix}query"), by_head)
-            query = add("Gather", rows, index)
-            rows = add("Reshape", self.joined(context, prefix, "key", "value"), by_head)
-            key, value = add.split(add("Gather", rows, route.context_index), 2)
-            swapped = [0, 1, 2, 4, 3]
-        else:
-            bias = add("Slice", bias, self.start, route.width[i], wide)
-            rows = self.joined(context, prefix, "query", "key", "value")
-            slices = add("Gather", add("Reshape", rows, by_head), index)
-            query, key, value = add.split(slices, 3, axis=1)
-            swapped = [0, 1, 2, 3, 5, 4]
+        bias, context_index = route.key_bias[i], route.context_index
+        if not self.sees_all:
+            bias = add("Slice", bias, self.start, route.width[i], add.constant([4]))
+            context_index = index
+        elif config.norm_placement == "pre":
+            active = add("Slice", context, self.start, route.n_active[i])
+
+        def spread(rows: str, name: str, index: str) -> str:
+            product = self.linear(rows, f"{prefix}{name}")
+            return add("Gather", add("Reshape", product, add.constant([-1, head_dim])), index)
+
+        query = spread(active if self.sees_all else context, "query", index)
+        key, value = (spread(context, name, context_index) for name in ("key", "value"))
         query = add("Mul", query, add.constant(1 / math.sqrt(head_dim), "float32"))
+        swapped = [0, 1, 3, 2] if self.sees_all else [0, 1, 2, 4, 3]
         logits = add("MatMul", query, add("Transpose", key, perm=swapped))
         weights = add("Softmax", add("Add", logits, bias), axis=-1)
-        mixed = add("Transpose", add("MatMul", weights, value), perm=[0, 1, 2, 4, 3, 5])
+        mixed = add("Transpose", add("MatMul", weights, value), perm=[0, 1, 3, 2, 4])
         mixed = add("Reshape", mixed, add.constant([-1, config.d_model]))
         rows = add("Slice", route.scatter_index[i], self.start, route.n_active[i])
         return add("Gather", mixed, rows)
@@ -332,16 +330,6 @@ class _SingleGraph:
     def linear(self, rows: str, name: str) -> str:
         """``rows [n, in] @ weight + bias``."""
         weight, bias = self.add.parameter(f"{name}.weight"), self.add.parameter(f"{name}.bias")
-        return self.add("Gemm", rows, weight, bias)
-
-    def joined(self, rows: str, prefix: str, *names: str) -> str:
-        """Several products side by side, as one.
-
-        The file keeps the weights apart, shared with the other graphs; engines join them when they
-        load it.
-        """
-        add = self.add
-        weights = [add.parameter(f"{prefix}{name}.weight") for name in names]
-        biases = [add.parameter(f"{prefix}{name}.bias") for name in names]
-        weight, bias = add("Concat", *weights, axis=1), add("Concat", *biases, axis=0)
-        return add("Gemm", rows, weight, bias)
+        if self.config.d_model < GEMM_BELOW:
+            return self.add("Gemm", rows, weight, bias)
+        return self.add("Add", self.add("MatMul", rows, weight), bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.errors import ConfigError
+from sdt_deploy.exporters import single
 from sdt_deploy.exporters.export import export
 from sdt_deploy.exporters.onnx import parameters_of
 from sdt_deploy.exporters.partition import MaskedGraph, partition
@@ -63,6 +65,7 @@ def opened(proto: onnx.ModelProto) -> Any:
     lengths=lengths_lists,
     seed=seeds,
     dense=st.booleans(),
+    gemm=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
 def test_any_model(
@@ -71,13 +74,17 @@ def test_any_model(
     lengths: list[int],
     seed: int,
     dense: bool,
+    gemm: bool,
 ) -> None:
     config, _ = drawn
     assume(config.d_model >= 8)  # norms of two values magnify rounding without bounds
     if dense:
         config = config.replace(probe="none", pinned_token_ids=(), selection="threshold")
     model = random_model(config, seed % 10_000)
-    session = opened(built(model))
+    with mock.patch.object(single, "GEMM_BELOW", config.d_model + gemm):
+        proto = built(model)
+    assert any(node.op_type == "Gemm" for node in proto.graph.node) == gemm
+    session = opened(proto)
     batch = random_batch(config, lengths, seed)
     everyone, nobody = [0.0] * config.n_layers, [1.0] * config.n_layers
     for wanted in (everyone, nobody, data.draw(cut_points(config.n_layers))):
@@ -105,12 +112,12 @@ def test_only_active_rows_are_computed(name: str) -> None:
     inner = [
         node.output[0]
         for node in proto.graph.node
-        if node.op_type == "Gemm" and node.input[1].endswith("feed_forward.up.weight")
+        if node.op_type in ("Gemm", "MatMul") and node.input[1].endswith("feed_forward.up.weight")
     ]
     mixed = [
         node.output[0]
         for node in proto.graph.node
-        if node.op_type == "Gemm" and node.input[1].endswith("output.weight")
+        if node.op_type in ("Gemm", "MatMul") and node.input[1].endswith("output.weight")
     ]
     for value in (*inner, *mixed):
         proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
