@@ -28,8 +28,8 @@ from sdt_deploy.exporters.onnx import parameters_of
 HIDDEN = float(np.finfo(np.float32).min / 2)
 """Bias of a key that is not seen: so small that its weight is 0, without reaching an infinity."""
 GEMM_BELOW = 128
-"""Models narrower than this have a product and its bias as one node, which is slower on many rows: at
-so few operations the number of nodes decides, see ``docs/decisions/009-single-file.md``."""
+"""Models narrower than this have a product and its bias as one node. On many rows that is slower,
+but with so few operations the number of nodes decides; ``docs/decisions/009-single-file.md``."""
 _END = 2**62
 """As the end of a slice: all the rest."""
 _BOOL, _FLOAT, _INT32, _INT64 = (

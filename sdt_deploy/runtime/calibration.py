@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate, needed_flops, padded_flops
+from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate
 from sdt_deploy.runtime.result import RunResult
 
 MIN_RUNS, MIN_MS = 5, 50.0
@@ -30,9 +30,7 @@ def measure_costs(
     active_shares: Sequence[float],
     paths: Sequence[Path],
     run: Callable[[TokenBatch, tuple[float, ...], Path], RunResult],
-    *,
-    n_large: int = 4,
-    longest: int = 128,
+    sizes: Sequence[Sequence[int]],
 ) -> CostModel:
     """Return the cost model of ``run`` over ``paths`` after a few runs on random tokens.
 
@@ -44,11 +42,10 @@ def measure_costs(
         active_shares: expected share of active tokens in every layer.
         paths: to choose from.
         run: runs a batch at thresholds, one per layer, on a path.
-        n_large: see :func:`sdt_deploy.runtime.dispatch.calibrate`.
-        longest: likewise.
+        sizes: see :func:`sdt_deploy.runtime.dispatch.calibration_sizes`.
     """
 
-    def measure(lengths: Sequence[int]) -> dict[Path, tuple[float, float]]:
+    def measure(lengths: Sequence[int]) -> dict[Path, float]:
         batch = random_batch(config, lengths)
         thresholds = config.thresholds
         opened = [run(batch, thresholds, path) for path in paths]
@@ -58,15 +55,10 @@ def measure_costs(
         times: dict[Path, list[float]] = {path: [] for path in paths}
         while any(len(ms) < MIN_RUNS or sum(ms) < MIN_MS for ms in times.values()):
             for path in paths:
-                result = run(batch, thresholds, path)
-                times[path].append(result.timings.total_ms)
-        padded = padded_flops(config, lengths)
-        needed = needed_flops(config, result.depths, batch.cu_seqlens, result.active)
-        return {
-            path: (padded if path == "masked" else needed, min(ms)) for path, ms in times.items()
-        }
+                times[path].append(run(batch, thresholds, path).timings.total_ms)
+        return {path: min(ms) for path, ms in times.items()}
 
-    return calibrate(config, paths, measure, n_large=n_large, longest=longest)
+    return calibrate(config, paths, active_shares, measure, sizes)
 
 
 def thresholds_for_shares(

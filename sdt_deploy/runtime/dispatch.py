@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,25 +43,42 @@ def candidates(config: ModelConfig, has: Callable[[str], bool]) -> tuple[Path, .
     return ("sparse", "masked") if has("masked") else ("sparse",)
 
 
+class Work(NamedTuple):
+    """Operations of a run, in the two kinds whose speeds differ."""
+
+    rows: float
+    """Products over rows, head and probe included."""
+    pairs: float
+    """Products over query–key pairs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearCost:
-    """Time of a path as a fixed part and a rate."""
+    """Time of a path as a fixed part and two rates."""
 
     fixed_ms: float
-    ms_per_gflop: float
+    rows_ms_per_gflop: float
+    pairs_ms_per_gflop: float
 
-    def predict_ms(self, flops: float) -> float:
-        """Return the expected time for ``flops`` operations."""
-        return self.fixed_ms + self.ms_per_gflop * flops * 1e-9
+    def predict_ms(self, work: Work) -> float:
+        """Return the expected time of ``work``."""
+        rows_ms = self.rows_ms_per_gflop * work.rows * 1e-9
+        return self.fixed_ms + rows_ms + self.pairs_ms_per_gflop * work.pairs * 1e-9
 
     @classmethod
-    def fit(cls, small: tuple[float, float], large: tuple[float, float]) -> LinearCost:
-        """Fit through two measurements ``(flops, milliseconds)``; neither part falls below 0."""
-        (flops_small, ms_small), (flops_large, ms_large) = small, large
-        rate = 0.0
-        if flops_large > flops_small:
-            rate = max(0.0, (ms_large - ms_small) / (flops_large - flops_small) * 1e9)
-        return cls(fixed_ms=max(0.0, ms_small - rate * flops_small * 1e-9), ms_per_gflop=rate)
+    def fit(cls, points: Sequence[tuple[Work, float]]) -> LinearCost:
+        """Fit to what took how many milliseconds; no part falls below 0, as noise might have it."""
+        parts = np.array([(1.0, work.rows * 1e-9, work.pairs * 1e-9) for work, _ in points])
+        times = np.array([ms for _, ms in points])
+        found, kept = np.zeros(3), [0, 1, 2]
+        while kept:
+            found[:] = 0.0
+            found[kept] = np.linalg.lstsq(parts[:, kept], times, rcond=None)[0]
+            if found.min() >= 0.0:
+                break
+            kept.remove(int(found.argmin()))
+        fixed, rows, pairs = found.tolist()
+        return cls(fixed_ms=fixed, rows_ms_per_gflop=rows, pairs_ms_per_gflop=pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +102,9 @@ class CostModel:
         """
         total_ms = dict.fromkeys(self.lines, 0.0)
         for lengths in parts:
-            needed = expected_flops(config, lengths, active_shares)
+            works = path_works(config, lengths, active_shares)
             for path, line in self.lines.items():
-                flops = padded_flops(config, lengths) if path == "masked" else needed
-                total_ms[path] += line.predict_ms(flops)
+                total_ms[path] += line.predict_ms(works[path])
         return min(total_ms, key=total_ms.__getitem__)
 
 
@@ -107,28 +123,38 @@ def remembered_choice(costs: CostModel, manifest: Manifest) -> Choice:
     return choice
 
 
-def padded_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
-    """Return the operations of a graph that pads and skips nothing."""
-    return dense_flops(config, [max(lengths)] * len(lengths))
-
-
-def expected_flops(
+def path_works(
     config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
-) -> float:
+) -> dict[Path, Work]:
+    """Return what each path computes if every sequence had the expected shares."""
+    skipping = expected_work(config, lengths, active_shares)
+    padded = [max(lengths)] * len(lengths)  # by a graph that skips nothing
+    total = dense_flops(config, padded)
+    pairs = config.n_layers * pair_flops(config, sum(n * n for n in padded))
+    return {"sparse": skipping, "single": skipping, "masked": Work(total - pairs, pairs)}
+
+
+def expected_work(
+    config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
+) -> Work:
     """Return the operations with skipping if every sequence had the expected shares."""
     batch, n_tokens, n_pairs = len(lengths), sum(lengths), sum(n * n for n in lengths)
     sees_all = config.context == "all"
-    total = head_flops(config, n_tokens=n_tokens, batch=batch)
-    total += score_flops(config, n_tokens=n_tokens)
+    rows = head_flops(config, n_tokens=n_tokens, batch=batch)
+    rows += score_flops(config, n_tokens=n_tokens)
+    pairs = 0.0
     for share in active_shares:
         seen = 1.0 if sees_all and share else share
-        total += layer_flops(
-            config,
-            n_active=share * n_tokens,
-            n_context=seen * n_tokens,
-            n_pairs=share * seen * n_pairs,
+        rows += layer_flops(
+            config, n_active=share * n_tokens, n_context=seen * n_tokens, n_pairs=0.0
         )
-    return total
+        pairs += pair_flops(config, share * seen * n_pairs)
+    return Work(rows, pairs)
+
+
+def pair_flops(config: ModelConfig, n_pairs: float) -> float:
+    """Return the operations of a layer over query–key pairs."""
+    return layer_flops(config, n_active=0.0, n_context=0.0, n_pairs=n_pairs)
 
 
 def needed_flops(
@@ -147,24 +173,47 @@ def needed_flops(
     return sparse_flops(config, np.diff(cu_seqlens).tolist(), counts)
 
 
+def calibration_sizes(
+    longest: int, n_tokens: int, max_sequences: Callable[[int], int] | None = None
+) -> list[tuple[int, ...]]:
+    """Return sizes from which the fixed part and the rates of a path follow.
+
+    These are one short sequence, and many tokens in short sequences and in long ones.
+
+    Args:
+        longest: tokens of the longest sequence that may be run.
+        n_tokens: as many as keep the hardware busy.
+        max_sequences: how many sequences of a length may run together; None: any number.
+    """
+    sizes: list[tuple[int, ...]] = [(min(8, longest),)]
+    for length in (min(64, longest), min(512, longest)):
+        n_sequences = max(1, n_tokens // length)
+        if max_sequences is not None:
+            n_sequences = min(n_sequences, max_sequences(length))
+        sizes.append((length,) * n_sequences)
+    return list(dict.fromkeys(sizes))
+
+
 def calibrate(
     config: ModelConfig,
     paths: Sequence[Path],
-    measure: Callable[[Sequence[int]], Mapping[Path, tuple[float, float]]],
-    *,
-    n_large: int = 4,
-    longest: int = 128,
+    active_shares: Sequence[float],
+    measure: Callable[[Sequence[int]], Mapping[Path, float]],
+    sizes: Sequence[Sequence[int]],
 ) -> CostModel:
-    """Make a cost model from two measurements of each path.
+    """Make a cost model from measurements.
 
     Args:
         config: the model.
         paths: to choose from.
-        measure: runs all paths on sequences of the given lengths; returns for each the operations
-            that were needed and the milliseconds that they took.
-        n_large: sequences of the larger one; as many as keep the hardware busy.
-        longest: tokens of each of them, if the model takes as many.
+        active_shares: expected share of active tokens in every layer.
+        measure: runs all paths on sequences of the given lengths, with these shares of their tokens
+            active; returns the milliseconds that each path took.
+        sizes: to measure, each by the lengths of its sequences; see :func:`calibration_sizes`.
     """
-    longest = min(longest, config.max_positions)
-    small, large = measure([min(longest, 8)]), measure([longest] * n_large)
-    return CostModel(lines={path: LinearCost.fit(small[path], large[path]) for path in paths})
+    points: dict[Path, list[tuple[Work, float]]] = {path: [] for path in paths}
+    for lengths in sizes:
+        works, ms = path_works(config, lengths, active_shares), measure(lengths)
+        for path in paths:
+            points[path].append((works[path], ms[path]))
+    return CostModel(lines={path: LinearCost.fit(found) for path, found in points.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn, Self, get_args
 
@@ -386,23 +387,26 @@ class Session:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.
 
         Calibration runs the paths to choose from, :func:`sdt_deploy.runtime.dispatch.candidates`,
-        on two random batches; it takes about a second for a model of MiniLM's size.
+        on three random batches; it takes about a second for a model of MiniLM's size.
         """
         config = self.manifest.model
         with self._calibration_lock:
             costs = self._costs
             if costs is None:
-                longest = min(128, longest_sequence(self.backend.profiles, config.max_positions))
-                n_large = 128 if self.on_device else 4
+                limit = None
                 if self.backend.profiles:  # engines take no more
                     limits = replace(self._part_limits, max_memory_mb=None)
-                    n_large = min(n_large, limits.max_sequences(config, longest))
+                    limit = partial(limits.max_sequences, config)
+                sizes = dispatch.calibration_sizes(
+                    longest_sequence(self.backend.profiles, config.max_positions),
+                    n_tokens=16384 if self.on_device else 512,
+                    max_sequences=limit,
+                )
                 costs = self._costs = measure_costs(
                     config,
                     active_shares(self.manifest, config.thresholds),
                     dispatch.candidates(config, self.backend.has),
                     self._run_one,
-                    n_large=n_large,
-                    longest=longest,
+                    sizes,
                 )
             return costs

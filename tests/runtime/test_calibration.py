@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sdt_deploy.config import Routing
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.calibration import measure_costs, thresholds_for_shares
-from sdt_deploy.runtime.dispatch import Path
+from sdt_deploy.runtime.dispatch import Path, calibration_sizes, expected_work
 from sdt_deploy.runtime.result import RunResult, Timings
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleBackend, memory_bundle
@@ -39,9 +39,16 @@ def test_a_machine_that_is_slow_for_a_while_is_slow_for_all_paths(slow: range) -
             total_ms = needs[path] * slower * (1 + batch.n_tokens / 100)
             return replace(result, timings=Timings(total_ms=total_ms))
 
-        costs = measure_costs(model.config, (0.75, 0.25), tuple(needs), run)  # type: ignore[arg-type]
-    for flops in (1e3, 1e5, 1e7):
-        sparse, single = (costs.lines[path].predict_ms(flops) for path in ("sparse", "single"))
+        costs = measure_costs(
+            model.config,
+            (0.75, 0.25),
+            tuple(needs),  # type: ignore[arg-type]
+            run,
+            calibration_sizes(64, 256),
+        )
+    for lengths in ([3], [10] * 7, [60] * 50):
+        work = expected_work(model.config, lengths, (0.75, 0.25))
+        sparse, single = (costs.lines[path].predict_ms(work) for path in ("sparse", "single"))
         assert single / sparse == pytest.approx(0.9, rel=0.15)
 
 
@@ -72,7 +79,8 @@ def test_calibration_runs_as_deep_as_text_is_expected_to(exported: Exported) -> 
             return result
 
         shares = (0.5,) * session.manifest.model.n_layers
-        measure_costs(session.manifest.model, shares, ("sparse", "single"), run)
+        config = session.manifest.model
+        measure_costs(config, shares, ("sparse", "single"), run, [[8], [30, 30]])
     for path in ("sparse", "single"):
         usage = [usage for taken, usage in seen if taken == path][-1]
         for n_active in usage.active_tokens:

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdt_deploy.config import HeadConfig, ModelConfig
 from sdt_deploy.costs import active_shares, dense_flops, head_flops, score_flops, sparse_flops
 from sdt_deploy.runtime.dispatch import (
     CostModel,
     LinearCost,
+    Path,
+    Work,
     calibrate,
+    calibration_sizes,
     candidates,
-    expected_flops,
+    expected_work,
+    path_works,
 )
 from sdt_deploy.testing import memory_bundle
 from tests.samples import random_model
@@ -25,6 +33,12 @@ CONFIG = ModelConfig(
     context="active",
     head=HeadConfig(kind="lm"),
 )
+
+
+def _line(fixed_ms: float, ms_per_gflop: float) -> LinearCost:
+    return LinearCost(
+        fixed_ms=fixed_ms, rows_ms_per_gflop=ms_per_gflop, pairs_ms_per_gflop=ms_per_gflop
+    )
 
 
 def test_operations_by_hand() -> None:
@@ -48,29 +62,67 @@ def test_expected_operations_are_those_of_even_shares(context: str) -> None:
     config = CONFIG.replace(context=context)
     lengths = [8, 20, 12]
     active = [[n * share // 4 for n in lengths] for share in (3, 1)]
-    expected = expected_flops(config, lengths, (0.75, 0.25))
-    assert expected == pytest.approx(sparse_flops(config, lengths, active))
-    whole = expected_flops(config, lengths, (1.0, 1.0))
-    assert whole == pytest.approx(
-        dense_flops(config, lengths) + score_flops(config, n_tokens=sum(lengths))
+    expected = expected_work(config, lengths, (0.75, 0.25))
+    assert sum(expected) == pytest.approx(sparse_flops(config, lengths, active))
+    whole = expected_work(config, lengths, (1.0, 1.0))
+    scores = score_flops(config, n_tokens=sum(lengths))
+    assert sum(whole) == pytest.approx(dense_flops(config, lengths) + scores)
+    assert whole.pairs == 2 * (8**2 + 20**2 + 12**2) * 4 * 8
+    works = path_works(config, lengths, (1.0, 1.0))
+    assert works["sparse"] == works["single"] == whole
+    assert sum(works["masked"]) == pytest.approx(dense_flops(config, [20] * 3))
+    assert works["masked"].pairs == 2 * 3 * 20**2 * 4 * 8
+
+
+@given(
+    st.tuples(*[st.floats(0.0, 10.0)] * 3),
+    st.integers(9, 600),
+    st.integers(100, 20_000),
+)
+def test_fit_recovers_what_was_measured(
+    parts: tuple[float, float, float], longest: int, n_tokens: int
+) -> None:
+    fixed, rows, pairs = parts
+    cost = LinearCost(fixed_ms=fixed, rows_ms_per_gflop=rows, pairs_ms_per_gflop=pairs)
+    sizes = calibration_sizes(longest, n_tokens)
+    works = [expected_work(CONFIG, lengths, (0.75, 0.25)) for lengths in sizes]
+    found = LinearCost.fit([(work, cost.predict_ms(work)) for work in works])
+    for work in works:
+        assert found.predict_ms(work) == pytest.approx(cost.predict_ms(work), rel=1e-3, abs=1e-9)
+    if longest > 128 and n_tokens >= 8192:  # enough for all three
+        assert found.fixed_ms == pytest.approx(fixed, rel=1e-3, abs=1e-6)
+        assert found.rows_ms_per_gflop == pytest.approx(rows, rel=1e-2, abs=1e-3)
+        assert found.pairs_ms_per_gflop == pytest.approx(pairs, rel=1e-2, abs=1e-3)
+
+
+def test_no_part_of_a_cost_falls_below_zero() -> None:
+    small, wide, long = Work(1e9, 0.0), Work(3e9, 0.1e9), Work(3e9, 1e9)
+    falling = LinearCost.fit([(small, 3.0), (wide, 1.0), (long, 1.0)])
+    assert (falling.rows_ms_per_gflop, falling.pairs_ms_per_gflop) == (0.0, 0.0)
+    assert falling.fixed_ms == pytest.approx(5 / 3)
+    negative = LinearCost.fit([(small, 0.5), (wide, 3.0), (long, 3.0)])
+    assert negative.fixed_ms == 0.0
+    assert negative.rows_ms_per_gflop > 0.0
+    free = LinearCost.fit([(small, 0.0), (wide, 0.0), (long, 0.0)])
+    assert free.predict_ms(long) == 0.0
+
+
+def test_long_sequences_take_the_path_that_is_faster_at_attention() -> None:
+    model = CostModel(
+        lines={
+            "sparse": LinearCost(fixed_ms=1.0, rows_ms_per_gflop=100.0, pairs_ms_per_gflop=100.0),
+            "single": LinearCost(fixed_ms=0.2, rows_ms_per_gflop=100.0, pairs_ms_per_gflop=300.0),
+        }
     )
-
-
-def test_fit_recovers_a_line_and_never_goes_below_zero() -> None:
-    line = LinearCost.fit((1e9, 3.0), (3e9, 7.0))
-    assert line.fixed_ms == pytest.approx(1)
-    assert line.ms_per_gflop == pytest.approx(2)
-    assert line.predict_ms(2e9) == pytest.approx(5)
-    falling = LinearCost.fit((1e9, 3.0), (3e9, 1.0))
-    assert (falling.fixed_ms, falling.ms_per_gflop) == (3.0, 0.0)
-    assert LinearCost.fit((0.0, 3.0), (0.0, 4.0)).predict_ms(1e9) == 3.0
+    assert model.choose(CONFIG, [[64] * 200], (0.75, 0.25)) == "sparse"
+    assert model.choose(CONFIG, [[2] * 6400], (0.75, 0.25)) == "single"
 
 
 def test_small_batches_go_masked_and_large_ones_sparse() -> None:
     model = CostModel(
         lines={
-            "sparse": LinearCost(fixed_ms=1.0, ms_per_gflop=100.0),
-            "masked": LinearCost(fixed_ms=0.1, ms_per_gflop=100.0),
+            "sparse": _line(1.0, 100.0),
+            "masked": _line(0.1, 100.0),
         }
     )
     shares = (0.75, 0.25)
@@ -82,16 +134,16 @@ def test_small_batches_go_masked_and_large_ones_sparse() -> None:
 def test_the_single_graph_counts_skipped_operations_as_sparse_does() -> None:
     model = CostModel(
         lines={
-            "sparse": LinearCost(fixed_ms=1.0, ms_per_gflop=100.0),
-            "single": LinearCost(fixed_ms=0.2, ms_per_gflop=120.0),
-            "masked": LinearCost(fixed_ms=0.1, ms_per_gflop=120.0),
+            "sparse": _line(1.0, 100.0),
+            "single": _line(0.2, 120.0),
+            "masked": _line(0.1, 120.0),
         }
     )
     shares = (0.75, 0.25)
     assert model.choose(CONFIG, [[2]], shares) == "masked"
     assert model.choose(CONFIG, [[60] * 20], shares) == "single"
     assert model.choose(CONFIG, [[60] * 2000], shares) == "sparse"
-    equal = CostModel(lines=dict.fromkeys(("sparse", "single"), LinearCost.fit((0, 1), (1, 1))))
+    equal = CostModel(lines=dict.fromkeys(("sparse", "single"), _line(1.0, 0.0)))
     assert equal.choose(CONFIG, [[9]], shares) == "sparse"
 
 
@@ -116,18 +168,28 @@ def test_shares_come_from_the_quantiles_of_the_scores() -> None:
     assert active_shares(pinned, (0.25, 2.0)) == pytest.approx((0.2 + 0.8 * 0.5, 0.2), abs=1e-3)
 
 
-def test_calibration_measures_the_paths_at_two_sizes() -> None:
+def test_calibration_measures_one_short_sequence_many_and_long_ones() -> None:
     asked = []
-    fixed = {"sparse": 1.0, "single": 0.7, "masked": 0.5}
+    fixed: dict[Path, float] = {"sparse": 1.0, "single": 0.7, "masked": 0.5}
 
-    def measure(lengths: list[int]) -> dict[str, tuple[float, float]]:
+    def measure(lengths: Sequence[int]) -> dict[Path, float]:
         asked.append(tuple(lengths))
-        flops = dense_flops(CONFIG, lengths)
-        return {path: (flops, ms + flops * 1e-6) for path, ms in fixed.items()}
+        works = path_works(CONFIG, lengths, (0.75, 0.25))
+        return {path: ms + sum(works[path]) * 1e-6 for path, ms in fixed.items()}
 
-    costs = calibrate(CONFIG, tuple(fixed), measure)  # type: ignore[arg-type]
-    assert asked == [(8,), (64,) * 4]
+    sizes = calibration_sizes(512, 2048)
+    costs = calibrate(CONFIG, tuple(fixed), (0.75, 0.25), measure, sizes)
+    assert asked == sizes == [(8,), (64,) * 32, (512,) * 4]
     assert list(costs.lines) == list(fixed)
-    assert costs.lines["sparse"].fixed_ms == pytest.approx(1.0)
-    assert costs.lines["single"].fixed_ms == pytest.approx(0.7)
-    assert costs.lines["masked"].ms_per_gflop == pytest.approx(1000.0)
+    for path, ms in fixed.items():
+        assert costs.lines[path].fixed_ms == pytest.approx(ms)
+        assert costs.lines[path].rows_ms_per_gflop == pytest.approx(1000.0)
+        assert costs.lines[path].pairs_ms_per_gflop == pytest.approx(1000.0)
+
+
+def test_calibration_keeps_to_what_model_and_engines_take() -> None:
+    assert calibration_sizes(30, 512) == [(8,), (30,) * 17]
+    assert calibration_sizes(5, 512) == [(5,), (5,) * 102]
+    assert calibration_sizes(2048, 512) == [(8,), (64,) * 8, (512,)]
+    limited = calibration_sizes(128, 16384, lambda length: 1024 // length)
+    assert limited == [(8,), (64,) * 16, (128,) * 8]
