@@ -68,5 +68,5 @@ def can_generate(model: ModelConfig) -> bool:
 
 def knows_single_file(model: ModelConfig, config: ExportConfig) -> bool:
     """Tell whether the whole loop can be one graph."""
-    plain = config.numbers == "float32" and config.attention == "decomposed"
-    return plain and model.routing == "once" and not model.causal and model.is_plain
+    on_cpus = config.precision == "float32" and config.attention == "decomposed"
+    return on_cpus and model.routing == "once" and not model.causal and model.is_plain

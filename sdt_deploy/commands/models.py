@@ -181,7 +181,7 @@ def export(
         bool | None,
         typer.Option(
             "--single-file/--no-single-file",
-            help="The whole loop in one more graph, fastest at small sizes; default: in float32.",
+            help="The whole loop in one more graph, fastest at small sizes; default: on CPUs.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -259,6 +259,6 @@ def export(
     if planned:
         console.print(f"stages of {', '.join(map(str, config.stages))} layers", highlight=False)
     console.print(
-        f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files, {precision.value}, "
+        f"[bold]{escape(str(bundle))}[/bold]: {len(manifest.files)} files, {config.numbers}, "
         f"checked with {CHECKED_WITH[precision]}"
     )

@@ -34,13 +34,13 @@ class GraphBuilder:
     def __call__(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         """Add a node with one output, called ``name`` if that matters; return its name."""
         output = name or f"{op.lower()}_{len(self._nodes)}"
-        self._nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        self._nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
     def several(self, n_outputs: int, op: str, *inputs: str, **attributes: Any) -> list[str]:
         """Add a node with several outputs; return their names."""
         outputs = [f"{op.lower()}_{len(self._nodes)}_{i}" for i in range(n_outputs)]
-        self._nodes.append(helper.make_node(op, inputs, outputs, **attributes))
+        self._nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], **attributes))
         return outputs
 
     def split(self, value: str, parts: int, axis: int = 0) -> list[str]:

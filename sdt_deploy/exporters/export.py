@@ -54,14 +54,14 @@ def export(
         checkpoint: the model with its tokenizer and provenance.
         target: directory to make.
         config: how to cut the model; default: one layer per stage, float32.
-        single_file: write the whole loop as one graph too; None: in decomposed float32 with
-            routing ``once``, which alone it knows.
+        single_file: write the whole loop as one graph too; None: with precision float32,
+            decomposed attention and routing ``once``, which alone it knows.
         overwrite: replace ``target`` if it exists.
         progress: see :data:`Progress`.
 
     Raises:
-        ConfigError: if a single file is asked for in other numbers than float32, or ``config``
-            does not fit the model.
+        ConfigError: if a single file is asked for in half precision, or ``config`` does not fit
+            the model.
         ExportError: if a graph cannot be exported, or a weight is beyond the precision's range.
         VerificationError: if a graph disagrees with the model.
         OutputError: if ``target`` exists or cannot be written.
@@ -69,9 +69,9 @@ def export(
     config = config or ExportConfig()
     if single_file is None:
         single_file = knows_single_file(checkpoint.model.config, config)
-    if single_file and (config.numbers != "float32" or config.attention != "decomposed"):
+    if single_file and (config.precision != "float32" or config.attention != "decomposed"):
         raise ConfigError(
-            "the single file is float32 only, with decomposed attention, not "
+            "the single file is float32 or int8, with decomposed attention, not "
             f"{config.numbers} with {config.attention}; export with --no-single-file"
         )
     model = checkpoint.model.eval()
@@ -149,7 +149,10 @@ def _write_graphs(
             progress(f"export {part.name}", i, 2 * len(parts))
             if part.name == "single":
                 assert isinstance(part.module, MaskedGraph)
-                traced[part.topology] = single_graph(part.module, model, opset=config.opset)
+                int8 = config.quantization == "int8"
+                traced[part.topology] = single_graph(
+                    part.module, model, opset=config.opset, to_quantize=int8
+                )
             elif part.topology not in traced:
                 traced[part.topology] = trace(part.module, opset=config.opset)
             proto, parameters = traced[part.topology], parameters_of(part.module)

@@ -40,15 +40,20 @@ _BOOL, _FLOAT, _INT32, _INT64 = (
 )
 
 
-def single_graph(module: MaskedGraph, config: ModelConfig, *, opset: int) -> onnx.ModelProto:
+def single_graph(
+    module: MaskedGraph, config: ModelConfig, *, opset: int, to_quantize: bool = False
+) -> onnx.ModelProto:
     """Build the graph.
 
     Args:
         module: the same function in float32; gives parameters, inputs and outputs.
         config: of the model.
         opset: of the file, 18 or newer.
+        to_quantize: all products of the layers are MatMul nodes, as
+            :func:`sdt_deploy.exporters.quantization.quantize` takes them.
     """
-    builder = _SingleGraph(config, GraphBuilder(parameters_of(module)))
+    with_gemm = config.d_model < GEMM_BELOW and not to_quantize
+    builder = _SingleGraph(config, GraphBuilder(parameters_of(module)), with_gemm=with_gemm)
     builder.build()
     return builder.add.model(module.inputs, module.outputs, opset=opset)
 
@@ -77,8 +82,9 @@ class _Route:
 
 
 class _SingleGraph:
-    def __init__(self, config: ModelConfig, builder: GraphBuilder) -> None:
+    def __init__(self, config: ModelConfig, builder: GraphBuilder, *, with_gemm: bool) -> None:
         self.config = config
+        self.with_gemm = with_gemm
         self.add = builder
         self.sees_all = config.context == "all"
         self.start = builder.constant([0])
@@ -330,6 +336,6 @@ class _SingleGraph:
     def linear(self, rows: str, name: str) -> str:
         """``rows [n, in] @ weight + bias``."""
         weight, bias = self.add.parameter(f"{name}.weight"), self.add.parameter(f"{name}.bias")
-        if self.config.d_model < GEMM_BELOW:
+        if self.with_gemm:
             return self.add("Gemm", rows, weight, bias)
         return self.add("Add", self.add("MatMul", rows, weight), bias)

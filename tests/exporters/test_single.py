@@ -24,6 +24,7 @@ from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.ort import ensure_thread_pool, runtime
 from sdt_deploy.runtime.padded import padded_arrays
+from sdt_deploy.runtime.session import Session
 from tests.samples import (
     CONFIGS,
     TOLERANCE,
@@ -141,10 +142,34 @@ def test_only_standard_operators() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [ExportConfig(precision="float16"), ExportConfig(quantization="int8")]
+    "config", [ExportConfig(precision="float16"), ExportConfig(attention="fused")]
 )
-def test_other_numbers_are_refused(config: ExportConfig, tmp_path: Path) -> None:
+def test_graphs_for_gpus_have_no_single_file(config: ExportConfig, tmp_path: Path) -> None:
     checkpoint = Checkpoint(model=random_model(CONFIGS["active-lm"][0], 0), provenance={})
-    with pytest.raises(ConfigError, match=r"float32 only.*--no-single-file"):
+    with pytest.raises(ConfigError, match=r"float32 or int8.*--no-single-file"):
         export(checkpoint, tmp_path / "bundle", config, single_file=True)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", ["active-lm", "all-embedding"])
+def test_all_products_of_the_layers_can_be_quantised(name: str, tmp_path: Path) -> None:
+    config, _ = CONFIGS[name]
+    checkpoint = Checkpoint(model=random_model(config, 3), provenance={})
+    export(checkpoint, tmp_path / "bundle", ExportConfig(quantization="int8"))
+    graph = onnx.load(tmp_path / "bundle" / "single.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == 6 * config.n_layers
+    assert not any(node.op_type == "Gemm" for node in graph.node)
+    batch = random_batch(config, [7, 20, 1, 13], 4)
+    thresholds = quantile_thresholds(checkpoint.model, batch, [0.1, 0.5, 0.8])
+    with Session.open(tmp_path / "bundle") as session:
+        runs = [
+            session.run_batch(batch, thresholds=thresholds, path=path)
+            for path in ("single", "sparse")
+        ]
+    single, sparse = runs
+    np.testing.assert_array_equal(single.depths, sparse.depths)
+    # Both quantise the same rows with the same scales; where float32 differs in its last digit a
+    # value may fall into the next of 255 steps.
+    error = np.linalg.norm(single.output - sparse.output) / np.linalg.norm(sparse.output)
+    assert error < 0.05
