@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from sdt_deploy.runtime.session import Session
     from sdt_deploy.runtime.statistics import DepthDriftWarning, SessionStatistics
 
+__version__ = "0.1.0"
+
 _LAZY = {
     "Bundle": "sdt_deploy.bundle",
     "CacheUsage": "sdt_deploy.runtime.caches",

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sdt_deploy import __version__
 from sdt_deploy.commands import bundles, engines, generating, looking, models, training
 from sdt_deploy.console import console, fail, report_bug
 from sdt_deploy.errors import SdtDeployError
@@ -45,9 +46,7 @@ for command in (
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        console.print(f"sdt-deploy {version('sdt-deploy')}", highlight=False)
+        console.print(f"sdt-deploy {__version__}", highlight=False)
         raise typer.Exit
 
 

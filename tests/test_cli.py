@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import sdt_deploy
 from sdt_deploy import cli
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.console import console, messages
@@ -65,7 +67,8 @@ def test_help_and_version() -> None:
     for command in ("convert", "export", "inspect", "verify", "run", "bench"):
         assert command in text
         assert "Examples:" in call(command, "--help")
-    assert script("--version").startswith("sdt-deploy 0.")
+    assert script("--version").strip() == f"sdt-deploy {version('sdt-deploy')}"
+    assert sdt_deploy.__version__ == version("sdt-deploy")  # of the installed package
     assert "No such command" in call("fly", code=2)
 
 

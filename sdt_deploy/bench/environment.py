@@ -10,14 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sdt_deploy import __version__
 from sdt_deploy.gpu import driver
 from sdt_deploy.ort import pool_threads, usable_cores
 
 
 def environment() -> dict[str, Any]:
     """Describe what a measurement depends on."""
-    packages: dict[str, str | None] = {}
-    for name in ("sdt-deploy", "onnxruntime", "onnxruntime-gpu", "numpy", "torch"):
+    packages: dict[str, str | None] = {"sdt-deploy": __version__}
+    for name in ("onnxruntime", "onnxruntime-gpu", "numpy", "torch"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

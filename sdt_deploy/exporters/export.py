@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sdt_deploy import __version__
 from sdt_deploy.bundle import (
     FORMAT,
     REFERENCE,
@@ -103,7 +104,7 @@ def export(
             export=config,
             graphs=graphs,
             files=list_files(directory),
-            created_by={"sdt-deploy": version("sdt-deploy"), **tools},
+            created_by={"sdt-deploy": __version__, **tools},
             provenance=checkpoint.provenance,
             score_quantiles=checkpoint.score_quantiles,
             pinned_share=checkpoint.pinned_share,
