@@ -27,6 +27,7 @@ from sdt_deploy.errors import (
     SdtDeployError,
     VerificationError,
 )
+from sdt_deploy.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from sdt_deploy.bundle import Bundle, Manifest
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
     from sdt_deploy.runtime.session import Session
     from sdt_deploy.runtime.statistics import DepthDriftWarning, SessionStatistics
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Bundle": "sdt_deploy.bundle",

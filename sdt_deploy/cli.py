@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from sdt_deploy import __version__
 from sdt_deploy.commands import bundles, engines, generating, looking, models, training
 from sdt_deploy.console import console, fail, report_bug
 from sdt_deploy.errors import SdtDeployError
+from sdt_deploy.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -18,6 +18,7 @@ from sdt_deploy.extras import require
 ROOT = Path(sdt_deploy.__file__).parent
 
 LEVELS = (
+    "version",
     "errors",
     "extras",
     "files",

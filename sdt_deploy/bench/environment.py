@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sdt_deploy import __version__
 from sdt_deploy.gpu import driver
 from sdt_deploy.ort import pool_threads, usable_cores
+from sdt_deploy.version import __version__
 
 
 def environment() -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sdt_deploy import __version__
 from sdt_deploy.bundle import (
     FORMAT,
     REFERENCE,
@@ -35,6 +34,7 @@ from sdt_deploy.files import new_directory
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.model.transformer import SparseDepthTransformer
+from sdt_deploy.version import __version__
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
