@@ -181,7 +181,8 @@ def export(
         bool | None,
         typer.Option(
             "--single-file/--no-single-file",
-            help="The whole loop in one more graph, fastest at small sizes; default: on CPUs.",
+            help="The whole loop in one more graph, fastest at small sizes; default: in float32 "
+            "and int8.",
         ),
     ] = None,
     overwrite: Overwrite = False,

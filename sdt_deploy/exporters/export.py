@@ -144,20 +144,20 @@ def _write_graphs(
     """Make each topology once, write every part's graph and all weights; return graph hashes."""
     traced: dict[str, onnx.ModelProto] = {}
     hashes = {}
+    to_quantize = config.quantization == "int8"
     with (directory / WEIGHTS).open("wb") as stream:
         weights = WeightsWriter(stream, location=WEIGHTS)
         for i, part in enumerate(parts):
             progress(f"export {part.name}", i, 2 * len(parts))
             if part.name == "single":
                 assert isinstance(part.module, MaskedGraph)
-                int8 = config.quantization == "int8"
                 traced[part.topology] = single_graph(
-                    part.module, model, opset=config.opset, to_quantize=int8
+                    part.module, model, opset=config.opset, to_quantize=to_quantize
                 )
             elif part.topology not in traced:
                 traced[part.topology] = trace(part.module, opset=config.opset)
             proto, parameters = traced[part.topology], parameters_of(part.module)
-            if config.quantization == "int8":
+            if to_quantize:
                 proto, parameters = quantize(proto, parameters)
             proto = weights.fill(proto, parameters)
             hashes[part.name] = graph_hash(proto)

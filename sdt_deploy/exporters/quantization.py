@@ -28,7 +28,7 @@ def quantize(
     head, so that scores and depths are those of the float32 bundle.
 
     Args:
-        proto: a traced graph.
+        proto: a graph whose nodes have names.
         parameters: its parameters by name.
 
     Returns:

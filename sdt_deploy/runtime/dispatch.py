@@ -5,7 +5,7 @@ All candidates compute the same function; ``dense`` is another one and is never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -102,7 +102,7 @@ class CostModel:
         """
         total_ms = dict.fromkeys(self.lines, 0.0)
         for lengths in parts:
-            works = path_works(config, lengths, active_shares)
+            works = path_works(config, lengths, active_shares, self.lines)
             for path, line in self.lines.items():
                 total_ms[path] += line.predict_ms(works[path])
         return min(total_ms, key=total_ms.__getitem__)
@@ -124,14 +124,23 @@ def remembered_choice(costs: CostModel, manifest: Manifest) -> Choice:
 
 
 def path_works(
-    config: ModelConfig, lengths: Sequence[int], active_shares: Sequence[float]
+    config: ModelConfig,
+    lengths: Sequence[int],
+    active_shares: Sequence[float],
+    paths: Iterable[Path],
 ) -> dict[Path, Work]:
     """Return what each path computes if every sequence had the expected shares."""
-    skipping = expected_work(config, lengths, active_shares)
-    padded = [max(lengths)] * len(lengths)  # by a graph that skips nothing
-    total = dense_flops(config, padded)
+    works = dict.fromkeys(paths, expected_work(config, lengths, active_shares))
+    if "masked" in works:
+        works["masked"] = padded_work(config, lengths)
+    return works
+
+
+def padded_work(config: ModelConfig, lengths: Sequence[int]) -> Work:
+    """Return the operations of a graph that pads and skips nothing."""
+    padded = [max(lengths)] * len(lengths)
     pairs = config.n_layers * pair_flops(config, sum(n * n for n in padded))
-    return {"sparse": skipping, "single": skipping, "masked": Work(total - pairs, pairs)}
+    return Work(dense_flops(config, padded) - pairs, pairs)
 
 
 def expected_work(
@@ -213,7 +222,7 @@ def calibrate(
     """
     points: dict[Path, list[tuple[Work, float]]] = {path: [] for path in paths}
     for lengths in sizes:
-        works, ms = path_works(config, lengths, active_shares), measure(lengths)
+        works, ms = path_works(config, lengths, active_shares, paths), measure(lengths)
         for path in paths:
             points[path].append((works[path], ms[path]))
     return CostModel(lines={path: LinearCost.fit(found) for path, found in points.items()})

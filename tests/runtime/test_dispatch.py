@@ -68,7 +68,7 @@ def test_expected_operations_are_those_of_even_shares(context: str) -> None:
     scores = score_flops(config, n_tokens=sum(lengths))
     assert sum(whole) == pytest.approx(dense_flops(config, lengths) + scores)
     assert whole.pairs == 2 * (8**2 + 20**2 + 12**2) * 4 * 8
-    works = path_works(config, lengths, (1.0, 1.0))
+    works = path_works(config, lengths, (1.0, 1.0), ("sparse", "single", "masked"))
     assert works["sparse"] == works["single"] == whole
     assert sum(works["masked"]) == pytest.approx(dense_flops(config, [20] * 3))
     assert works["masked"].pairs == 2 * 3 * 20**2 * 4 * 8
@@ -174,7 +174,7 @@ def test_calibration_measures_one_short_sequence_many_and_long_ones() -> None:
 
     def measure(lengths: Sequence[int]) -> dict[Path, float]:
         asked.append(tuple(lengths))
-        works = path_works(CONFIG, lengths, (0.75, 0.25))
+        works = path_works(CONFIG, lengths, (0.75, 0.25), fixed)
         return {path: ms + sum(works[path]) * 1e-6 for path, ms in fixed.items()}
 
     sizes = calibration_sizes(512, 2048)
