@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal, Self, get_args
 
@@ -17,6 +18,7 @@ from sdt_deploy.files import read_bytes
 
 Overflow = Literal["error", "truncate", "split"]
 """Texts that are too long: refused, cut to their beginning, or cut into windows."""
+OVERFLOWS = get_args(Overflow)
 MAX_TEXT_BYTES = 2**30
 """Largest text file that is read."""
 
@@ -91,8 +93,8 @@ class TextTokenizer:
         Raises:
             InputError: as :meth:`encode`.
         """
-        if not isinstance(overflow, str) or overflow not in get_args(Overflow):
-            raise InputError(f"overflow must be one of {get_args(Overflow)}, not {shown(overflow)}")
+        if not isinstance(overflow, str) or overflow not in OVERFLOWS:
+            raise InputError(f"overflow must be one of {OVERFLOWS}, not {shown(overflow)}")
         texts = list(texts)
         if not texts:
             raise InputError("no texts were given")
@@ -104,7 +106,8 @@ class TextTokenizer:
             except UnicodeEncodeError as error:
                 raise InputError(f"text {i} cannot be written as UTF-8: {error}") from error
         with _errors_of_the_library():
-            windows = [[encoding.ids] for encoding in self._tokenizer.encode_batch(texts)]
+            encodings = self._tokenizer.encode_batch_fast(texts)  # without offsets
+        windows = [[encoding.ids] for encoding in encodings]
         for i, (ids,) in enumerate(windows):
             if not ids:
                 raise InputError(f"text {i} gives no token: {shown(texts[i])}")
@@ -119,9 +122,9 @@ class TextTokenizer:
                 windows[i] = self._windows(texts[i], max_length)
                 if overflow == "truncate":
                     del windows[i][1:]
-        cu_windows = np.cumsum([0, *map(len, windows)], dtype=np.int32)
-        flat = [np.asarray(ids, dtype=np.int32) for rows in windows for ids in rows]
-        return np.concatenate(flat), np.cumsum([0, *map(len, flat)], dtype=np.int32), cu_windows
+        sequences = [ids for rows in windows for ids in rows]
+        input_ids = np.array(list(chain.from_iterable(sequences)), dtype=np.int32)
+        return input_ids, _starts(sequences), _starts(windows)
 
     def _windows(self, text: str, max_length: int) -> list[list[int]]:
         room = max_length - self._tokenizer.num_special_tokens_to_add(False)
@@ -150,6 +153,11 @@ class TextTokenizer:
         if not inner:
             raise CheckpointError('the tokenizer.json cannot be used: the text "a" gives no token')
         return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
+
+
+def _starts(parts: Sequence[Sequence[object]]) -> np.ndarray:
+    """Return ``[len(parts) + 1]`` int32, where each part starts and the last one ends."""
+    return np.array([0, *accumulate(map(len, parts))], dtype=np.int32)
 
 
 @contextlib.contextmanager

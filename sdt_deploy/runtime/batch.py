@@ -59,7 +59,7 @@ class TokenBatch:
         """Whether all sequences are equally long, so that padding adds nothing."""
         return self.n_tokens == len(self.lengths) * self.max_seqlen
 
-    @property
+    @cached_property
     def attention_mask(self) -> npt.NDArray[np.bool_]:
         """``[batch, seq]``, True where :meth:`padded` holds a token."""
         lengths = self.lengths
@@ -111,7 +111,7 @@ class TokenBatch:
                 f"cu_seqlens must start at 0 and end at the number of tokens, {len(ids)}; "
                 f"it starts at {cu[0]} and ends at {cu[-1]}"
             )
-        lengths = np.diff(cu)
+        lengths = cu[1:] - cu[:-1]
         if lengths.min() < 1:
             at = int(lengths.argmin())
             raise InputError(
@@ -161,17 +161,10 @@ class TokenBatch:
                 raise InputError(
                     f"attention_mask {mask.shape} and input_ids {ids.shape} differ in shape"
                 )
-            if mask.dtype.kind not in "biu" or not np.isin(mask, (0, 1)).all():
+            if mask.dtype.kind not in "biu" or mask.min(initial=0) < 0 or mask.max(initial=0) > 1:
                 raise InputError("attention_mask must hold 0 and 1, or booleans")
             mask = mask.astype(bool)
-        edges = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
-        runs = (edges == 1).sum(axis=1)
-        if ids.size and (runs != 1).any():
-            at = int(np.flatnonzero(runs != 1)[0])
-            raise InputError(
-                f"row {at} of attention_mask has "
-                + ("no token" if runs[at] == 0 else "padding between its tokens")
-            )
+            _check_mask(mask)
         types = None
         if token_type_ids is not None:
             types = _integers("token_type_ids", token_type_ids, 2)
@@ -180,8 +173,22 @@ class TokenBatch:
                     f"token_type_ids {types.shape} and input_ids {ids.shape} differ in shape"
                 )
             types = types[mask]
-        cu = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])
+        cu = np.zeros(len(mask) + 1, dtype=np.int64)
+        np.add.accumulate(mask.sum(axis=1), out=cu[1:])
         return cls.from_packed(ids[mask], cu, types, config=config)
+
+
+def _check_mask(mask: npt.NDArray[np.bool_]) -> None:
+    """Check that the tokens of each row of ``mask [batch, seq]`` follow each other."""
+    if not mask.size:
+        return  # the batch is empty, which is said later
+    runs = (mask[:, 1:] > mask[:, :-1]).sum(axis=1) + mask[:, 0]
+    if (runs != 1).any():
+        at = int(np.flatnonzero(runs != 1)[0])
+        raise InputError(
+            f"row {at} of attention_mask has "
+            + ("no token" if runs[at] == 0 else "padding between its tokens")
+        )
 
 
 def _too_long(sequence: int, length: int, config: ModelConfig) -> InputError:

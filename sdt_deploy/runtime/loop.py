@@ -45,6 +45,80 @@ class StateBuffers:
         return first[:n_tokens], second[:n_tokens]
 
 
+Source = Callable[[RouteStep], Array | None]
+
+SOURCES: Mapping[str, Source] = {
+    "gather_index": attrgetter("queries.gather_index"),
+    "lengths": attrgetter("queries.lengths"),
+    "scatter_index": attrgetter("queries.scatter_index"),
+    "key_bias": attrgetter("key_bias"),
+    "remaining_depth": attrgetter("remaining_depth"),
+    "query_places": attrgetter("query_places"),
+    "position_ids": lambda step: (
+        None if step.position_ids is None else step.position_ids[: step.n_active]
+    ),
+    "context_position_ids": attrgetter("position_ids"),
+    "refresh_index": attrgetter("refresh_index"),
+    "context_gather_index": lambda step: step.context and step.context.gather_index,
+    "context_lengths": lambda step: step.context and step.context.lengths,
+}
+"""Inputs of a stage besides the states, and where a step has them; None: it has not."""
+PADDED_SOURCES: Mapping[str, Source] = {
+    **SOURCES,
+    "gather_index": attrgetter("queries.padded.gather_index"),
+    "scatter_index": attrgetter("queries.padded.scatter_index"),
+    "context_gather_index": lambda step: step.context and step.context.padded.gather_index,
+}
+"""The same for format version 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """An opened stage, and where a step of the plan has what it takes."""
+
+    name: str
+    graph: Graph
+    sources: tuple[tuple[str, Source], ...]
+    """Name and source of every input besides the states."""
+    scores: bool
+    """Whether it scores its rows."""
+
+    @classmethod
+    def of(cls, spec: GraphSpec, graph: Graph) -> Stage:
+        """Look up the sources, once for all runs.
+
+        Raises:
+            BundleFormatError: if the stage takes something that no plan has.
+        """
+        known = PADDED_SOURCES if spec.attention_layout == "padded" else SOURCES
+        names = [tensor.name for tensor in spec.inputs if tensor.name not in STATES]
+        for name in names:
+            if name not in known:
+                raise _unknown_input(spec.name, name)
+        sources = tuple((name, known[name]) for name in names)
+        return cls(name=spec.name, graph=graph, sources=sources, scores=len(spec.outputs) > 1)
+
+    def inputs(self, step: RouteStep) -> dict[str, Array]:
+        """Name the arrays of ``step`` that the stage takes besides the states.
+
+        Raises:
+            BundleFormatError: if it takes something that stages of this kind do not.
+        """
+        named: dict[str, Array] = {}
+        for name, source in self.sources:
+            array = source(step)
+            if array is None:
+                raise _unknown_input(self.name, name)
+            named[name] = array
+        return named
+
+
+def _unknown_input(stage: str, name: str) -> BundleFormatError:
+    return BundleFormatError(
+        f"graph {stage} takes {shown(name)}, which no stage of this kind has; export again"
+    )
+
+
 @dataclass(frozen=True)
 class BoundStages:
     """All stage calls of a run, ready to be made one after the other.
@@ -86,7 +160,7 @@ def bind_stages(
     plan: RoutePlan,
     states: Array,
     other: Array,
-    stages: Sequence[tuple[GraphSpec, Graph]],
+    stages: Sequence[Stage],
     scores: Array | None = None,
 ) -> BoundStages:
     """Prepare all stages of ``plan``, so that nothing is left to do between them.
@@ -95,23 +169,23 @@ def bind_stages(
         plan: the route plan.
         states: ``[n_tokens, d_model]``, the entry's hidden states by row.
         other: of the same shape, to work with.
-        stages: spec and opened graph of every stage.
+        stages: all stages, opened.
         scores: ``[n_tokens, n_layers]`` float32, where stages that score write those of their rows.
     """
     calls: list[tuple[Call, tuple[Array, Array] | None]] = []
     n_tokens = len(states)
     for step in plan.steps:
-        spec, graph = stages[step.stage]
+        stage = stages[step.stage]
         n = step.n_active
         active, updated = states[:n], other[:n]
-        inputs = route_inputs(spec, step)
+        inputs = stage.inputs(step)
         inputs["hidden_states"] = active
         if step.context is not None:
             inputs["context_states"] = states
         outputs = {"updated_states": updated}
-        if len(spec.outputs) > 1 and scores is not None:
+        if stage.scores and scores is not None:
             outputs["scores"] = scores[:n]
-        call = graph.bind(inputs, outputs)
+        call = stage.graph.bind(inputs, outputs)
         if 2 * n < n_tokens:
             calls.append((call, (active, updated)))
         else:
@@ -125,53 +199,3 @@ def timed(call: Call) -> float:
     start = perf_counter()
     call()
     return (perf_counter() - start) * 1e3
-
-
-Source = Callable[[RouteStep], Array | None]
-
-SOURCES: Mapping[str, Source] = {
-    "gather_index": attrgetter("queries.gather_index"),
-    "lengths": attrgetter("queries.lengths"),
-    "scatter_index": attrgetter("queries.scatter_index"),
-    "key_bias": attrgetter("key_bias"),
-    "remaining_depth": attrgetter("remaining_depth"),
-    "query_places": attrgetter("query_places"),
-    "position_ids": lambda step: (
-        None if step.position_ids is None else step.position_ids[: step.n_active]
-    ),
-    "context_position_ids": attrgetter("position_ids"),
-    "refresh_index": attrgetter("refresh_index"),
-    "context_gather_index": lambda step: step.context and step.context.gather_index,
-    "context_lengths": lambda step: step.context and step.context.lengths,
-}
-"""Inputs of a stage besides the states, and where a step has them; None: it has not."""
-PADDED_SOURCES: Mapping[str, Source] = {
-    **SOURCES,
-    "gather_index": attrgetter("queries.padded.gather_index"),
-    "scatter_index": attrgetter("queries.padded.scatter_index"),
-    "context_gather_index": lambda step: step.context and step.context.padded.gather_index,
-}
-"""The same for format version 1."""
-
-
-def route_inputs(spec: GraphSpec, step: RouteStep) -> dict[str, Array]:
-    """Name the arrays of ``step`` that the graph of ``spec`` takes besides the states.
-
-    Raises:
-        BundleFormatError: if it takes something else.
-    """
-    sources = PADDED_SOURCES if spec.attention_layout == "padded" else SOURCES
-    named: dict[str, Array] = {}
-    for tensor in spec.inputs:
-        name = tensor.name
-        if name in STATES:
-            continue
-        source = sources.get(name)
-        array = None if source is None else source(step)
-        if array is None:
-            raise BundleFormatError(
-                f"graph {spec.name} takes {shown(name)}, which no stage of this kind has; "
-                "export again"
-            )
-        named[name] = array
-    return named

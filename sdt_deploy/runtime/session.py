@@ -28,6 +28,7 @@ from sdt_deploy.runtime.calibration import measure_costs, random_batch
 from sdt_deploy.runtime.device_loop import DeviceLoop, device_loop
 from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
+from sdt_deploy.runtime.loop import Stage
 from sdt_deploy.runtime.padded import run_padded
 from sdt_deploy.runtime.result import PathName, RunResult
 from sdt_deploy.runtime.routing import RouteRules
@@ -85,7 +86,7 @@ class Session:
         self._choice: dispatch.Choice | None = None
         self._graphs: Graphs | None = None
         if self._device_loop is None:
-            stages = [(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
+            stages = [Stage.of(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
             self._graphs = backend.graph("entry"), stages, backend.graph("head")
 
     @classmethod

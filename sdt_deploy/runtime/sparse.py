@@ -8,18 +8,17 @@ from time import perf_counter
 
 import numpy as np
 
-from sdt_deploy.bundle import GraphSpec
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Array, Backend, Graph
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.layer_routing import LayerRouter
-from sdt_deploy.runtime.loop import bind_stages, timed
+from sdt_deploy.runtime.loop import Stage, bind_stages, timed
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules
 from sdt_deploy.runtime.stopping import StopCheck
 
-Graphs = tuple[Graph, list[tuple[GraphSpec, Graph]], Graph]
+Graphs = tuple[Graph, list[Stage], Graph]
 """Entry, stages and head."""
 
 
