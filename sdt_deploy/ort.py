@@ -22,7 +22,7 @@ from sdt_deploy.errors import BackendError, ConfigError, MissingProviderError
 from sdt_deploy.extras import require
 from sdt_deploy.forking import fork_safe_lock
 
-SLOWER_FUSIONS = ("MatMulAddFusion", "BiasGeluFusion")
+SLOWER_FUSIONS = ("MatMulAddFusion", "BiasGeluFusion", "SkipLayerNormFusion")
 """Graph optimisations of ONNX Runtime that cost time on the CPU, dense baseline included; see
 ``docs/decisions/002-graph-forms.md``."""
 
