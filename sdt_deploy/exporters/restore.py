@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdt_deploy.bundle import Bundle
+from sdt_deploy.bundle import WEIGHTS, Bundle, GraphSpec
 from sdt_deploy.exporters.quantization import QUANTIZED, SCALE, ZERO_POINT, dequantize
 from sdt_deploy.extras import require
 from sdt_deploy.model.checkpoints import model_with_weights
@@ -34,7 +33,7 @@ def restore(bundle: Bundle) -> SparseDepthTransformer:
     graphs = bundle.manifest.graphs
     for spec in (graphs["entry"], *bundle.manifest.stages, graphs["head"]):
         offset = spec.layers[0] if spec.layers is not None else 0
-        for name, array in _initializers(bundle.file(spec.file)):
+        for name, array in _initializers(bundle, spec):
             key, transposed = _model_name(name, offset)
             if key is not None:
                 weight = (array.T if transposed else array).astype(np.float32, order="C")
@@ -46,9 +45,16 @@ def restore(bundle: Bundle) -> SparseDepthTransformer:
     return model_with_weights(bundle.manifest.model, tensors, where=str(bundle.path))
 
 
-def _initializers(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _initializers(bundle: Bundle, spec: GraphSpec) -> Iterator[tuple[str, np.ndarray]]:
     onnx = require("onnx", extra="export", purpose="Reading the weights of a bundle")
-    graph = onnx.load(str(path)).graph
+    graph = onnx.load(str(bundle.file(spec.file)), load_external_data=False).graph
+    # The package itself would refuse weights that have a second name, as in copies by hard links.
+    for tensor in filter(onnx.external_data_helper.uses_external_data, graph.initializer):
+        place = onnx.external_data_helper.ExternalDataInfo(tensor)
+        with bundle.file(WEIGHTS).open("rb") as weights:
+            weights.seek(place.offset)
+            tensor.raw_data = weights.read(place.length)
+        tensor.data_location = onnx.TensorProto.DEFAULT
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for name, array in arrays.items():
         weight = name.removesuffix(QUANTIZED)

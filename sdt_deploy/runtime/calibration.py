@@ -11,11 +11,22 @@ from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate
 from sdt_deploy.runtime.result import RunResult
+from sdt_deploy.runtime.splitting import PartLimits
 
 MIN_RUNS, MIN_MS = 5, 50.0
 """Of each path and size; runs of half a millisecond need more than five of them to be told apart
 from what else the machine does. The paths take turns: a machine that is slow for a while is so for
 all of them."""
+
+
+def calibration_tokens(limits: PartLimits, *, on_device: bool) -> int:
+    """Return how many tokens keep the hardware busy enough to tell what they cost.
+
+    On a CPU a quarter of what runs at once, as that grows with the threads, within bounds: with
+    eight threads 512 tokens told too little of long sequences, and more than 2048 would only take
+    longer.
+    """
+    return 16_384 if on_device else min(max(512, limits.max_padded_tokens // 4), 2048)
 
 
 def random_batch(config: ModelConfig, lengths: Sequence[int]) -> TokenBatch:

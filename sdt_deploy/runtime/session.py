@@ -24,7 +24,7 @@ from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.caches import CacheUsage
-from sdt_deploy.runtime.calibration import measure_costs, random_batch
+from sdt_deploy.runtime.calibration import calibration_tokens, measure_costs, random_batch
 from sdt_deploy.runtime.device_loop import DeviceLoop, device_loop
 from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
@@ -400,7 +400,7 @@ class Session:
                     limit = partial(limits.max_sequences, config)
                 sizes = dispatch.calibration_sizes(
                     longest_sequence(self.backend.profiles, config.max_positions),
-                    n_tokens=16384 if self.on_device else 512,
+                    n_tokens=calibration_tokens(self._part_limits, on_device=self.on_device),
                     max_sequences=limit,
                 )
                 costs = self._costs = measure_costs(

@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 
 from sdt_deploy.config import Routing
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.calibration import measure_costs, thresholds_for_shares
+from sdt_deploy.runtime.calibration import (
+    calibration_tokens,
+    measure_costs,
+    thresholds_for_shares,
+)
 from sdt_deploy.runtime.dispatch import Path, calibration_sizes, expected_work
 from sdt_deploy.runtime.result import RunResult, Timings
 from sdt_deploy.runtime.session import Session
+from sdt_deploy.runtime.splitting import PartLimits
 from sdt_deploy.testing import OracleBackend, memory_bundle
 from tests.runtime.test_dispatch import CONFIG
 from tests.samples import ExportedModel, random_model
@@ -93,3 +98,12 @@ def test_a_cost_model_can_be_asked_for_whoever_scores(routing: Routing) -> None:
     bundle = memory_bundle(model)
     with Session(bundle, OracleBackend(bundle, model)) as session:
         assert "sparse" in session.cost_model().lines
+
+
+@pytest.mark.parametrize(
+    ("max_padded_tokens", "tokens"), [(64, 512), (2048, 512), (8192, 2048), (131_072, 2048)]
+)
+def test_more_tokens_are_timed_where_more_run_at_once(max_padded_tokens: int, tokens: int) -> None:
+    limits = PartLimits(max_padded_tokens=max_padded_tokens)
+    assert calibration_tokens(limits, on_device=False) == tokens
+    assert calibration_tokens(limits, on_device=True) == 16_384
