@@ -79,8 +79,13 @@ def check_file(
         BundleIntegrityError: if it is missing or another.
     """
     path = directory / name
-    if not path.is_file() or path.resolve() != directory.resolve() / name:
+    if not path.is_file():
         raise BundleIntegrityError(f"{path} is missing or not a regular file")
+    if path.resolve() != directory.resolve() / name:
+        raise BundleIntegrityError(
+            f"{path} is a symbolic link, or lies behind one; a bundle holds its files itself. Copy "
+            "it with cp -rL, or, from a model hub, download it into a local directory"
+        )
     size = path.stat().st_size
     if size != expected["size_bytes"]:
         raise BundleIntegrityError(
