@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sdt_deploy.commands import bundles, engines, generating, looking, models, training
-from sdt_deploy.console import console, fail, report_bug
+from sdt_deploy.console import console, fail, print_what_the_encoding_lacks, report_bug
 from sdt_deploy.errors import SdtDeployError
 from sdt_deploy.version import __version__
 
@@ -65,6 +65,7 @@ def main() -> None:
     Exit codes: 0 when all is well, 2 for what the user can mend, with one message and no traceback,
     1 for a bug, 130 and 143 after SIGINT and SIGTERM, 141 when nobody reads the output any more.
     """
+    print_what_the_encoding_lacks()
     try:
         app()
     except SdtDeployError as error:

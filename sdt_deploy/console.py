@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -35,6 +36,12 @@ class Output(Console):
 
 console = Output()
 messages = Console(stderr=True)
+
+
+def print_what_the_encoding_lacks() -> None:
+    """Let characters that standard output cannot encode come out as escapes, as on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def be_quiet(quiet: bool) -> None:

@@ -186,6 +186,17 @@ def test_piped_text_is_not_broken(place: Path) -> None:
     assert f"{out}: output (2, 16) float32\n" in done.stdout
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_output_that_cannot_encode_all(place: Path, encoding: str) -> None:
+    """As in containers without a locale: what the encoding lacks comes out as an escape."""
+    arguments = ["run", str(place / "bundle"), "--ids", str(place / "ids.npy")]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, check=True, env=env)
+    shown = done.stdout.decode(encoding)
+    assert ("\u2026" in shown) == (encoding == "cp1252")
+    assert ("\\u2026" in shown) == (encoding == "ascii")
+
+
 def test_a_reader_that_goes_away(place: Path) -> None:
     """As ``sdt-deploy inspect bundle --json | head -1`` under ``set -o pipefail``."""
     for arguments in (["--json"], []):

@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
             packages[name] = None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -34,6 +34,12 @@ def environment() -> dict[str, Any]:
         "n_threads": pool_threads(),
         "packages": packages,
     }
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    started = ["python", "-m", "sdt_deploy"] if program == "__main__.py" else [program]
+    return shlex.join([*started, *sys.argv[1:]])
 
 
 def _processor() -> str:
