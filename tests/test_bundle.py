@@ -193,7 +193,8 @@ def test_verify_and_restore(exported: Exported, name: str) -> None:
 def test_a_copy_by_hard_links_is_as_good(exported: Exported, tmp_path: Path) -> None:
     """As backups and package stores make them; the onnx package refuses to read such weights."""
     sample = exported("all-embedding")
-    shutil.copytree(sample.bundle, tmp_path / "b", copy_function=os.link)
+    shutil.copytree(sample.bundle, tmp_path / "a")  # other tests use the sample
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=os.link)
     bundle = Bundle.open(tmp_path / "b")
     with Session.open(bundle) as session:
         verify_bundle(bundle, session)

@@ -173,6 +173,7 @@ def test_progress_shows_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
     shown = io.StringIO()
     terminal = rich.console.Console(file=shown, force_terminal=True, width=200)
     monkeypatch.setattr(console, "messages", terminal)
+    monkeypatch.setattr(console.console, "quiet", False)
     with console.progress_bar("build") as advance:
         advance("no kernel for ForeignNode[/model/a...[/b]]", 1, 2)
     assert "ForeignNode[/model/a...[/b]]" in shown.getvalue()
