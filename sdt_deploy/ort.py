@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sdt_deploy.config import is_integer, shown
+from sdt_deploy.cores import usable_cores
 from sdt_deploy.errors import BackendError, ConfigError, MissingProviderError
 from sdt_deploy.extras import require
 from sdt_deploy.forking import fork_safe_lock
@@ -36,13 +37,6 @@ _pool_threads: int | None = None
 def runtime() -> Any:
     """Import onnxruntime, or say how to install it."""
     return require("onnxruntime", extra="cpu", purpose="Running ONNX graphs")
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def ensure_thread_pool(n_threads: int | None = None) -> None:

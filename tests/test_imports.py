@@ -25,6 +25,7 @@ LEVELS = (
     "arrays",
     "external_data",
     "forking",
+    "cores",
     "checks",
     "config_parts",
     "config",

@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sdt_deploy.cores import usable_cores
 from sdt_deploy.gpu import driver
-from sdt_deploy.ort import pool_threads, usable_cores
+from sdt_deploy.ort import pool_threads
 from sdt_deploy.version import __version__
 
 

@@ -52,7 +52,7 @@ def test_the_loss_is_zero_for_the_teacher_itself_and_blind_to_padding(kind: str)
     same, _ = distillation_loss(
         head, states(0), states(0), head, mask(), LossWeights(), TeacherMemory(8)
     )
-    assert float(same) == pytest.approx(0, abs=1e-5)
+    assert same.item() == pytest.approx(0, abs=1e-5)
     other = states(1)
     found, terms = distillation_loss(
         head, other, states(0), head, mask(), LossWeights(), TeacherMemory(8)

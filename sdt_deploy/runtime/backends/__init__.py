@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sdt_deploy.bundle import Bundle
+from sdt_deploy.cores import usable_cores
 from sdt_deploy.errors import BackendError
-from sdt_deploy.ort import usable_cores
 from sdt_deploy.runtime.backend import Backend
 
 BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch")
