@@ -11,7 +11,9 @@ from sdt_deploy.choices import BackendChoice
 from sdt_deploy.console import be_quiet
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: all usable cores.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Threads; default: all usable cores.")
+]
 BackendOption = Annotated[
     BackendChoice, typer.Option(help="What runs the graphs; see sdt-deploy doctor.")
 ]
