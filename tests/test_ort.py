@@ -50,6 +50,20 @@ except sdt_deploy.BackendError as error:
     assert "already runs ONNX Runtime with 2 threads and cannot change to 1" in python(code)
 
 
+def test_the_pool_keeps_to_the_quota_of_a_container(tmp_path: Path) -> None:
+    (tmp_path / "membership").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    code = f"""
+from pathlib import Path
+from sdt_deploy import cores
+cores.CGROUPS, cores.MEMBERSHIP = Path({str(tmp_path)!r}), Path({str(tmp_path / "membership")!r})
+cores.os.sched_getaffinity = lambda pid: set(range(4))
+run()
+assert ort.pool_threads() == 1
+"""
+    python(code)
+
+
 def test_a_pool_of_the_host_application_is_kept() -> None:
     code = """
 import onnxruntime

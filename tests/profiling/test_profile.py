@@ -95,6 +95,17 @@ def test_other_paths(exported: Exported, path: str) -> None:
     assert {one.graph for one in found.operators} == {path}
 
 
+@pytest.mark.parametrize("path", ["sparse", "single", "masked", "dense"])
+def test_the_slower_fusions_are_off(exported: Exported, path: str) -> None:
+    """Decision 002: on the CPU their kernels take longer than the nodes that they replace."""
+    sample = exported("all-embedding")
+    batch = random_batch(sample.model.config, [9, 5], 0)
+    found = profile(Bundle.open(sample.bundle), batch, path=path, budget_s=0.1)  # type: ignore[arg-type]
+    operators = {one.operator for one in found.operators}
+    assert "LayerNormalization" in operators
+    assert not operators & {"SkipLayerNormalization", "BiasGelu"}
+
+
 def test_recording_changes_nothing(exported: Exported) -> None:
     sample = exported("all-grouped")
     batch = random_batch(sample.model.config, [9, 5, 12], 0)
