@@ -52,7 +52,9 @@ def cpu_quota(cgroups: Path, membership: Path) -> float | None:
 def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
     """Find the directories of the groups that share out CPU time, and those above them.
 
-    In a container, the path of a group may be that on the host, and its own directory the root.
+    In a container, the path of a group may be that on the host, and its own directory the root. The
+    directory of version 1 may name its controllers in another order than the process's file does,
+    but is then called ``cpu`` as well.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -63,7 +65,8 @@ def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
         controllers, _, path = rest.partition(":")
         if controllers and "cpu" not in controllers.split(","):
             continue
-        root = cgroups / controllers if controllers else cgroups
-        group = root / path.strip("/")
-        yield group
-        yield from (one for one in group.parents if one.is_relative_to(root))
+        for name in {controllers, "cpu"} if controllers else {""}:
+            root = cgroups / name
+            group = root / path.strip("/")
+            yield group
+            yield from (one for one in group.parents if one.is_relative_to(root))

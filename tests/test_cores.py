@@ -32,6 +32,11 @@ def tree(root: Path, files: dict[str, str]) -> Path:
             | {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
             6.0,
         ),
+        (
+            "4:cpuacct,cpu:/pod\n",
+            {"cpu/pod/cpu.cfs_quota_us": "50000\n", "cpu/pod/cpu.cfs_period_us": "100000\n"},
+            0.5,
+        ),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
         ("3:cpuset:/\n", {"cpuset/cpu.cfs_quota_us": "1", "cpuset/cpu.cfs_period_us": "1"}, None),
         ("0::/\n", {"cpu.max": "1 0"}, None),
