@@ -82,7 +82,7 @@ def remarks(cases: Sequence[CaseResult], texts: TextsResult | None) -> list[str]
 
 
 def plot(cases: Sequence[CaseResult], path: Path) -> None:
-    """Draw measured, FLOPs and ideal ratio over the number of tokens, as PNG.
+    """Draw measured, FLOPs and ideal ratios over the number of tokens, as PNG.
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
@@ -98,11 +98,14 @@ def plot(cases: Sequence[CaseResult], path: Path) -> None:
     axes.axhline(1.0, color="0.4", linewidth=1)
     axes.annotate("dense", (tokens[0], 1.0), xytext=(0, 3), textcoords="offset points", color="0.4")
     axes.plot(tokens, [c.ratio for c in ordered], "o-", label="measured: sparse / dense")
+    axes.plot(tokens, [c.auto_ratio for c in ordered], ".-", label="measured: auto / dense")
     axes.plot(tokens, [c.flops_ratio for c in ordered], "--", label="operations: sparse / dense")
-    axes.plot(tokens, [c.ideal_ratio for c in ordered], ":", label="active layer-tokens / all")
+    axes.plot(
+        tokens, [c.ideal_ratio for c in ordered], ":", label="ideal: active layer-tokens / all"
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(set(tokens)), labels=[str(n) for n in sorted(set(tokens))])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))
     axes.set_xlabel("tokens in the batch")
     axes.set_ylabel("ratio")
     first, depths = ordered[0], [case.mean_depth for case in ordered]
