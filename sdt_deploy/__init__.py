@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdt_deploy.errors import (
     BackendError,
+    BuildError,
     BundleError,
     BundleFormatError,
     BundleIntegrityError,
@@ -25,6 +26,7 @@ from sdt_deploy.errors import (
     OutputError,
     RunCancelledError,
     SdtDeployError,
+    TrainingError,
     VerificationError,
 )
 from sdt_deploy.version import __version__ as __version__
@@ -58,6 +60,7 @@ _LAZY = {
 
 __all__ = [
     "BackendError",
+    "BuildError",
     "Bundle",
     "BundleError",
     "BundleFormatError",
@@ -85,6 +88,7 @@ __all__ = [
     "Session",
     "SessionStatistics",
     "Timings",
+    "TrainingError",
     "VerificationError",
     "generate",
 ]

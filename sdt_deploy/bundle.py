@@ -35,6 +35,8 @@ ATTENTION_LAYOUTS: Mapping[int, Mapping[str, str]] = {
     7: {"decomposed": "padded-heads", "fused": "padded-rows"},
 }
 """How a stage lays rows out for attention, by format version and :attr:`ExportConfig.attention`."""
+MARKER = MANIFEST, FORMAT
+"""By which a bundle is known; see :func:`sdt_deploy.files.new_directory`."""
 WEIGHTS = "weights.bin"
 REFERENCE = "reference.npz"
 TOKENIZER = "tokenizer.json"
@@ -335,6 +337,39 @@ class Bundle:
         for spec in manifest.graphs.values():
             check_places(directory / spec.file, weights=directory / WEIGHTS, n_bytes=n_bytes)
         return cls(path=directory, manifest=manifest)
+
+    def check_current(self) -> None:
+        """Check that what was read from the directory until now is of this bundle.
+
+        Whoever reads a file later than :meth:`open` calls this afterwards: a bundle is replaced as
+        a whole, so while its manifest lists the same files, they are the same.
+
+        Raises:
+            BundleIntegrityError: if another export, or nothing, stands in its place.
+        """
+        self._content_now()
+
+    def current(self) -> Manifest:
+        """Read the manifest as it stands now; records and engines may have been added to it.
+
+        Raises:
+            BundleIntegrityError: if another export, or nothing, stands in its place.
+        """
+        return Manifest.from_json(self._content_now(), where=str(self.path / MANIFEST))
+
+    def _content_now(self) -> bytes:
+        try:
+            content = read_bytes(self.path / MANIFEST, max_bytes=MAX_JSON_BYTES)
+            body = parse_json(content)
+        except (OSError, ValueError) as error:
+            raise BundleIntegrityError(
+                f"{self.path} was removed after it was opened: {error}"
+            ) from error
+        if not isinstance(body, dict) or body.get("files") != self.manifest.files:
+            raise BundleIntegrityError(
+                f"{self.path} was exported anew after it was opened; open it again"
+            )
+        return content
 
     def file(self, name: str) -> Path:
         """Return the path of a listed file.

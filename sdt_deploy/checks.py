@@ -60,6 +60,14 @@ def check_positive(name: str, value: object, high: int = MAX_SIZE) -> None:
     )
 
 
+def check_above_zero(name: str, value: object) -> None:
+    """Check that ``value`` is a finite number above 0."""
+    check(
+        is_number(value) and value > 0,  # type: ignore[operator]
+        f"{name} must be a finite number above 0, not {shown(value)}",
+    )
+
+
 def check_flag(name: str, value: object) -> None:
     """Check that ``value`` is a boolean."""
     check(isinstance(value, bool), f"{name} must be true or false, not {shown(value)}")

@@ -9,10 +9,9 @@
     │   ├── BundleFormatError       not a bundle, or of a version this release cannot read
     │   └── BundleIntegrityError    a file is missing, altered or lies outside the bundle
     ├── ExportError             a graph could not be exported
-    │   └── VerificationError       an exported graph disagrees with the PyTorch model
-    ├── TrainingError           a distillation cannot go on
     │   ├── VerificationError       an exported graph disagrees with the PyTorch model
     │   └── BuildError              an engine could not be built from a graph
+    ├── TrainingError           a distillation cannot go on
     ├── InputError              ids, lengths or texts that cannot be run
     ├── BackendError            an engine failed
     │   └── MissingProviderError    the engine lacks the execution provider that was asked for

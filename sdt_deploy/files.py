@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,6 @@ def new_directory(
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(place)
         temporary.mkdir()
-        temporary.chmod(0o755)
         yield temporary
         sync_tree(temporary)
         if _checked(target, marker, overwrite) != place:
@@ -157,6 +157,34 @@ def new_directory(
     finally:
         if temporary is not None:
             _remove(temporary)
+
+
+def check_replaceable(target: Path, marker: tuple[str, str], *, overwrite: bool) -> None:
+    """Check, before long work, that :func:`new_directory` could put something at ``target``.
+
+    Raises:
+        OutputError: if it could not, as far as that can be told without writing.
+    """
+    try:
+        _checked(target, marker, overwrite)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error}") from error
+
+
+def check_writable(target: Path) -> None:
+    """Check, before long work, that :func:`write_file` could write ``target``.
+
+    Raises:
+        OutputError: if it could not. The folder of ``target`` is made, as it will be needed.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{target} cannot be written: {error}") from error
 
 
 def _temporary(place: Path) -> Path:
@@ -266,7 +294,6 @@ def write_file(target: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
         temporary.rename(target)
         _sync_parent(target)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or no name at all

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdt_deploy.bundle import Bundle, Manifest
+from sdt_deploy.bundle import MARKER, Bundle, Manifest
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import InputError
 from sdt_deploy.extras import require
+from sdt_deploy.files import new_directory, write_file
 from sdt_deploy.model.blocks import Scorer
 from sdt_deploy.model.cards import model_card
 from sdt_deploy.model.checkpoints import FORMAT, FORMAT_VERSION, MODEL_TYPE
@@ -129,7 +130,7 @@ class SdtModelOutput(transformers.utils.ModelOutput):  # type: ignore[misc]
     output: Tensor | None = None
     """Of the head: ``[batch, width]``, or ``[batch, seq, width]`` for heads per token."""
     scores: Tensor | None = None
-    """``[batch, seq]`` float32."""
+    """``[batch, seq]`` float32; with routing ``per_layer`` ``[batch, seq, n_layers]``."""
     depths: Tensor | None = None
     """``[batch, seq]`` int32; 0 for padding."""
 
@@ -179,8 +180,10 @@ class SdtModel(transformers.PreTrainedModel):  # type: ignore[misc]
             return_dict: False: a tuple.
 
         Raises:
-            InputError: if padding stands before tokens.
+            InputError: if the ids are no batch, or padding stands before tokens.
         """
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise InputError(f"input_ids must be [batch, seq], not {list(input_ids.shape)}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.bool()
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
@@ -204,9 +207,8 @@ class SdtModel(transformers.PreTrainedModel):  # type: ignore[misc]
         card = Path(save_directory) / "README.md"
         if not card.exists():
             config = self.config
-            card.write_text(
-                model_card(config.sdt, provenance=config.provenance, quality=config.quality)
-            )
+            text = model_card(config.sdt, provenance=config.provenance, quality=config.quality)
+            write_file(card, text.encode())
 
     @classmethod
     def from_bundle(cls, bundle: str | Path | Bundle) -> Self:
@@ -314,10 +316,20 @@ class BundleModule(nn.Module):
         return features
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Copy the bundle, so that what ``SentenceTransformer.save`` writes stands alone."""
-        shutil.copytree(
-            self.session.bundle.path, Path(output_path) / self._BUNDLE, dirs_exist_ok=True
-        )
+        """Copy the bundle, so that what ``SentenceTransformer.save`` writes stands alone.
+
+        A bundle that is there already is replaced.
+
+        Raises:
+            BundleIntegrityError: if this one was removed or exported anew since it was opened.
+            OutputError: if it cannot be written.
+        """
+        source, target = self.session.bundle.path, Path(output_path) / self._BUNDLE
+        if target.exists() and target.samefile(source):
+            return
+        with new_directory(target, marker=MARKER, overwrite=True) as directory:
+            shutil.copytree(source, directory, dirs_exist_ok=True)
+            self.session.bundle.check_current()
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **_: Any) -> Self:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sdt_deploy.bundle import TOKENIZER, Bundle
 from sdt_deploy.config import MAX_SIZE, shown
-from sdt_deploy.errors import CheckpointError, InputError
+from sdt_deploy.errors import BundleIntegrityError, CheckpointError, InputError
 from sdt_deploy.extras import require
 from sdt_deploy.files import read_bytes
 
@@ -39,11 +39,18 @@ class TextTokenizer:
 
         Raises:
             InputError: if it has none.
+            BundleIntegrityError: if the bundle was removed or exported anew since it was opened.
             CheckpointError: if its file is no tokenizer.
         """
         if not bundle.has(TOKENIZER):
             raise InputError("this bundle has no tokenizer; pass token ids instead of texts")
-        return cls(bundle.file(TOKENIZER).read_bytes())
+        path = bundle.file(TOKENIZER)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BundleIntegrityError(f"{path} cannot be read: {error}") from error
+        bundle.check_current()
+        return cls(content)
 
     def encode(
         self,
@@ -177,11 +184,13 @@ def _errors_of_the_library() -> Iterator[None]:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 text file that hold more than white space.
 
+    Lines end at line feeds, as in other tools; a byte order mark is left out.
+
     Raises:
         InputError: if the file cannot be read or holds no such line.
     """
     try:
-        lines = read_bytes(path, max_bytes=MAX_TEXT_BYTES).decode().splitlines()
+        lines = read_bytes(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     lines = [line.strip() for line in lines if line.strip()]

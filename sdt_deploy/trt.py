@@ -17,7 +17,7 @@ from typing import Any
 
 from sdt_deploy.buckets import Shapes
 from sdt_deploy.config import EngineFlavour, Precision
-from sdt_deploy.errors import BackendError, ConfigError, MissingExtraError
+from sdt_deploy.errors import BackendError, ConfigError
 from sdt_deploy.extras import require
 
 MAX_LAYER_NAME = 200
@@ -140,14 +140,14 @@ def load(chosen: Flavour) -> Any:
     """
     try:
         return require(chosen.module, extra=chosen.name, purpose=f"The target {chosen.name}")
-    except MissingExtraError:
-        raise
-    except (ImportError, OSError, RuntimeError) as error:
+    except (BackendError, RuntimeError) as error:
         # The package is there, a shared library is not: CUDA's, or TensorRT's own, which the
         # package has from NVIDIA's index.
+        said = str(error)
+        if not isinstance(error, BackendError):
+            said = f"{chosen.module} is installed and cannot be loaded: {error}"
         raise BackendError(
-            f"{chosen.module} is installed and cannot be loaded: {error}. A library that it needs "
-            "is missing: see docs/how-to-tensorrt.md"
+            f"{said}. A library that it needs is missing: see docs/how-to-tensorrt.md"
         ) from error
 
 

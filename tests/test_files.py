@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from sdt_deploy import files
 from sdt_deploy.errors import OutputError
-from sdt_deploy.files import new_directory, write_file
+from sdt_deploy.files import check_replaceable, check_writable, new_directory, write_file
 
 MARKER = ("mark.json", "mine")
 
@@ -109,3 +110,30 @@ def test_another_writer_between_the_last_look_and_the_rename(
         (directory / "ours").touch()
     assert [path.name for path in target.iterdir()] == ["theirs"]
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_the_umask_is_obeyed(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_file(tmp_path / "file", b"")
+        with new_directory(tmp_path / "out", marker=MARKER) as directory:
+            (directory / "inside").touch()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"file": 0o600, "out": 0o700, "inside": 0o600}
+
+
+def test_targets_are_looked_at_before_long_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new" / "report.html")
+    check_writable(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "new"]
+    for target in (tmp_path, tmp_path / "file" / "below", Path("/proc/a")):
+        with pytest.raises(OutputError, match="cannot be written"):
+            check_writable(target)
+    check_replaceable(tmp_path / "free", MARKER, overwrite=False)
+    check_replaceable(tmp_path / "new", MARKER, overwrite=True)
+    for target, overwrite in ((tmp_path / "new", False), (tmp_path, True)):
+        with pytest.raises(OutputError, match=r"exists already|will not be replaced"):
+            check_replaceable(target, MARKER, overwrite=overwrite)

@@ -175,8 +175,19 @@ def test_sentence_transformers(made: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(prompted, model.encode(["w3 w4"]), rtol=0, atol=1e-6)
     model.save(str(tmp_path / "saved"))
     again = st.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True)
+    again.save(str(tmp_path / "saved"))  # over itself
+    again.save(str(tmp_path / "twice"))
+    again.save(str(tmp_path / "twice"))
+    assert Bundle.open(tmp_path / "twice" / "bundle").manifest == again[0].session.manifest
     # Another session measures anew which path is faster here, and paths round differently.
     np.testing.assert_allclose(again.encode(lines, batch_size=6), found, rtol=0, atol=1e-6)
+
+
+def test_ids_that_are_no_batch(made: Path) -> None:
+    model = hf.SdtModel.from_bundle(made / "bundle")
+    for shape in ((1, 0), (0, 3), (4,)):
+        with pytest.raises(InputError, match=r"input_ids must be \[batch, seq\]"):
+            model(torch.zeros(shape, dtype=torch.int64))
 
 
 def test_only_embeddings_are_sentence_embeddings(made: Path, tmp_path: Path) -> None:

@@ -136,5 +136,7 @@ def test_what_cannot_be_planned() -> None:
             auto_stages(checkpoint, config)
     with pytest.raises(InputError, match="positions reach"):
         auto_stages(checkpoint, ExportConfig(), batch=(2, 1000))
+    with pytest.raises(InputError, match="at least 8 tokens"):
+        auto_stages(checkpoint, ExportConfig(), batch=(7, 1))
     with pytest.raises(ConfigError, match="no text sample"):
         auto_stages(Checkpoint(model=checkpoint.model, provenance={}), ExportConfig())

@@ -112,3 +112,9 @@ def test_what_is_no_text_file(tmp_path: Path) -> None:
     for path in ("fifo", "latin", "empty", "none", ".", "a\0b", "x" * 5000, "/dev/zero"):
         with pytest.raises(InputError):
             read_lines(tmp_path / path)
+
+
+def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffa b\r\n\n c\u2028d\x0be\x85f \n".encode())
+    assert read_lines(path) == ["a b", "c\u2028d\x0be\x85f"]

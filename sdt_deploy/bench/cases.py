@@ -127,8 +127,9 @@ def parse_case(text: str) -> tuple[int, int]:
 
 
 def default_cases(max_positions: int) -> tuple[tuple[int, int], ...]:
-    """Return the default grid as far as the positions reach."""
-    return tuple((b, s) for b in GRID_BATCH for s in GRID_SEQ if s <= max_positions)
+    """Return the default grid as far as the positions reach; the longest sequences if none fits."""
+    lengths = [seq for seq in GRID_SEQ if seq <= max_positions] or [max_positions]
+    return tuple((batch, seq) for batch in GRID_BATCH for seq in lengths)
 
 
 def check_cases(cases: Sequence[tuple[int, int]], max_positions: int) -> None:

@@ -27,7 +27,7 @@ from sdt_deploy.bench.report import plot, remarks, table
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import ConfigError, MissingExtraError
 from sdt_deploy.extras import require
-from sdt_deploy.files import write_file
+from sdt_deploy.files import check_writable, write_file
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_loop import for_devices
 from sdt_deploy.runtime.result import RunResult
@@ -101,6 +101,9 @@ def run_bench(
         require("matplotlib", extra="demo", purpose="Drawing the plot")
     if options.report_file is not None:
         require("vl_convert", extra="report", purpose="Making the report")
+    for target in (options.json_file, options.plot_file, options.report_file):
+        if target is not None:
+            check_writable(target)
     longest = bundle.manifest.model.max_positions
     sizes = parse_cases(options.cases) if options.cases else default_cases(longest)
     check_cases(sizes, longest)

@@ -12,7 +12,7 @@ import torch
 
 from sdt_deploy.bench.cases import check_cases
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
-from sdt_deploy.errors import ConfigError
+from sdt_deploy.errors import ConfigError, InputError
 from sdt_deploy.exporters.export import Progress, export_stages
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.probe import depth_histogram
@@ -24,6 +24,8 @@ from sdt_deploy.stages import StageCosts, active_rows, plan_stages
 
 DEFAULT_BATCH = (8, 128)
 """Sequences and tokens of each, for which stages are planned unless told otherwise."""
+MIN_TOKENS = 8
+"""Of such a batch: some have to leave, and some to stay."""
 _ROUNDS = 15
 _WARM_UP = 3
 _FEW = 0.25
@@ -50,7 +52,7 @@ def auto_stages(
 
     Raises:
         ConfigError: if there is no text sample, or ``config`` is for GPUs, or asks for stages.
-        InputError: if ``batch`` does not fit the model.
+        InputError: if ``batch`` does not fit the model, or has too few tokens.
     """
     model = checkpoint.model.config
     if config.attention != "decomposed" or config.precision != "float32":
@@ -68,6 +70,11 @@ def auto_stages(
     if batch is None:
         batch = DEFAULT_BATCH[0], min(DEFAULT_BATCH[1], model.max_positions)
     check_cases([batch], model.max_positions)
+    if batch[0] * batch[1] < MIN_TOKENS:
+        raise InputError(
+            f"stages are planned from batches of at least {MIN_TOKENS} tokens, not "
+            f"{batch[0]}x{batch[1]}"
+        )
     histogram = depth_histogram(checkpoint.model, checkpoint.sample)
     costs = measure_stage_costs(model, config, batch, n_threads=n_threads, progress=progress)
     return plan_stages(active_rows(histogram, batch[0] * batch[1]), costs)

@@ -23,6 +23,7 @@ from sdt_deploy.commands.options import (
     Truncate,
 )
 from sdt_deploy.console import (
+    clean_up_on_sigterm,
     console,
     print_depths,
     print_engines,
@@ -210,6 +211,7 @@ def bench(
         backend=backend.value,
         n_threads=n_threads,
     )
+    clean_up_on_sigterm()
     with progress_bar("bench") as advance:
         outcome = run_bench(bundle, options, progress=advance)
     if as_json:

@@ -23,7 +23,7 @@ from sdt_deploy.commands.options import (
     Threads,
     Truncate,
 )
-from sdt_deploy.console import console, print_json, print_profile, print_tokens
+from sdt_deploy.console import clean_up_on_sigterm, console, print_json, print_profile, print_tokens
 from sdt_deploy.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def profile(
         if case is not None:
             raise InputError("give --case or inputs of your own, not both")
         given = read_inputs(text, texts, ids)
+    clean_up_on_sigterm()
     found = measure(
         opened,
         profiled_batch(opened, case, given),

@@ -83,6 +83,12 @@ def _overlap(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating], count: in
 
 
 def spearman(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
-    """Return Spearman's rho of two vectors; ties take their first rank."""
-    first, second = (np.argsort(np.argsort(x, kind="stable")) for x in (a, b))
+    """Return Spearman's rho of two vectors; equal values share the mean of their ranks."""
+    first, second = map(_mean_ranks, (a, b))
     return float(np.corrcoef(first, second)[0, 1])
+
+
+def _mean_ranks(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: npt.NDArray[np.floating] = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    return ranks

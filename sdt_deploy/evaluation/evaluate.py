@@ -20,9 +20,8 @@ from sdt_deploy.errors import CheckpointError, InputError
 from sdt_deploy.evaluation.agreement import agreement
 from sdt_deploy.evaluation.oracle import Embedded, embed_with_oracle, rows_of
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
-from sdt_deploy.model.conversion import at_depth, load_any
+from sdt_deploy.model.conversion import at_depth, encoded, load_any
 from sdt_deploy.runtime.session import Session
-from sdt_deploy.tokenization import TextTokenizer
 
 BATCH_TEXTS = 32
 Subject = Bundle | Checkpoint
@@ -95,8 +94,6 @@ def reference_of(
         InputError: if there are too few texts.
     """
     dense = load_any(teacher)
-    if dense.tokenizer is None:
-        raise CheckpointError(f"{teacher} has no tokenizer, and texts are to be read")
     own = dense.model.config
     if own.head.kind != "embedding":
         raise CheckpointError(
@@ -113,10 +110,7 @@ def reference_of(
                 f"{config.head.kind}, {config.vocab_size} and {own.head.kind}, {own.vocab_size}"
             )
     longest = min(own.max_positions, *(config_of(subject).max_positions for _, subject in subjects))
-    ids, cu_seqlens = TextTokenizer(dense.tokenizer).encode(
-        texts, max_length=longest, overflow="truncate"
-    )
-    sample = TokenSample(input_ids=ids, cu_seqlens=cu_seqlens)
+    sample = encoded(dense, texts, longest)
     return Reference(
         teacher=str(dense.provenance.get("source") or teacher.name),
         config=own,
@@ -137,6 +131,7 @@ def evaluate(subject: Path, teacher: Path, texts: Sequence[str], *, record: bool
         record: write the result into a bundle's manifest, in place of an earlier one.
 
     Raises:
+        BundleIntegrityError: if the bundle was removed or exported anew meanwhile.
         CheckpointError: if the teacher cannot be used, has no tokenizer or no embedding head.
         InputError: if there are too few texts, or the outputs have other widths.
         OutputError: if the record cannot be written.
@@ -151,7 +146,7 @@ def evaluate(subject: Path, teacher: Path, texts: Sequence[str], *, record: bool
             "teacher": reference.teacher,
             "texts_sha256": reference.texts_sha256,
         }
-        write_manifest(subject, dataclasses.replace(opened.manifest, quality=kept))
+        write_manifest(subject, dataclasses.replace(opened.current(), quality=kept))
     return quality
 
 

@@ -48,15 +48,18 @@ class EngineCache:
     def get(self, key: str, target: Path) -> EngineSpec | None:
         """Copy an engine to ``target`` and return how it was built; None if it is not there.
 
-        An entry that is damaged counts as not there.
+        An entry that is damaged counts as not there; then ``target`` is not there either.
         """
         try:
             entry = parse_json(read_bytes(self._entry(key), max_bytes=MAX_JSON_BYTES))
             spec = EngineSpec(**entry)
             shutil.copyfile(self._engine(key), target)
+            if spec.key == key and sha256(target) == spec.sha256:
+                return spec
         except (OSError, ValueError, TypeError, ConfigError):
-            return None
-        return spec if spec.key == key and sha256(target) == spec.sha256 else None
+            pass
+        target.unlink(missing_ok=True)
+        return None
 
     def put(self, spec: EngineSpec, engine: Path) -> None:
         """Keep an engine.

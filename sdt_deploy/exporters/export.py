@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from sdt_deploy.bundle import (
-    FORMAT,
+    MARKER,
     REFERENCE,
     SAMPLE,
     TOKENIZER,
@@ -20,7 +20,7 @@ from sdt_deploy.bundle import (
     Manifest,
     write_manifest,
 )
-from sdt_deploy.bundle_files import MANIFEST, list_files
+from sdt_deploy.bundle_files import list_files
 from sdt_deploy.combinations import knows_single_file
 from sdt_deploy.config import ExportConfig, ModelConfig
 from sdt_deploy.errors import ConfigError
@@ -77,7 +77,7 @@ def export(
         )
     model = checkpoint.model.eval()
     parts = list(partition(model, config, single_file=single_file))
-    with new_directory(target, marker=(MANIFEST, FORMAT), overwrite=overwrite) as directory:
+    with new_directory(target, marker=MARKER, overwrite=overwrite) as directory:
         hashes = _write_graphs(parts, model.config, directory, config, progress)
         graphs = {}
         for i, part in enumerate(parts):
@@ -118,7 +118,7 @@ def export_stages(
 ) -> Bundle:
     """Write entry, stages and head into an existing directory, unchecked, to be timed.
 
-    What comes back describes them, and is no bundle to keep: it has no baselines and no manifest.
+    What comes back describes them, and is no bundle to keep: it has no baselines.
     """
     parts = [
         part
@@ -131,6 +131,7 @@ def export_stages(
     manifest = Manifest(
         model=model.config, export=config, graphs=graphs, files=files, created_by={}
     )
+    write_manifest(directory, manifest)
     return Bundle(path=directory, manifest=manifest)
 
 

@@ -7,20 +7,16 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits, plan_profiles
-from sdt_deploy.bundle import Bundle, Manifest, write_manifest
-from sdt_deploy.bundle_files import MANIFEST
+from sdt_deploy.bundle import Bundle, write_manifest
 from sdt_deploy.config import BuildConfig
 from sdt_deploy.engines import ENGINES, EngineSet, EngineSpec
-from sdt_deploy.errors import (
-    BuildError,
-    OutputError,
-)
+from sdt_deploy.errors import BuildError, BundleError, OutputError
 from sdt_deploy.exporters.engine_cache import EngineCache
 from sdt_deploy.exporters.engine_checks import (
     check_gpus,
@@ -90,6 +86,7 @@ def build_engines(
 
     Raises:
         BuildError: if the library could not build some graphs; it names them and says why.
+        BundleIntegrityError: if the bundle was removed or exported anew meanwhile.
         BackendError: if the library is too old, or its process ended.
         MissingExtraError: if the library is not installed.
         ConfigError: if the config does not fit the bundle, the engines that it has, the library or
@@ -120,7 +117,7 @@ def build_engines(
     require("onnx", extra=chosen.name, purpose="Building engines")
     jobs = plan_jobs(bundle, new, config.graphs, pinned=pinned_times(config))
     with exclusive(bundle.path), _workplace(bundle.path) as directory:
-        present = _present(bundle).engines  # another build may have ended since it was opened
+        present = bundle.current().engines  # another build may have ended since it was opened
         old = next((each for each in present if each.name == new.name), None)
         if not keep_bundle:
             check_others_stay(bundle.path, old, new, config.graphs)
@@ -166,7 +163,8 @@ def build_engines(
         changed = new != old or set(sources.values()) - {"bundle"}
         if changed and specs and stays is None and not keep_bundle:
             progress("put the engines into the bundle", 0, 0)
-            install(bundle, new, directory)
+            made = [graph for graph, source in sources.items() if source != "bundle"]
+            install(bundle, new, directory, made)
     if failures:
         folder = None if cache is None else cache.directory
         commands = {
@@ -185,7 +183,7 @@ def exclusive(directory: Path) -> Iterator[None]:
     """Keep other builds from a bundle. Windows cannot lock a directory: there nothing is kept out.
 
     Raises:
-        OutputError: if one is under way.
+        OutputError: if one is under way, or the file system knows no such locks.
     """
     if fcntl is None:
         yield
@@ -197,9 +195,14 @@ def exclusive(directory: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise OutputError(
                 f"another build is under way for {directory}: wait until it is done"
+            ) from error
+        except OSError as error:  # as on NFS
+            raise OutputError(
+                f"{directory} cannot be locked, so builds could not be kept apart: {error}. Copy "
+                "the bundle to a local file system and build there"
             ) from error
         yield
     finally:
@@ -256,48 +259,33 @@ def _spec(job: EngineJob, built: Built, engines: EngineSet) -> EngineSpec:
     )
 
 
-def _present(bundle: Bundle) -> Manifest:
-    """Return the manifest as it stands in the bundle now.
+def install(bundle: Bundle, engines: EngineSet, directory: Path, made: Sequence[str]) -> None:
+    """List ``engines`` in the bundle, and move those of the graphs ``made`` there.
+
+    They come from ``directory``. Files that no set lists any more are removed.
 
     Raises:
-        OutputError: if it is that of another export.
+        BundleIntegrityError: if the bundle was removed or exported anew since it was opened.
+        OutputError: if it cannot be written.
     """
-    current = Manifest.from_json((bundle.path / MANIFEST).read_bytes())
-    if current.files != bundle.manifest.files:
-        raise OutputError(
-            f"{bundle.path} was exported anew while its engines were built; try again"
-        )
-    return current
-
-
-def install(bundle: Bundle, engines: EngineSet, directory: Path) -> None:
-    """Move the files of ``engines`` from ``directory`` into the bundle and list them there.
-
-    Files that no set lists any more are removed.
-
-    Raises:
-        OutputError: if the bundle was replaced meanwhile, or cannot be written.
-    """
-    current = _present(bundle)
+    current = bundle.current()
     others = [each for each in current.engines if each.name != engines.name]
     manifest = dataclasses.replace(current, engines=(*others, engines))
     try:
-        for spec in engines.engines.values():
-            made = directory / f"{spec.graph}.engine"
-            if made.exists():
-                made.replace(bundle.path / spec.file)
+        for graph in made:
+            (directory / f"{graph}.engine").replace(bundle.path / engines.engines[graph].file)
         sync_tree(bundle.path / ENGINES)
         write_manifest(bundle.path, manifest)
     except OSError as error:
         raise OutputError(f"{bundle.path} cannot be written: {error}") from error
     finally:
-        with contextlib.suppress(OSError, OutputError):  # what is left over is not listed
+        with contextlib.suppress(OSError, BundleError):  # what is left over is not listed
             _remove_unlisted(bundle, directory)
 
 
 def _remove_unlisted(bundle: Bundle, directory: Path) -> None:
     """Remove engines that the manifest, as it stands, does not list; ``directory`` stays."""
-    listed = {spec.file for each in _present(bundle).engines for spec in each.engines.values()}
+    listed = {spec.file for each in bundle.current().engines for spec in each.engines.values()}
     for path in (bundle.path / ENGINES).iterdir():
         if path != directory and path.relative_to(bundle.path).as_posix() not in listed:
             if path.is_dir() and not path.is_symlink():

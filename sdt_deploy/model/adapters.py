@@ -117,6 +117,9 @@ def read_adapter(path: Path) -> Adapter:
         found, share = record["score_quantiles"], record["pinned_share"]
         if not all(map(is_number, [share, *(found or ())])):
             raise ValueError("score_quantiles and pinned_share must be numbers")
+        about = record["about"]
+        if not isinstance(about, dict) or not isinstance(about.get("base", {}), dict):
+            raise ValueError("about, and base in it, must be objects")
         factors = {
             name.removesuffix(".up"): (tensors.pop(name), tensors.pop(f"{name[:-3]}.down"))
             for name in [name for name in tensors if name.endswith(".up")]
@@ -128,7 +131,7 @@ def read_adapter(path: Path) -> Adapter:
             base_sha256=str(record["base_sha256"]),
             score_quantiles=None if found is None else tuple(found),
             pinned_share=share,
-            about=dict(record["about"]),
+            about=about,
         )
     except CheckpointError:
         raise

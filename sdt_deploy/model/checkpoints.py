@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 MODEL_TYPE = "sdt"
 """By which Hugging Face's ``AutoModel`` knows the directory, see :mod:`sdt_deploy.hf`."""
 CONFIG = "config.json"
+MARKER = CONFIG, FORMAT
+"""By which a native directory is known; see :func:`sdt_deploy.files.new_directory`."""
 WEIGHTS = "model.safetensors"
 _MAX_ELEMENTS = 2**48
 """Beyond it, torch cannot count the bytes of a tensor, let alone hold it."""
@@ -81,7 +83,7 @@ def save(checkpoint: Checkpoint, target: Path, *, overwrite: bool = False) -> No
         "pinned_share": checkpoint.pinned_share,
     }
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with new_directory(target, marker=(CONFIG, FORMAT), overwrite=overwrite) as directory:
+    with new_directory(target, marker=MARKER, overwrite=overwrite) as directory:
         (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         try:
             safetensors.torch.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})

@@ -12,7 +12,8 @@ import torch
 
 from sdt_deploy.config import Context, Leaving, Routing, Selection
 from sdt_deploy.costs import thresholds_for_depth
-from sdt_deploy.errors import CheckpointError, ConfigError
+from sdt_deploy.errors import CheckpointError, ConfigError, InputError
+from sdt_deploy.files import check_replaceable
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.adapters import merged, read_adapter
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
@@ -140,6 +141,7 @@ def convert(
             "an adapter brings its own probe and context: leave out the texts to fit on and the "
             "context"
         )
+    check_replaceable(target, checkpoints.MARKER, overwrite=overwrite)
     checkpoint = load_any(source, head=head)
     if adapter is not None:
         checkpoint = merged(checkpoint, read_adapter(adapter), where=str(adapter))
@@ -150,18 +152,31 @@ def convert(
     if fit is not None:
         checkpoint, report = with_probe(checkpoint, fit, progress=progress)
     if sample_texts is not None:
-        checkpoint = dataclasses.replace(checkpoint, sample=_sample_of(checkpoint, sample_texts))
+        sample = encoded(checkpoint, sample_texts, checkpoint.model.config.max_positions)
+        checkpoint = dataclasses.replace(checkpoint, sample=_head_of(sample, SAMPLE_TOKENS))
     checkpoints.save(checkpoint, target, overwrite=overwrite)
     return checkpoint, report
 
 
-def _sample_of(checkpoint: Checkpoint, texts: Sequence[str]) -> TokenSample:
+def encoded(checkpoint: Checkpoint, texts: Sequence[str], longest: int) -> TokenSample:
+    """Tokenize ``texts`` for a model; those of more than ``longest`` tokens are cut.
+
+    Raises:
+        CheckpointError: if it has no tokenizer, or one that gives ids that the model does not have.
+        InputError: if a text gives no token.
+    """
     if checkpoint.tokenizer is None:
-        raise CheckpointError("texts were given, and this checkpoint has no tokenizer")
+        raise CheckpointError("texts were given, and this model has no tokenizer to read them")
     ids, cu_seqlens = TextTokenizer(checkpoint.tokenizer).encode(
-        texts, max_length=checkpoint.model.config.max_positions, overflow="truncate"
+        texts, max_length=longest, overflow="truncate"
     )
-    return _head_of(TokenSample(input_ids=ids, cu_seqlens=cu_seqlens), SAMPLE_TOKENS)
+    vocab_size = checkpoint.model.config.vocab_size
+    if ids.max() >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer.json gives the id {ids.max()}, and the model has a vocabulary of "
+            f"{vocab_size}: it is of another model, or tokens were added to it and not to the model"
+        )
+    return TokenSample(input_ids=ids, cu_seqlens=cu_seqlens)
 
 
 def with_probe(
@@ -179,8 +194,7 @@ def with_probe(
     """
     if checkpoint.tokenizer is None:
         raise CheckpointError("a probe is fitted on texts, and this checkpoint has no tokenizer")
-    tokenizer = TextTokenizer(checkpoint.tokenizer)
-    before, after = tokenizer.ends()
+    before, after = TextTokenizer(checkpoint.tokenizer).ends()
     pinned = tuple(sorted({*before, *after}))
     model = rebuilt(
         checkpoint.model,
@@ -199,13 +213,7 @@ def with_probe(
     longest = model.config.max_positions
     if model.config.rotary is not None:
         longest = min(longest, FIT_LENGTH)
-    fit_sample, held_sample = (
-        TokenSample(input_ids=ids, cu_seqlens=cu)
-        for ids, cu in (
-            tokenizer.encode(texts, max_length=longest, overflow="truncate")
-            for texts in (fitted, held_out)
-        )
-    )
+    fit_sample, held_sample = (encoded(checkpoint, texts, longest) for texts in (fitted, held_out))
     # Long sequences too: a probe that has seen short ones only would read the place of a token far
     # behind them as importance.
     samples = fit_sample, _chained(fit_sample, pinned, longest, before, after)
@@ -304,6 +312,8 @@ def _chained(
 ) -> TokenSample:
     """Chain the sequences of ``sample`` to sequences of ``length`` tokens, the last one shorter."""
     stream = sample.input_ids[~np.isin(sample.input_ids, pinned)]
+    if not len(stream):
+        raise InputError("the texts give special tokens only: there is nothing to fit a probe on")
     inner = max(1, length - len(before) - len(after))
     pieces = [
         np.concatenate([before, stream[i : i + inner], after]) for i in range(0, len(stream), inner)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdt_deploy.config import HeadConfig, ModelConfig
+from sdt_deploy.config import HeadConfig, ModelConfig, shown
 from sdt_deploy.errors import CheckpointError, ConfigError
 from sdt_deploy.files import read_bytes
 from sdt_deploy.model.checkpoints import (
@@ -83,13 +83,18 @@ def load_huggingface(source: Path, *, head: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{source / 'config.json'} has no {error}") from error
     except (ConfigError, TypeError, IndexError) as error:
         raise CheckpointError(f"{source / 'config.json'}: {error}") from error
-    if kind == "gpt2":
-        renamed = gpt2_names(tensors, model_config)
-    elif kind in ("llama", "mistral"):
-        tied = config.get("tie_word_embeddings", False) is True
-        renamed = llama_names(tensors, model_config, tied=tied)
-    else:
-        renamed = _rename(tensors, model_config, kind)
+    try:
+        if kind == "gpt2":
+            renamed = gpt2_names(tensors, model_config)
+        elif kind in ("llama", "mistral"):
+            tied = config.get("tie_word_embeddings", False) is True
+            renamed = llama_names(tensors, model_config, tied=tied)
+        else:
+            renamed = _rename(tensors, model_config, kind)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{source}: a tensor does not have the shape of those of {kind}: {error}"
+        ) from error
     card = _model_card(source / "README.md")
     return Checkpoint(
         model=model_with_weights(model_config, renamed, where=str(source)),
@@ -156,6 +161,10 @@ def _model_config(
     activation = config["hidden_act"]
     if activation not in ("gelu", "relu"):
         raise ConfigError(f"hidden_act {activation!r} is not supported; supported: gelu, relu")
+    if config.get("is_decoder"):
+        raise ConfigError(
+            "is_decoder is set: its tokens see earlier ones only, and this reader knows encoders"
+        )
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise ConfigError("only absolute position embeddings are supported")
     offset = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
@@ -210,16 +219,19 @@ def _head(
         return HeadConfig(kind="embedding", pooling="mean")
     modes = _read_object(pooling)
     kinds = _module_kinds(source / "modules.json")
-    chosen = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value]
-    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(chosen) != 1 or chosen[0] not in known:
-        raise ConfigError(f"pooling {chosen} is not supported; supported: {', '.join(known)}")
+    mode = modes.get("pooling_mode")  # since sentence-transformers 6; before, a flag for each
+    if mode is None:
+        flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        chosen = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value]
+        mode = flags.get(chosen[0], chosen[0]) if len(chosen) == 1 else chosen
+    if mode not in ("mean", "cls"):
+        raise ConfigError(f"pooling {shown(mode)} is not supported; supported: mean, cls")
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ConfigError(f"sentence-transformers modules not supported: {sorted(unknown)}")
     return HeadConfig(
         kind="embedding",
-        pooling="mean" if known[chosen[0]] == "mean" else "cls",
+        pooling="mean" if mode == "mean" else "cls",
         normalize="Normalize" in kinds,
     )
 

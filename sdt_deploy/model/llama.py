@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdt_deploy.config import ModelConfig, RotaryConfig
+from sdt_deploy.config import ModelConfig, RotaryConfig, shown
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.model.decoders import activation_of, head_of
 
@@ -85,7 +85,9 @@ def llama_config(config: Mapping[str, Any], head: str | None) -> ModelConfig:
 
 def _rotary(config: Mapping[str, Any]) -> RotaryConfig:
     """Read ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"rope_parameters or rope_scaling must be an object, not {shown(rope)}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise ConfigError(

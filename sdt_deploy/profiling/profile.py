@@ -17,11 +17,12 @@ from sdt_deploy.profiling.device import DeviceTimer
 from sdt_deploy.profiling.recorder import RecordingBackend, Span
 from sdt_deploy.profiling.trace import chrome_trace
 from sdt_deploy.runtime.backend import Backend
-from sdt_deploy.runtime.backends import open_backend
+from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.result import PathName, RunResult
 from sdt_deploy.runtime.session import Session
+from sdt_deploy.runtime.splitting import PartLimits
 
 WARM_UP_RUNS = 3
 MIN_RUNS = 7
@@ -96,7 +97,8 @@ def profile(
         opened = RecordingBackend(bundle, n_threads=n_threads)
     else:
         opened = open_backend(backend, bundle, n_threads=n_threads)
-    with Session(bundle, opened) as session:
+    limits = PartLimits(max_padded_tokens=default_padded_tokens(backend))
+    with Session(bundle, opened, part_limits=limits) as session:
         if isinstance(opened, RecordingBackend):
             spans, result = _record(session, opened, batch, path, budget_s)
         else:
@@ -107,7 +109,7 @@ def profile(
     if backend == "onnxruntime-cpu":
         with tempfile.TemporaryDirectory() as directory:
             recorder = RecordingBackend(bundle, n_threads=n_threads, operators=Path(directory))
-            with Session(bundle, recorder) as session:
+            with Session(bundle, recorder, part_limits=limits) as session:
                 traced, _ = _record(session, recorder, batch, path, 0.0, n_runs=OPERATOR_RUNS)
                 begin = traced[0].start_ns if traced else 0
                 inside = [one for one in recorder.operator_spans() if one.start_ns >= begin]

@@ -68,6 +68,7 @@ class RecordingBackend(OnnxRuntimeCpuBackend):
         if name not in self._engines:
             path = self._bundle.file(self._bundle.manifest.graphs[name].file)
             self._engines[name] = open_session(path, profile=self._directory / name)
+            self._bundle.check_current()
         return _RecordingGraph(OnnxRuntimeGraph(self._engines[name]), name, self)
 
     def take(self, rows: Array, index: Array, out: Array) -> None:

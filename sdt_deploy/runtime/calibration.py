@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 
 import numpy as np
 import numpy.typing as npt
 
-from sdt_deploy.config import ModelConfig
+from sdt_deploy.config import ModelConfig, shown
+from sdt_deploy.errors import InputError
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import CostModel, Path, calibrate
 from sdt_deploy.runtime.result import RunResult
@@ -30,8 +32,21 @@ def calibration_tokens(limits: PartLimits, *, on_device: bool) -> int:
 
 
 def random_batch(config: ModelConfig, lengths: Sequence[int]) -> TokenBatch:
-    """Return a batch of random tokens, the same ones for the same lengths."""
-    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    """Return a batch of random tokens, the same ones for the same lengths.
+
+    Raises:
+        InputError: if a length is no whole number from 1 to the model's positions.
+    """
+    try:
+        sizes = [index(length) for length in lengths]
+    except TypeError as error:
+        raise InputError(f"lengths are whole numbers, not {shown(lengths)}") from error
+    if not all(1 <= size <= config.max_positions for size in sizes):
+        raise InputError(
+            f"lengths must lie in 1..{config.max_positions}, the model's positions, and are "
+            f"{shown(sizes)}"
+        )
+    cu_seqlens = np.cumsum([0, *sizes], dtype=np.int32)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, cu_seqlens[-1])
     return TokenBatch.from_packed(ids, cu_seqlens, config=config)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from sdt_deploy.buckets import longest_sequence
 from sdt_deploy.bundle import PROJECT, Bundle
-from sdt_deploy.errors import BackendError
+from sdt_deploy.errors import BackendError, RunCancelledError
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
@@ -73,6 +73,7 @@ class DeviceLoop:
         self._own_head: DeviceHead | None = None
         self._graphs = GraphCache(backend.torch, enabled=capture)
         self._lock = threading.Lock()
+        self._closed = False
         self._frames: OrderedDict[Bucket, Frame] = OrderedDict()
         self._space: Workspace | None = None
         names = ["entry", *(spec.name for spec in manifest.stages), "head"]
@@ -112,7 +113,8 @@ class DeviceLoop:
             Arrays that belong to the caller.
 
         Raises:
-            BackendError: if an engine fails.
+            BackendError: if an engine fails or the session is closed.
+            RunCancelledError: from ``check``.
         """
         start = perf_counter()
         config = self._config
@@ -132,7 +134,11 @@ class DeviceLoop:
                     whole = None
                     if thresholds[0] <= 0.0:  # scores are positive
                         whole = self._sized(batch.n_tokens, longest, bucket)
-                    active, stage_rows = self._run_stages(frame, whole, check)
+                    try:
+                        active, stage_rows = self._run_stages(frame, whole, check)
+                    except RunCancelledError:
+                        self._backend.wait()  # the next run writes to the same buffers
+                        raise
                     usage = LayerUsage.from_active(batch.n_tokens, active)
             else:
                 self._launch_whole(frame, path)
@@ -199,8 +205,9 @@ class DeviceLoop:
             self._graphs.observer = observer
 
     def close(self) -> None:
-        """Free graphs and buffers."""
+        """Free graphs and buffers; nothing can be run afterwards."""
         with self._lock:
+            self._closed = True
             self._graphs.clear()
             self._frames.clear()
             self._space, self._pieces, self._entry, self._own_head = None, None, None, None
@@ -360,7 +367,13 @@ class DeviceLoop:
         self._backend.graph(name).bind(inputs, outputs)()
 
     def _frame(self, bucket: Bucket) -> Frame:
-        """Return the buffers of ``bucket``."""
+        """Return the buffers of ``bucket``.
+
+        Raises:
+            BackendError: if the session is closed, as it may be once the lock is free.
+        """
+        if self._closed:
+            raise BackendError("the session is closed")
         if bucket not in self._frames:
             self._frames[bucket] = Frame(self._backend, self._config, bucket)
             if len(self._frames) > MAX_FRAMES:

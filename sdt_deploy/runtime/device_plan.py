@@ -42,7 +42,7 @@ class DevicePlan:
     place: Any
     """``[n_places]`` int32, the place of each row; rows past the tokens hold an existing place."""
     slot: Any
-    """``[n_places]`` int32, of each row; 0 past the tokens."""
+    """``[n_places]`` int32, of each row; past the tokens it means nothing."""
     row_depth: Any
     """``[n_places]`` int32, of each row."""
     grid: Any

@@ -235,7 +235,7 @@ class Decoder:
             if self._check is not None:
                 self._check()
             if config.routing == "per_layer":
-                above = pinned | (scores[:, number] > np.float32(limit))
+                above = np.where(pinned, np.float32(1), scores[:, number]) > np.float32(limit)
                 active[:, number] = left & above
                 left = active[:, number] if config.leaving == "exit" else left
             self._layer(number, states, active[:, number], tokens, scores)

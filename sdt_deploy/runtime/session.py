@@ -11,7 +11,6 @@ from typing import Literal, NoReturn, Self, get_args
 
 import numpy.typing as npt
 
-from sdt_deploy.buckets import longest_sequence
 from sdt_deploy.bundle import Bundle, Manifest
 from sdt_deploy.config import shown
 from sdt_deploy.costs import active_shares
@@ -127,11 +126,16 @@ class Session:
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_files=check_files)
+        limits = PartLimits(max_memory_mb=max_memory_mb)
         opened = open_backend(backend, bundle, n_threads=n_threads)
-        if max_padded_tokens is None:
-            max_padded_tokens = default_padded_tokens(backend, n_threads)
-        limits = PartLimits(max_padded_tokens=max_padded_tokens, max_memory_mb=max_memory_mb)
-        return cls(bundle, opened, part_limits=limits, max_depth_drift=max_depth_drift)
+        try:
+            if max_padded_tokens is None:
+                max_padded_tokens = default_padded_tokens(backend)
+            limits = replace(limits, max_padded_tokens=max_padded_tokens)
+            return cls(bundle, opened, part_limits=limits, max_depth_drift=max_depth_drift)
+        except BaseException:
+            opened.close()
+            raise
 
     @property
     def manifest(self) -> Manifest:
@@ -233,7 +237,8 @@ class Session:
             cancel: set from another thread, it stops the run.
 
         Whether to stop is looked at before the run, between the stages of ``sparse`` and between
-        the parts of a large batch; a call of an engine, such as all of ``single``, is finished.
+        the parts of a large batch; a call of an engine, such as all of ``single``, is finished, and
+        so is the calibration of ``auto``, which :meth:`warmup` has done beforehand.
 
         Returns:
             Arrays that belong to the caller, packed whichever way the ids came.
@@ -388,20 +393,21 @@ class Session:
         """Return the cost model behind ``path="auto"``, calibrating it on the first call.
 
         Calibration runs the paths to choose from, :func:`sdt_deploy.runtime.dispatch.candidates`,
-        on three random batches; it takes about a second for a model of MiniLM's size.
+        on three random batches within the session's limits; it takes about a second for a model of
+        MiniLM's size.
+
+        Raises:
+            InputError: if ``max_memory_mb`` is too little for any sequence.
         """
         config = self.manifest.model
         with self._calibration_lock:
             costs = self._costs
             if costs is None:
-                limit = None
-                if self.backend.profiles:  # engines take no more
-                    limits = replace(self._part_limits, max_memory_mb=None)
-                    limit = partial(limits.max_sequences, config)
+                limits = self._part_limits
                 sizes = dispatch.calibration_sizes(
-                    longest_sequence(self.backend.profiles, config.max_positions),
-                    n_tokens=calibration_tokens(self._part_limits, on_device=self.on_device),
-                    max_sequences=limit,
+                    limits.longest(config),
+                    n_tokens=calibration_tokens(limits, on_device=self.on_device),
+                    max_sequences=partial(limits.max_sequences, config),
                 )
                 costs = self._costs = measure_costs(
                     config,

@@ -39,6 +39,7 @@ def run_sparse(
 
     Raises:
         BackendError: if the engine fails or the session is closed.
+        RunCancelledError: from ``check``.
     """
     start = perf_counter()
     n_tokens = batch.n_tokens

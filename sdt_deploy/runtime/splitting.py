@@ -7,16 +7,19 @@ padded tokens. Parts hold sequences of similar length.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.buckets import OptimizationProfile, longest_sequence, max_sequences
+from sdt_deploy.checks import check_above_zero, check_positive
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
-from sdt_deploy.errors import ConfigError, InputError
+from sdt_deploy.errors import InputError
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.ladders import bucket_seqlen, largest_batch
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
@@ -40,10 +43,24 @@ class PartLimits:
     """Whether batches are padded to buckets, which have to fit the profiles as well."""
 
     def __post_init__(self) -> None:
-        for name in ("max_padded_tokens", "max_memory_mb"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be positive, not {value}")
+        check_positive("max_padded_tokens", self.max_padded_tokens)
+        if self.max_memory_mb is not None:
+            check_above_zero("max_memory_mb", self.max_memory_mb)
+
+    def longest(self, config: ModelConfig) -> int:
+        """Return the tokens of the longest sequence that may be run.
+
+        Raises:
+            InputError: if ``max_memory_mb`` is too little for any.
+        """
+        longest = longest_sequence(self.profiles, config.max_positions)
+        if self.max_memory_mb is None:
+            return longest
+        available = self.max_memory_mb * 2**20 - FIXED_SCRATCH_BYTES
+        needed = partial(scratch_bytes_per_sequence, config)
+        fitting = bisect_right(range(1, longest + 1), available, key=needed)
+        self.max_sequences(config, max(1, fitting))  # says so if there is none
+        return fitting
 
     def max_sequences(self, config: ModelConfig, longest: int) -> int:
         """Return how many sequences of up to ``longest`` tokens may run together.

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdt_deploy.bundle import Manifest
+from sdt_deploy.checks import check_above_zero
 from sdt_deploy.costs import active_shares
-from sdt_deploy.errors import ConfigError
 from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.runtime.caches import CacheUsage
 
@@ -97,8 +97,8 @@ class DepthMonitor:
     """
 
     def __init__(self, manifest: Manifest, max_drift: float | None) -> None:
-        if max_drift is not None and not max_drift > 0:
-            raise ConfigError(f"max_depth_drift must be positive, not {max_drift}")
+        if max_drift is not None:
+            check_above_zero("max_depth_drift", max_drift)
         self._max_drift = max_drift
         self._expected = expected_mean_depth(manifest)
         self._lock = fork_safe_lock()

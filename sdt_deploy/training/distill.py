@@ -28,7 +28,7 @@ from sdt_deploy.training.schedule import (
     learning_rate_at,
     temperature_at,
 )
-from sdt_deploy.training.skipping import refitted_probe
+from sdt_deploy.training.skipping import MAX_FREE_TOKENS, is_measurable, refitted_probe
 from sdt_deploy.training.state import optimizer_tensors, restore_optimizer
 from sdt_deploy.training.teacher import Teacher
 
@@ -68,6 +68,7 @@ class Distillation:
 
     Raises:
         ConfigError: if ``config`` does not fit the model.
+        InputError: if there are too few texts, or none of the length that ``refit_at`` measures.
     """
 
     def __init__(
@@ -369,6 +370,11 @@ def _check_fit(
         )
     if len(sample.cu_seqlens) < 3:
         raise InputError("at least two texts are needed to distil with")
+    if config.refit_at is not None and not is_measurable(sample, mine.pinned_token_ids):
+        raise InputError(
+            f"refit_at measures texts of 2 to {MAX_FREE_TOKENS} tokens, special ones not counted, "
+            "and there is none: add shorter texts, or leave refit_at out"
+        )
 
 
 def run(

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from sdt_deploy.errors import CheckpointError, ConfigError, InputError, OutputError
+from sdt_deploy.errors import ConfigError, InputError, OutputError
+from sdt_deploy.files import check_replaceable, check_writable
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.adapters import Adapter, weights_sha256, write_adapter
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
-from sdt_deploy.model.conversion import load_any
-from sdt_deploy.tokenization import TextTokenizer
+from sdt_deploy.model.conversion import encoded, load_any
 from sdt_deploy.training.config import DistillConfig
 from sdt_deploy.training.distill import Distillation, StepReport, run
 from sdt_deploy.training.lora import adapter_factors
@@ -63,7 +63,8 @@ class JobOptions:
 
 def training_directory(out: Path) -> Path:
     """Return where checkpoint, log and cache of the run that makes ``out`` lie."""
-    return out.with_name(f"{out.name}.training")
+    place = out.resolve()
+    return place.with_name(f"{place.name}.training")
 
 
 def distill(
@@ -98,16 +99,16 @@ def distill(
         The student, and the report of the last step; None if none was left to make.
 
     Raises:
-        CheckpointError: if the teacher cannot be used, or the checkpoint is of another run.
+        CheckpointError: if the teacher cannot be used, has no tokenizer or one that does not fit,
+            or the checkpoint is of another run.
         ConfigError: if ``config`` does not fit the model.
         InputError: if there are too few texts.
         OutputError: if ``out`` or a run for it exists, or something cannot be written.
         TrainingError: if the loss is not finite; the last checkpoint stays.
     """
+    check_replaceable(out, checkpoints.MARKER, overwrite=options.overwrite)
     directory = training_directory(out)
     state = directory / CHECKPOINT
-    if out.exists() and not options.overwrite:
-        raise OutputError(f"{out} exists already; choose another name or pass --overwrite")
     if state.exists() and not (options.resume or options.overwrite):
         raise OutputError(
             f"{state} is of a run that did not end: pass --resume to go on, or --overwrite to "
@@ -115,11 +116,16 @@ def distill(
         )
     if options.adapter is not None and config.lora_rank is None:
         raise ConfigError("an adapter file holds low-rank changes: give --lora-rank with --adapter")
+    if options.adapter is not None and baseline == "truncated":
+        raise ConfigError(
+            "an adapter file holds changes to all layers of the teacher, and a truncated model has "
+            "fewer: leave out --adapter"
+        )
+    if options.adapter is not None:
+        check_writable(options.adapter)
     if len(texts) < MIN_TEXTS:
         raise InputError(f"at least {MIN_TEXTS} texts are needed to distil with, not {len(texts)}")
     dense = load_any(teacher)
-    if dense.tokenizer is None:
-        raise CheckpointError(f"{teacher} has no tokenizer, and texts are to be read")
     if not dense.model.config.scored_once:
         raise ConfigError(
             f"{teacher} routes by capacities or layer by layer, and a distillation trains routing "
@@ -216,19 +222,12 @@ def _split(
     dense: Checkpoint, texts: Sequence[str], config: DistillConfig
 ) -> tuple[TokenSample, TokenSample]:
     """Return the texts to calibrate on and those to train on, as tokens."""
-    assert dense.tokenizer is not None
-    tokenizer = TextTokenizer(dense.tokenizer)
     longest = min(config.max_length, dense.model.config.max_positions)
     parts: list[Any] = [
         texts[::CALIBRATION_EVERY],
         [text for i, text in enumerate(texts) if i % CALIBRATION_EVERY],
     ]
-    first, second = (
-        TokenSample(input_ids=ids, cu_seqlens=cu)
-        for ids, cu in (
-            tokenizer.encode(part, max_length=longest, overflow="truncate") for part in parts
-        )
-    )
+    first, second = (encoded(dense, part, longest) for part in parts)
     return first, second
 
 

@@ -56,6 +56,13 @@ def skipping_costs(
     return torch.where(deep[free], difference, -difference)
 
 
+def is_measurable(sample: TokenSample, pinned_token_ids: Sequence[int]) -> bool:
+    """Tell whether any text has 2 to :data:`MAX_FREE_TOKENS` unpinned tokens."""
+    free = ~np.isin(sample.input_ids, pinned_token_ids)
+    counts = np.add.reduceat(free, sample.cu_seqlens[:-1], dtype=np.int64)
+    return bool(((counts >= 2) & (counts <= MAX_FREE_TOKENS)).any())
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasuredText:
     """A text whose unpinned tokens were measured."""

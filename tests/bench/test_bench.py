@@ -36,6 +36,8 @@ def test_rounds_are_interleaved_and_warm() -> None:
 
 
 def test_cases() -> None:
+    assert default_cases(5) == ((2, 5), (8, 5), (16, 5))
+    assert default_cases(64)[:3] == ((2, 20), (2, 64), (8, 20))
     assert parse_cases("2x20, 8X64") == ((2, 20), (8, 64))
     for bad in ("", "2x", "x2", "0x4", "2x3;", "2x3x4"):
         with pytest.raises(InputError):

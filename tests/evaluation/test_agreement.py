@@ -36,6 +36,10 @@ def test_a_rotation_keeps_neighbours_but_not_cosines() -> None:
     assert found.mean_cosine < 0.9
 
 
+def test_equal_values_share_a_rank() -> None:
+    assert spearman(np.array([1.0, 1, 1, 2]), np.array([3.0, 2, 1, 4])) == pytest.approx(0.6**0.5)
+
+
 def test_spearman_sees_ranks_only() -> None:
     a = np.array([0.1, 5.0, 2.0, 9.0])
     assert spearman(a, np.exp(a)) == pytest.approx(1)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from sdt_deploy.bundle import Bundle, Manifest
+from sdt_deploy.bundle import Bundle, Manifest, write_manifest
 from sdt_deploy.cli import app
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.costs import active_shares, thresholds_for_depth
-from sdt_deploy.errors import ConfigError, SdtDeployError
+from sdt_deploy.errors import BundleIntegrityError, ConfigError, SdtDeployError
+from sdt_deploy.evaluation import evaluate as evaluating
 from sdt_deploy.evaluation.evaluate import evaluate
 from sdt_deploy.evaluation.frontier import frontier
 from sdt_deploy.evaluation.oracle import embed_with_oracle
@@ -22,7 +25,7 @@ from sdt_deploy.exporters import export as exporting
 from sdt_deploy.exporters.export import export
 from sdt_deploy.model import checkpoints
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
-from sdt_deploy.model.conversion import ProbeFit, convert
+from sdt_deploy.model.conversion import ProbeFit, at_depth, convert
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.training.students import truncated
 from tests.textmodels import save_teacher, texts
@@ -149,6 +152,36 @@ def test_an_export_at_another_depth_is_the_bundle_run_at_that_depth(
     assert found.mean_depth == pytest.approx(3.25, abs=0.15)
     assert (found.depths == expected.depths).all()
     np.testing.assert_allclose(found.embeddings, expected.output, atol=1e-4)
+
+
+def test_a_record_leaves_alone_what_came_meanwhile(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines that were built, or another export, while the evaluation ran."""
+    teacher, model, bundle = made
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    compare = evaluating.reference_of
+
+    def slow(*arguments: Any) -> Any:
+        manifest = Bundle.open(copy).manifest
+        write_manifest(copy, dataclasses.replace(manifest, provenance={"added": "meanwhile"}))
+        return compare(*arguments)
+
+    monkeypatch.setattr(evaluating, "reference_of", slow)
+    evaluate(copy, teacher, texts(20))
+    found = Bundle.open(copy).manifest
+    assert found.provenance == {"added": "meanwhile"}
+    assert found.quality is not None
+
+    def slower(*arguments: Any) -> Any:
+        shallower = at_depth(checkpoints.load(model), 3.5)
+        export(shallower, copy, ExportConfig(), overwrite=True)
+        return compare(*arguments)
+
+    monkeypatch.setattr(evaluating, "reference_of", slower)
+    with pytest.raises(BundleIntegrityError, match="exported anew"):
+        evaluate(copy, teacher, texts(20))
+    assert Bundle.open(copy).manifest.quality is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,52 @@ def test_a_damaged_cache_is_not_used(bundle: Bundle, tmp_path: Path) -> None:
     build_engines(bundle, config, cache=cache)
     (engine,) = (tmp_path / "cache").glob("*.engine")
     engine.write_bytes(engine.read_bytes()[:-1] + b"!")
+    assert cache.get(engine.stem, tmp_path / "copy") is None
+    assert not (tmp_path / "copy").exists()
     assert build_engines(Bundle.open(fresh), config, cache=cache).sources == {"head": "built"}
+
+
+def test_what_a_failed_build_leaves_is_not_put_in_place_of_an_engine(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graph has an engine of before, which is kept beside what was built now."""
+    head = dataclasses.replace(ADA, graphs=("head",))
+    spec = build_engines(bundle, head).engines.engines["head"]
+    run_worker = tensorrt.run_worker
+    monkeypatch.setattr(
+        tensorrt, "plan_jobs", lambda *of, **how: [*map(changed, plan_jobs(*of, **how))]
+    )
+
+    def changed(job: Any) -> Any:
+        return dataclasses.replace(job, key="0" * 64) if job.graph == "head" else job
+
+    def failing(jobs: Any, directory: Path, *rest: Any, **how: Any) -> Iterator[Any]:
+        for built in run_worker(jobs, directory, *rest, **how):
+            if built.graph == "head":
+                built.output.write_bytes(b"half")
+                yield dataclasses.replace(built, problem="it broke")
+            else:
+                yield built
+
+    monkeypatch.setattr(tensorrt, "run_worker", failing)
+    with pytest.raises(BuildError, match="it broke"):
+        build_engines(Bundle.open(bundle.path), dataclasses.replace(ADA, graphs=("entry", "head")))
+    found = Bundle.open(bundle.path).manifest.engines[0].engines
+    assert set(found) == {"entry", "head"}
+    assert found["head"] == spec
+    for each in found.values():
+        assert read_engine(bundle.path, each)
+
+
+def test_a_file_system_without_locks_says_so(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*of: object) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(tensorrt.fcntl, "flock", refuse)
+    with pytest.raises(OutputError, match=r"cannot be locked.*Bad file descriptor"):
+        build_engines(bundle, ADA)
 
 
 def test_two_builds_at_once(bundle: Bundle) -> None:
@@ -308,7 +353,7 @@ def test_two_builds_at_once(bundle: Bundle) -> None:
 def test_a_bundle_that_was_exported_anew_meanwhile(bundle: Bundle) -> None:
     stale = Bundle(path=bundle.path, manifest=bundle.manifest)
     break_graph(bundle, "stage-02")
-    with pytest.raises(OutputError, match="exported anew"):
+    with pytest.raises(BundleIntegrityError, match="exported anew"):
         build_engines(stale, stages_only(bundle))
     assert not Bundle.open(bundle.path).manifest.engines
 

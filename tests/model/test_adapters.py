@@ -121,6 +121,10 @@ def test_what_is_no_adapter_is_refused(base: Checkpoint, tmp_path: Path) -> None
     path.write_bytes(content.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 7'))
     with pytest.raises(CheckpointError, match="format version 7"):
         read_adapter(path)
+    for about in ("mine", {"base": "mine"}):
+        write_adapter(path, dataclasses.replace(adapter_of(base), about=about))  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="must be objects"):
+            read_adapter(path)
 
 
 def test_an_adapter_and_a_fit_exclude_each_other(base: Checkpoint, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
@@ -143,3 +144,14 @@ def test_what_makes_no_sense(tmp_path: Path) -> None:
     path.write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="has no 'n_embd'"):
         load_any(tmp_path / "lm")
+
+
+@pytest.mark.parametrize("shape", [(), (4, 2)])
+def test_products_of_odd_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    saved(tmp_path, GPT2LMHeadModel)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["transformer.h.0.attn.c_attn.weight"] = torch.zeros(shape)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not have the shape"):
+        load_any(tmp_path)

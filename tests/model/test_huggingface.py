@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,11 +75,18 @@ def test_classifier(kind: type[PreTrainedModel], config: object, tmp_path: Path)
     assert hidden.config.head.kind == "hidden"
 
 
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        {"word_embedding_dimension": 24, "pooling_mode_mean_tokens": True},
+        {"embedding_dimension": 24, "pooling_mode": "mean", "include_prompt": True},
+    ],
+    ids=["flags", "since-6"],
+)
 @torch.no_grad()
-def test_sentence_embeddings_with_token_types(tmp_path: Path) -> None:
+def test_sentence_embeddings_with_token_types(pooling: dict[str, Any], tmp_path: Path) -> None:
     theirs = saved(BertModel, BERT, tmp_path)
     (tmp_path / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 24, "pooling_mode_mean_tokens": True}
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     modules = [{"type": "sentence_transformers.models.Normalize"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
@@ -99,6 +107,7 @@ def test_what_is_not_supported_is_a_typed_error(tmp_path: Path) -> None:
     for change, message in (
         ({"model_type": "t5"}, "'t5' is not supported"),
         ({"hidden_act": "gelu_new"}, "gelu_new"),
+        ({"is_decoder": True}, "is_decoder"),
         ({"num_hidden_layers": 4}, "missing: layers.3"),
         ({"num_attention_heads": 5}, "multiple of n_heads"),
     ):

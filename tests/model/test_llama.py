@@ -300,6 +300,7 @@ def test_directories_that_cannot_be_read(tmp_path: Path) -> None:
         ({"rope_parameters": yarn}, "rope_type 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "has no 'factor'"),
         ({"rope_parameters": [3]}, "config.json"),
+        ({"rope_parameters": None, "rope_scaling": "linear"}, "must be an object, not 'linear'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"sliding_window": 16}, "sliding_window 16 is not supported"),
         ({"num_key_value_heads": 3}, "shape"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdt_deploy.config import Routing
+from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
+from sdt_deploy.errors import InputError
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.calibration import (
     calibration_tokens,
@@ -107,3 +110,34 @@ def test_more_tokens_are_timed_where_more_run_at_once(max_padded_tokens: int, to
     limits = PartLimits(max_padded_tokens=max_padded_tokens)
     assert calibration_tokens(limits, on_device=False) == tokens
     assert calibration_tokens(limits, on_device=True) == 16_384
+
+
+def test_calibration_keeps_to_the_cap_on_memory(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = exported("all-embedding")
+    config = sample.model.config
+    cap = (FIXED_SCRATCH_BYTES + 1.5 * scratch_bytes_per_sequence(config, 20)) / 2**20
+    run_one, seen = Session._run_one, []
+
+    def remember(session: Session, batch: TokenBatch, *rest: Any) -> RunResult:
+        seen.append((len(batch.lengths), batch.max_seqlen))
+        return run_one(session, batch, *rest)
+
+    monkeypatch.setattr(Session, "_run_one", remember)
+    with Session.open(sample.bundle, max_memory_mb=cap) as session:
+        session.cost_model()
+    assert len(set(seen)) > 1
+    for n_sequences, longest in seen:
+        each = scratch_bytes_per_sequence(config, longest)
+        assert (FIXED_SCRATCH_BYTES + n_sequences * each) / 2**20 <= cap
+    assert max(longest for _, longest in seen) > 20
+
+
+@pytest.mark.parametrize("lengths", [[-1], [0, 3], [2**31], [2.5], ["3"], [31]])
+def test_lengths_to_warm_up_are_checked(exported: Exported, lengths: list[Any]) -> None:
+    with (
+        Session.open(exported("active-lm").bundle) as session,
+        pytest.raises(InputError, match="lengths"),
+    ):
+        session.warmup([[4, 2], lengths])

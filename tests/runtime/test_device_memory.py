@@ -3,7 +3,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backends.device import DeviceMemory
 
 GB = 10**9
@@ -36,3 +38,16 @@ def test_what_a_run_takes_is_what_the_driver_lost(monkeypatch: pytest.MonkeyPatc
 
     assert memory.peak_bytes(run) == 3 * GB
     assert calls == ["synchronize", "empty_cache", "mem_get_info", "run", "synchronize", calls[2]]
+
+
+def test_too_little_memory_is_told_from_work_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = DeviceMemory("cpu")
+    with pytest.raises(BackendError, match="can't allocate memory"):
+        memory.empty((10**15,), "float32")
+
+    def full(*of: object, **how: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(BackendError, match="run smaller batches: CUDA out of memory"):
+        memory.empty((3,), "float32")

@@ -369,6 +369,20 @@ def test_what_makes_no_sense(tmp_path: Path) -> None:
         generate(Session(old, OracleBackend(old, model)), PACKED, CU)
 
 
+@pytest.mark.parametrize("limit", [0.99, 1.0, 2.0])
+@pytest.mark.parametrize("way", [{}, EXIT], ids=["once", "exit"])
+def test_pinned_tokens_have_the_score_1(limit: float, way: dict[str, object]) -> None:
+    """So they pass through a layer if its threshold lies below, as they do in runs."""
+    model = random_model(GPT2.replace(**{**way, "pinned_token_ids": (5, 4)}), 0)
+    with session_of(model) as session:
+        limits = (limit,) * 3
+        found = generate(session, PACKED, CU, max_new_tokens=1, thresholds=limits)
+        depths = session.run(PACKED, CU, thresholds=limits).depths
+    assert depths.max() == (3 if limit < 1 else 0)
+    generated = np.concatenate([active.sum(axis=1) for active in found.active])
+    np.testing.assert_array_equal(generated, depths)
+
+
 def test_closed_session(exported: tuple[SparseDepthTransformer, Session]) -> None:
     _, session = exported
     other = Session.open(session.bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig
 from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
 from sdt_deploy.errors import ConfigError, InputError
+from sdt_deploy.runtime import backends
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import PartLimits, select, split_batch
 from sdt_deploy.testing import OracleBackend, memory_bundle
@@ -146,7 +148,27 @@ def test_a_memory_cap_splits_and_changes_nothing(exported: Exported) -> None:
         assert result.path == "masked"
 
 
-@pytest.mark.parametrize("name", ["max_padded_tokens", "max_memory_mb"])
-def test_the_limits_are_checked(exported: Exported, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} must be positive, not 0"):
-        Session.open(exported("active-lm").bundle, **{name: 0})
+@pytest.mark.parametrize("value", [0, -3, math.inf, math.nan, "64", True])
+@pytest.mark.parametrize("name", ["max_padded_tokens", "max_memory_mb", "max_depth_drift"])
+def test_the_limits_are_checked(exported: Exported, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a (positive integer|finite number)"):
+        Session.open(exported("active-lm").bundle, **{name: value})  # type: ignore[arg-type]
+
+
+@given(st.floats(0.01, 4.0))
+def test_the_longest_sequence_that_a_memory_cap_allows(max_memory_mb: float) -> None:
+    config = CONFIGS["all-embedding"][0]
+    limits = PartLimits(max_memory_mb=max_memory_mb)
+    fits = [n for n in range(1, config.max_positions + 1) if estimate_mb([n]) <= max_memory_mb]
+    if fits:
+        assert limits.longest(config) == fits[-1]
+    else:
+        with pytest.raises(InputError, match="a sequence of 1 tokens needs about"):
+            limits.longest(config)
+
+
+def test_parts_are_as_large_as_the_pool_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "usable_cores", lambda: 16)
+    for threads, expected in ((None, 16 * 1024), (0, 16 * 1024), (2, 2048), (6, 6 * 1024)):
+        monkeypatch.setattr(backends, "pool_threads", lambda n=threads: n)
+        assert backends.default_padded_tokens("onnxruntime-cpu") == expected

@@ -142,7 +142,7 @@ def test_a_session_warns() -> None:
 
 
 def test_the_limit_is_checked(exported: Exported) -> None:
-    with pytest.raises(ConfigError, match="max_depth_drift must be positive, not 0"):
+    with pytest.raises(ConfigError, match="max_depth_drift must be a finite number above 0"):
         Session.open(exported("active-lm").bundle, max_depth_drift=0)
 
 

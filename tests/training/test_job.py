@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from sdt_deploy.config import HeadConfig
 from sdt_deploy.errors import CheckpointError, ConfigError, InputError, OutputError, TrainingError
 from sdt_deploy.evaluation.evaluate import evaluate
 from sdt_deploy.model import checkpoints
-from sdt_deploy.model.conversion import convert
+from sdt_deploy.model.conversion import ProbeFit, convert
 from sdt_deploy.training import distill as loop
+from sdt_deploy.training import job
 from sdt_deploy.training.config import DistillConfig
+from sdt_deploy.training.distill import StepReport
 from sdt_deploy.training.job import JobOptions, distill, training_directory
 from sdt_deploy.training.losses import LossWeights
 from tests.textmodels import CONFIG, save_teacher, texts
@@ -230,6 +233,76 @@ def test_bad_input_is_refused(teacher: Path, tmp_path: Path) -> None:
     out.mkdir()
     with pytest.raises(OutputError, match="exists already"):
         distill(teacher, out, TEXTS, config(), options())
+
+
+def test_targets_are_checked_before_training(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(*of: object, **how: object) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(job, "begin", begun)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(OutputError, match="will not be replaced"):
+        distill(teacher, tmp_path / "mine", TEXTS, config(), options(overwrite=True))
+    monkeypatch.chdir(tmp_path / "mine")
+    with pytest.raises(OutputError, match="will not be replaced"):
+        distill(teacher, Path(), TEXTS, config(), options(overwrite=True))
+    low_rank = config(lora_rank=2)
+    with pytest.raises(OutputError, match="/proc/a cannot be written"):
+        distill(teacher, tmp_path / "out", TEXTS, low_rank, options(adapter=Path("/proc/a")))
+    with pytest.raises(ConfigError, match="a truncated model has fewer"):
+        distill(
+            teacher,
+            tmp_path / "out",
+            TEXTS,
+            low_rank,
+            options(adapter=tmp_path / "a"),
+            baseline="truncated",
+        )
+
+
+def test_texts_that_cannot_be_measured(teacher: Path, tmp_path: Path) -> None:
+    long = save_teacher(tmp_path / "long", CONFIG.replace(max_positions=90))
+    words = [f"{text} " * 40 for text in TEXTS]
+    with pytest.raises(InputError, match="refit_at measures texts of 2 to 64 tokens"):
+        distill(long, tmp_path / "out", words, config(refit_at=0.5), options())
+    with pytest.raises(InputError, match="special tokens only"):
+        distill(teacher, tmp_path / "out", ["[B]"] * 40, config(), options())
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    small = save_teacher(tmp_path / "small", CONFIG.replace(vocab_size=20))
+    for attempt in (
+        lambda: distill(small, tmp_path / "out", TEXTS, config(), options()),
+        lambda: evaluate(small, small, TEXTS),
+        lambda: convert(small, tmp_path / "out", fit=ProbeFit(texts=TEXTS)),
+        lambda: convert(small, tmp_path / "out", sample_texts=TEXTS),
+    ):
+        with pytest.raises(CheckpointError, match="a vocabulary of 20"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_cache_is_made_anew(teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, out, TEXTS, config(), options(), each=interrupted_at(6))
+    cache = training_directory(out) / "teacher.npz"
+    cache.write_bytes(cache.read_bytes()[: cache.stat().st_size // 2])
+    distill(teacher, out, TEXTS, config(), options(resume=True))
+    distill(teacher, tmp_path / "whole", TEXTS, config(), options())
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())
+
+
+def interrupted_at(step: int) -> Callable[[StepReport], None]:
+    def each(report: StepReport) -> None:
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    return each
 
 
 def test_quality_is_of_embeddings(teacher: Path, tmp_path: Path) -> None:

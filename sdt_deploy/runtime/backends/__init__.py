@@ -5,6 +5,7 @@ from __future__ import annotations
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.cores import usable_cores
 from sdt_deploy.errors import BackendError
+from sdt_deploy.ort import pool_threads
 from sdt_deploy.runtime.backend import Backend
 
 BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch")
@@ -38,11 +39,12 @@ def open_backend(name: str, bundle: Bundle, *, n_threads: int | None = None) -> 
     raise BackendError(f"no backend is called {name!r}; there are: {', '.join(BACKENDS)}")
 
 
-def default_padded_tokens(name: str, n_threads: int | None = None) -> int:
+def default_padded_tokens(name: str) -> int:
     """Return the padded tokens that a backend runs at once unless the session is told otherwise.
 
-    On a CPU, what is best for its caches; on a GPU, what is large enough to keep it busy.
+    On a CPU, what is best for its caches, by the threads of the pool if there is one yet; on a GPU,
+    what is large enough to keep it busy.
     """
     if name == "onnxruntime-cpu":
-        return max(2048, 1024 * (n_threads or usable_cores()))
+        return max(2048, 1024 * (pool_threads() or usable_cores()))
     return 131_072

@@ -118,8 +118,13 @@ class DeviceMemory:
         return int(self._torch.cuda.current_stream(self.device).cuda_stream)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """See :meth:`sdt_deploy.runtime.backend.Backend.empty`."""
-        return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
+        """See :meth:`sdt_deploy.runtime.backend.Backend.empty`.
+
+        Raises:
+            BackendError: if there is not so much memory.
+        """
+        with self.surfacing():
+            return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def upload(self, arrays: Sequence[HostArray]) -> list[Array]:
         """Return arrays in the GPU's memory, where some may be already; one copy for the others.
@@ -127,7 +132,8 @@ class DeviceMemory:
         The caller must not change them while the results are in use.
         """
         on_host = [array for array in arrays if isinstance(array, np.ndarray)]
-        moved = iter(self._moved(on_host) if on_host else ())
+        with self.surfacing():
+            moved = iter(self._moved(on_host) if on_host else ())
         return [next(moved) if isinstance(array, np.ndarray) else array for array in arrays]
 
     def _moved(self, arrays: Sequence[HostArray]) -> list[Array]:
@@ -208,6 +214,10 @@ class DeviceMemory:
         """
         try:
             yield
+        except self._torch.OutOfMemoryError as error:
+            raise BackendError(
+                self.failure(f"the memory does not suffice, run smaller batches: {error}")
+            ) from error
         except RuntimeError as error:
             raise BackendError(
                 self.failure(

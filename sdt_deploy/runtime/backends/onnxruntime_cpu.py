@@ -59,7 +59,9 @@ class OnnxRuntimeCpuBackend(HostMemory):
                 raise BackendError("the session is closed")
             if name not in self._graphs:
                 path = self._bundle.file(self._bundle.manifest.graphs[name].file)
-                self._graphs[name] = OnnxRuntimeGraph(open_session(path))
+                session = open_session(path)
+                self._bundle.check_current()
+                self._graphs[name] = OnnxRuntimeGraph(session)
             return self._graphs[name]
 
     def close(self) -> None:

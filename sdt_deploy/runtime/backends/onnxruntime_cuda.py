@@ -97,6 +97,7 @@ class OnnxRuntimeCudaBackend(DeviceMemory):
                     device_id=self.device_id,
                     stream=self._own_stream.cuda_stream,
                 )
+                self._bundle.check_current()
                 self._graphs[name] = OnnxRuntimeCudaGraph(spec, session, self)
             return self._graphs[name]
 

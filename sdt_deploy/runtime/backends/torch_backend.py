@@ -129,7 +129,7 @@ class TorchBackend(DeviceMemory):
             return self._torch.compile(_copy_of(function), dynamic=True)  # type: ignore[no-any-return]
 
         manifest = self._bundle.manifest
-        return TorchModel(
+        model = TorchModel(
             config=manifest.model,
             dtype=getattr(self._torch, manifest.export.precision),
             entry=TorchEntry(self.parameters(self._bundle, "entry"), manifest.model),
@@ -138,6 +138,8 @@ class TorchBackend(DeviceMemory):
             layer=fused(update),
             last=fused(finish_in_place),
         )
+        self._bundle.check_current()
+        return model
 
 
 def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
