@@ -3,7 +3,7 @@
 python examples/agreement.py BUNDLE TEXTS
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,14 @@ from sdt_deploy.tokenization import read_lines
 BATCH = 32
 
 
-def main(bundle: str, texts: str) -> None:
-    """Print the agreement over the first 256 held-out lines (every fifth) of ``texts``."""
-    lines = read_lines(Path(texts))[::5][:256]
-    with sdt_deploy.Session.open(bundle) as session:
+def main() -> None:
+    """Print the agreement over the first 256 held-out lines (every fifth) of a text."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("texts", type=Path, help="one text per line")
+    options = parser.parse_args()
+    lines = read_lines(options.texts)[::5][:256]
+    with sdt_deploy.Session.open(options.bundle) as session:
         outputs = {
             path: np.concatenate(
                 [
@@ -32,4 +36,4 @@ def main(bundle: str, texts: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

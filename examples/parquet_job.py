@@ -64,7 +64,7 @@ def embed(
 
     The session sorts the texts by length and runs them in parts that fit its caches.
     """
-    given = [i for i, text in enumerate(texts) if text]
+    given = [i for i, text in enumerate(texts) if text is not None]
     missing = np.ones(len(texts), dtype=bool)
     rows = np.zeros((len(texts), width), dtype=np.float32)
     depths = np.zeros(len(texts), dtype=np.float32)

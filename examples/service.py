@@ -131,7 +131,7 @@ class Batcher:
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the bundle before the first request, and run one batch, so that none waits for it."""
     bundle = os.environ.get("SDT_BUNDLE")
-    if bundle is None:
+    if not bundle:
         raise RuntimeError("SDT_BUNDLE has to name the directory of a bundle")
     with sdt_deploy.Session.open(bundle) as session:
         head = session.manifest.model.head

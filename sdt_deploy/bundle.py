@@ -321,7 +321,10 @@ class Bundle:
         try:
             content = read_bytes(directory / MANIFEST, max_bytes=MAX_JSON_BYTES)
         except OSError as error:
-            raise BundleFormatError(f"{directory} is not a bundle: {error}") from error
+            hint = ""
+            if (directory / "config.json").is_file():
+                hint = f"; it looks like a model: sdt-deploy export {directory} BUNDLE makes one"
+            raise BundleFormatError(f"{directory} is not a bundle: {error}{hint}") from error
         if is_partial(directory):
             raise BundleFormatError(
                 f"{directory} is what an export that was killed left behind: remove it and export "

@@ -62,7 +62,14 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
         )
     with _lock:
         if _pool_threads is None:
-            wanted = n_threads or usable_cores()
+            cores = usable_cores()
+            wanted = n_threads or cores
+            if wanted > cores:
+                warnings.warn(
+                    f"{wanted} threads share {cores} usable cores: they wait for each other, which "
+                    "makes runs many times as long",
+                    stacklevel=3,
+                )
             try:
                 runtime().set_global_thread_pool_sizes(wanted, 1)
                 _pool_threads = wanted

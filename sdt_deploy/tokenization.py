@@ -124,7 +124,7 @@ class TextTokenizer:
                 if overflow == "error":
                     raise InputError(
                         f"text {i} has {len(ids)} tokens, {max_length} are allowed: shorten it or "
-                        'pass overflow="truncate" or "split"'
+                        'pass overflow="truncate" or "split" (commands: --truncate)'
                     )
                 windows[i] = self._windows(texts[i], max_length)
                 if overflow == "truncate":

@@ -114,7 +114,12 @@ def run_bench(
 
         def open_session(which: Bundle) -> Session:
             return opened.enter_context(
-                Session.open(which, backend=options.backend, n_threads=options.n_threads)
+                Session.open(
+                    which,
+                    backend=options.backend,
+                    n_threads=options.n_threads,
+                    max_depth_drift=None,  # the table says how deep tokens go
+                )
             )
 
         session = open_session(bundle)

@@ -27,6 +27,6 @@ Quiet = Annotated[
 """Works through its callback; commands take it and need not look at it."""
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text; may be given again.")]
 TextFile = Annotated[Path | None, typer.Option(help="File with one text per line.")]
-Ids = Annotated[Path | None, typer.Option(help=".npy with token ids [batch, seq].")]
+Ids = Annotated[Path | None, typer.Option(help=r".npy with token ids \[batch, seq], no padding.")]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are long.")]
 BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]

@@ -89,6 +89,8 @@ def save(checkpoint: Checkpoint, target: Path, *, overwrite: bool = False) -> No
             safetensors.torch.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # a full disk, for instance
             raise OutputError(f"{target} cannot be written: {error}") from error
+        # The library writes files that nobody else may read, whatever the umask is.
+        (directory / WEIGHTS).chmod((directory / CONFIG).stat().st_mode)
         if checkpoint.tokenizer is not None:
             (directory / TOKENIZER).write_bytes(checkpoint.tokenizer)
         if checkpoint.sample is not None:

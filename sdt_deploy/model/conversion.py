@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sdt_deploy.bundle_files import MANIFEST
 from sdt_deploy.config import Context, Leaving, Routing, Selection
 from sdt_deploy.costs import thresholds_for_depth
 from sdt_deploy.errors import CheckpointError, ConfigError, InputError
@@ -24,6 +25,7 @@ from sdt_deploy.model.probe import (
     Importance,
     Levels,
     capacity_thresholds,
+    check_depth,
     depth_histogram,
     depth_shares,
     fit_probe,
@@ -85,6 +87,10 @@ def load_any(source: Path, *, head: str | None = None) -> Checkpoint:
     if is_file:
         _only_for_huggingface(source, head)
         return load_original(source)
+    if not has_config and (source / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{source} is a bundle, which is made of a model: give the model's directory"
+        )
     if not has_config:
         raise CheckpointError(
             f"{source} is not a checkpoint: expected a native or Hugging Face directory with "
@@ -194,6 +200,9 @@ def with_probe(
     """
     if checkpoint.tokenizer is None:
         raise CheckpointError("a probe is fitted on texts, and this checkpoint has no tokenizer")
+    n_layers = checkpoint.model.config.n_layers
+    target_depth = 0.6 * n_layers if fit.target_depth is None else fit.target_depth
+    check_depth(target_depth, n_layers)
     before, after = TextTokenizer(checkpoint.tokenizer).ends()
     pinned = tuple(sorted({*before, *after}))
     model = rebuilt(
@@ -205,7 +214,6 @@ def with_probe(
         leaving="exit",
         thresholds=(),
     )
-    n_layers = model.config.n_layers
     held_out = fit.texts[::HELD_OUT_EVERY]
     fitted = [text for i, text in enumerate(fit.texts) if i % HELD_OUT_EVERY]
     if not fitted:
@@ -227,7 +235,6 @@ def with_probe(
         model.scorer.bias.copy_(bias)
         ids = torch.full(features.embedded.shape[:1], -1)
         scores = model.scorer(ids, features.embedded).numpy()
-    target_depth = 0.6 * n_layers if fit.target_depth is None else fit.target_depth
     if fit.selection == "capacity":
         thresholds = capacity_thresholds(n_layers, target_depth, fit.levels)
     else:

@@ -327,14 +327,23 @@ def set_thresholds(
         ConfigError: if the depth cannot be reached.
     """
     n_layers = config.n_layers
-    if not 0.0 < target_depth <= n_layers:
-        raise ConfigError(f"target depth must lie in (0, {n_layers}], not {target_depth}")
+    check_depth(target_depth, n_layers)
     free_mean = (target_depth - pinned_share * n_layers) / (1 - pinned_share)
     shares = depth_shares(n_layers, min(free_mean, n_layers), levels, shallow_depth=shallow_depth)
     below = np.cumsum(shares)[:-1]
     ordered = np.sort(scores)
     cuts = [0.0, *(widest_gap(ordered, share) for share in below)]
     return tuple(float(cut) for cut in np.maximum.accumulate(cuts))
+
+
+def check_depth(target_depth: float, n_layers: int) -> None:
+    """Check that a mean depth is one that a model can have.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if not 0.0 < target_depth <= n_layers:
+        raise ConfigError(f"target depth must lie in (0, {n_layers}], not {target_depth}")
 
 
 def widest_gap(ordered: npt.NDArray[np.float32], share: float) -> float:

@@ -330,6 +330,8 @@ class Sampling:
             raise InputError(f"temperature must be 0 or more, not {shown(self.temperature)}")
         if self.top_k is not None and not is_integer(self.top_k, 1):
             raise InputError(f"top_k must be a positive integer or None, not {shown(self.top_k)}")
+        if self.top_k is not None and self.temperature == 0:
+            raise InputError("top_k is for draws: give a temperature above 0 as well")
         if not is_integer(self.seed, 0):
             raise InputError(f"seed must be a non-negative integer, not {shown(self.seed)}")
 

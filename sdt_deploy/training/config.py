@@ -130,7 +130,8 @@ class DistillConfig:
                 names = [x.name for x in dataclasses.fields(self) if x.name != "loss"]
                 names += [f"loss.{x.name}" for x in dataclasses.fields(LossWeights)]
                 raise ConfigError(
-                    f"expected NAME=VALUE, not {shown(setting)}; NAME is one of {', '.join(names)}"
+                    f"settings are given as NAME=VALUE, not {shown(setting)}; NAME is one of "
+                    f"{', '.join(names)}"
                 )
             try:
                 owner[key] = json.loads(text)

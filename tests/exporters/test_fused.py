@@ -82,6 +82,17 @@ def test_the_activation_works_in_place(name: str, activation: Activation, tmp_pa
     assert (apart["up_product"] != apart["inner_states"]).any()
 
 
+def test_states_whose_squares_float16_cannot_hold(tmp_path: Path) -> None:
+    """As trained models have, in few channels: graphs norm in float32, and so must their check."""
+    model = random_model(CONFIGS["all-embedding"][0].replace(n_layers=2, thresholds=()), seed=3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.feed_forward_norm.weight[5] = 300.0
+    config = ExportConfig(precision="float16", attention="fused")
+    export(Checkpoint(model=model), tmp_path / "bundle", config)
+    assert Bundle.open(tmp_path / "bundle").manifest.graphs["stage-00"].max_abs_error < 1.0
+
+
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_norms_and_scores_are_float32_inside(precision: Precision, tmp_path: Path) -> None:
     """Read off the graphs: a run on the CPU would not show it."""

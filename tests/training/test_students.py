@@ -179,9 +179,9 @@ def test_any_setting_can_be_given(teacher: Path, tmp_path: Path) -> None:
     assert (recipe["mixed_share"], recipe["loss"]["neighbours"]) == (0.5, 1.5)
     assert (recipe["curriculum"], recipe["crop_share"]) == ("steps", 0.3)
     for bad, message in (
-        ("mixed_share", "expected NAME=VALUE"),
-        ("loss=3", "expected NAME=VALUE"),
-        ("losses.output=3", "expected NAME=VALUE"),
+        ("mixed_share", "given as NAME=VALUE"),
+        ("loss=3", "given as NAME=VALUE"),
+        ("losses.output=3", "given as NAME=VALUE"),
         ("loss.output=x", "of another kind"),
         ("mixed_share=2", "mixed_share must be in 0..1"),
         ("curriculum=never", "curriculum must be one of"),
