@@ -176,8 +176,8 @@ def test_sentence_transformers(made: Path, tmp_path: Path) -> None:
     model.save(str(tmp_path / "saved"))
     again = st.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True)
     again.save(str(tmp_path / "saved"))  # over itself
-    again.save(str(tmp_path / "twice"))
-    again.save(str(tmp_path / "twice"))
+    again[0].save(str(tmp_path / "twice"))
+    again[0].save(str(tmp_path / "twice"))
     assert Bundle.open(tmp_path / "twice" / "bundle").manifest == again[0].session.manifest
     # Another session measures anew which path is faster here, and paths round differently.
     np.testing.assert_allclose(again.encode(lines, batch_size=6), found, rtol=0, atol=1e-6)

@@ -18,10 +18,11 @@ from sdt_deploy.bundle_files import MANIFEST
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import CheckpointError, InputError
 from sdt_deploy.evaluation.agreement import agreement
-from sdt_deploy.evaluation.oracle import Embedded, embed_with_oracle, rows_of
+from sdt_deploy.evaluation.oracle import Embedded, embed_with_oracle
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import at_depth, encoded, load_any
 from sdt_deploy.runtime.session import Session
+from sdt_deploy.runtime.splitting import rows_of
 
 BATCH_TEXTS = 32
 Subject = Bundle | Checkpoint
@@ -181,7 +182,7 @@ def embed_with_session(
     depths = np.zeros(len(sample.input_ids), dtype=np.int32)
     for start in range(0, len(order), BATCH_TEXTS):
         chosen = order[start : start + BATCH_TEXTS]
-        rows = rows_of(sample, chosen)
+        rows = rows_of(sample.cu_seqlens, chosen)
         cu_seqlens = np.cumsum([0, *lengths[chosen]])
         result = session.run(
             sample.input_ids[rows], cu_seqlens, path="sparse", target_depth=target_depth

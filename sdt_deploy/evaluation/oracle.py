@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from sdt_deploy.model.checkpoints import TokenSample
 from sdt_deploy.model.transformer import DenseTransformer, SparseDepthTransformer
+from sdt_deploy.runtime.splitting import rows_of
 
 BATCH_TOKENS = 8192
 
@@ -56,7 +57,7 @@ def embed_with_oracle(
         chosen = order[start : start + max(1, int(fits.sum()))]
         start += len(chosen)
         mask = np.arange(lengths[chosen].max()) < lengths[chosen][:, None]
-        rows = rows_of(sample, chosen)
+        rows = rows_of(sample.cu_seqlens, chosen)
         ids = np.zeros(mask.shape, dtype=np.int64)
         ids[mask] = sample.input_ids[rows]
         inputs = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
@@ -67,9 +68,3 @@ def embed_with_oracle(
         output[chosen] = found.output.cpu().numpy()
         depths[rows] = found.depths.cpu().numpy()[mask]
     return Embedded(embeddings=output, depths=depths)
-
-
-def rows_of(sample: TokenSample, chosen: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Return the places of the tokens of the texts ``chosen``, one text after the other."""
-    starts = sample.cu_seqlens
-    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])

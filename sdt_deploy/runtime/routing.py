@@ -208,18 +208,6 @@ def depths_of(
     return depths_from_scores(compared, thresholds)
 
 
-def capacity_counts(lengths: Sequence[int], thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Return ``[n_layers, batch]``, the tokens that each layer takes by selection ``capacity``.
-
-    They depend on the lengths alone: no score is needed.
-    """
-    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
-    anyone = np.zeros(cu_seqlens[-1], dtype=np.float32)
-    depths = depths_of(anyone, thresholds, cu_seqlens, "capacity")
-    layers = np.arange(len(thresholds))[:, None]
-    return np.add.reduceat(depths > layers, cu_seqlens[:-1], axis=1, dtype=np.int64)
-
-
 def padded_rows(rows: Int32, lengths: Int32) -> Int32:
     """Lay ``rows [sum(lengths)]`` out as ``[batch, max_seqlen]``; padding holds row 0."""
     longest = int(lengths.max())

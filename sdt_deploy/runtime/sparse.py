@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
 
@@ -67,7 +67,7 @@ def run_sparse(
         route_ms = move_ms = 0.0
         row_of: Array | None = None
         mark = perf_counter()
-        for plan in router or _planned(backend, scores, thresholds, batch, rules):
+        for plan in router or [backend.plan(scores, thresholds, batch.cu_seqlens, rules)]:
             order = plan.order if row_of is None else _moved(row_of, plan)
             taking = 0.0
             if order is not None:
@@ -116,16 +116,6 @@ def run_sparse(
         ),
         path="sparse",
     )
-
-
-def _planned(
-    backend: Backend,
-    scores: Array,
-    thresholds: Sequence[float],
-    batch: TokenBatch,
-    rules: RouteRules,
-) -> Iterable[RoutePlan]:
-    yield backend.plan(scores, thresholds, batch.cu_seqlens, rules)
 
 
 def _moved(row_of: Array, plan: RoutePlan) -> Array | None:

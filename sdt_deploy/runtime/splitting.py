@@ -118,7 +118,7 @@ def split_batch(lengths: Int32, config: ModelConfig, limits: PartLimits) -> Grou
 
 def select(batch: TokenBatch, sequences: npt.NDArray[np.intp]) -> TokenBatch:
     """Return the batch of the given sequences, in the given order."""
-    rows = _rows(batch.cu_seqlens, sequences)
+    rows = rows_of(batch.cu_seqlens, sequences)
     types = batch.token_type_ids
     lengths = batch.lengths[sequences]
     return TokenBatch(
@@ -133,7 +133,7 @@ def merge(
 ) -> RunResult:
     """Put the results of the parts of ``batch`` together, in the order of ``batch``."""
     first = parts[0]
-    rows = np.concatenate([_rows(batch.cu_seqlens, group) for group in groups])
+    rows = np.concatenate([rows_of(batch.cu_seqlens, group) for group in groups])
     places = np.concatenate(groups) if per_sequence else rows
     output = np.empty((len(places), first.output.shape[1]), dtype=first.output.dtype)
     output[places] = np.concatenate([part.output for part in parts])
@@ -169,6 +169,6 @@ def merge(
     )
 
 
-def _rows(cu_seqlens: Int32, sequences: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+def rows_of(cu_seqlens: Int32, sequences: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
     """Return the packed rows of the given sequences, one sequence after the other."""
     return np.concatenate([np.arange(cu_seqlens[i], cu_seqlens[i + 1]) for i in sequences])

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import rebuilt
-from sdt_deploy.model.probe import Levels, padded_batches, quantiles, set_thresholds
+from sdt_deploy.model.probe import (
+    Levels,
+    padded_batches,
+    place_means,
+    quantiles,
+    set_thresholds,
+)
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
 CALIBRATION_TOKENS = 200_000
@@ -130,13 +136,7 @@ def position_directions(model: SparseDepthTransformer, sample: TokenSample) -> T
     """
     spread = np.linspace(0, len(sample.input_ids) - 1, POSITION_TOKENS).astype(np.int64)
     ids = torch.from_numpy(sample.input_ids[spread]).long()
-    embeddings = model.embeddings
-    means = torch.stack(
-        [
-            embeddings(ids, torch.full_like(ids, place), None).mean(dim=0)
-            for place in range(model.config.max_positions)
-        ]
-    )
+    means = place_means(model, ids)
     _, strengths, directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False)
     held = strengths.square().cumsum(0) / strengths.square().sum().clamp_min(1e-12)
     count = int((held < POSITION_VARIANCE).sum()) + 1

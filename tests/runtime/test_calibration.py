@@ -134,7 +134,7 @@ def test_calibration_keeps_to_the_cap_on_memory(
     assert max(longest for _, longest in seen) > 20
 
 
-@pytest.mark.parametrize("lengths", [[-1], [0, 3], [2**31], [2.5], ["3"], [31]])
+@pytest.mark.parametrize("lengths", [[-1], [0, 3], [2**31], [2.5], ["3"], [34]])
 def test_lengths_to_warm_up_are_checked(exported: Exported, lengths: list[Any]) -> None:
     with (
         Session.open(exported("active-lm").bundle) as session,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -18,7 +20,7 @@ from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.conversion import ProbeFit, convert
 from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.runtime.result import RunResult
-from sdt_deploy.runtime.routing import capacity_counts, depths_of, standings
+from sdt_deploy.runtime.routing import depths_of, standings
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.statistics import expected_mean_depth
 from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, memory_bundle
@@ -39,6 +41,18 @@ CONFIG = CONFIGS["all-embedding"][0].replace(
     selection="capacity", thresholds=(0.0, 0.4, 0.75), pinned_token_ids=(1,)
 )
 ACTIVE = CONFIGS["active-lm"][0].replace(selection="capacity", thresholds=(0.1, 0.5, 0.9))
+
+
+def capacity_counts(lengths: Sequence[int], thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Return ``[n_layers, batch]``, the tokens that each layer takes by selection ``capacity``.
+
+    They depend on the lengths alone: no score is needed.
+    """
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    anyone = np.zeros(cu_seqlens[-1], dtype=np.float32)
+    depths = depths_of(anyone, thresholds, cu_seqlens, "capacity")
+    layers = np.arange(len(thresholds))[:, None]
+    return np.add.reduceat(depths > layers, cu_seqlens[:-1], axis=1, dtype=np.int64)
 
 
 @given(lengths=lengths_lists, seed=seeds, n_values=st.integers(1, 40))

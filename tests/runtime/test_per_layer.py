@@ -26,11 +26,11 @@ from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import needed_flops
 from sdt_deploy.runtime.result import RunResult
-from sdt_deploy.runtime.routing import capacity_counts
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import PartLimits
 from sdt_deploy.runtime.verification import verify_bundle
 from sdt_deploy.testing import OracleBackend, OracleDeviceBackend, StageCall, memory_bundle
+from tests.runtime.test_capacity import capacity_counts
 from tests.samples import (
     CONFIGS,
     TOLERANCE,
