@@ -319,6 +319,7 @@ class Bundle:
         """
         directory = Path(path)
         try:
+            directory = directory.absolute()  # a process may change its own, as daemons do
             content = read_bytes(directory / MANIFEST, max_bytes=MAX_JSON_BYTES)
         except OSError as error:
             hint = ""

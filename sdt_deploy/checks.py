@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Number
 from typing import Any, get_args
 
 from sdt_deploy.errors import ConfigError
@@ -42,6 +43,11 @@ def is_number(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def plain(value: Any) -> Any:
+    """Return a NumPy scalar as the Python number that it stands for, and all else as it is."""
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 def shown(value: object) -> str:

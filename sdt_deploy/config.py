@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -70,6 +70,14 @@ def check_thresholds(thresholds: tuple[float, ...], n_layers: int, routing: Rout
             f"thresholds must not fall, or the sets of active tokens would not be nested: "
             f"thresholds[{i}] = {low} > thresholds[{i + 1}] = {high}",
         )
+
+
+def compared(thresholds: Sequence[float]) -> tuple[float, ...]:
+    """Return thresholds as scores are compared with them; those of 0 let every token through.
+
+    A sigmoid underflows (that of ONNX Runtime is 0 for logits below -18), and 0 is not above 0.
+    """
+    return tuple(-1.0 if limit <= 0.0 else limit for limit in thresholds)
 
 
 @dataclass(frozen=True, kw_only=True)

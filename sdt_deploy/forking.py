@@ -10,12 +10,16 @@ import os
 import threading
 from weakref import WeakSet
 
-_locks: WeakSet[threading.Lock] = WeakSet()
+_locks: WeakSet[threading.RLock] = WeakSet()
 
 
-def fork_safe_lock() -> threading.Lock:
-    """Return a lock that is free in every forked child."""
-    lock = threading.Lock()
+def fork_safe_lock() -> threading.RLock:
+    """Return a lock that is free in every forked child.
+
+    Its thread may take it again: a signal handler that closes a session runs in the middle of
+    whatever that thread does.
+    """
+    lock = threading.RLock()
     _locks.add(lock)
     return lock
 

@@ -39,6 +39,17 @@ def runtime() -> Any:
     return require("onnxruntime", extra="cpu", purpose="Running ONNX graphs")
 
 
+def _is_of_library(error: Exception) -> bool:
+    """Tell whether ONNX Runtime raised ``error``, not a signal handler that ran behind its call.
+
+    Its own classes share no public base; the others are what pybind11 makes of C++ exceptions.
+    """
+    kind = type(error)
+    return kind.__module__.startswith("onnxruntime.") or kind in (
+        *(RuntimeError, MemoryError, TypeError, ValueError, IndexError, OverflowError),
+    )
+
+
 def ensure_thread_pool(n_threads: int | None = None) -> None:
     """Make the thread pool that all sessions of the process share, once.
 
@@ -73,8 +84,10 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
             try:
                 runtime().set_global_thread_pool_sizes(wanted, 1)
                 _pool_threads = wanted
-            except Exception:  # onnxruntime's own class: the host application made the pool
-                _pool_threads = 0
+            except Exception as error:
+                if not _is_of_library(error):
+                    raise
+                _pool_threads = 0  # the host application made the pool
             _share_arena()
         if n_threads and _pool_threads == 0:
             warnings.warn(
@@ -214,7 +227,9 @@ def _opened(
             providers=[provider],
             disabled_optimizers=list(disabled_optimizers),
         )
-    except Exception as error:  # onnxruntime's exceptions share no public base class
+    except Exception as error:
+        if not _is_of_library(error):
+            raise
         raise BackendError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
     if session.get_providers()[0] != provider[0]:  # it warns, and falls back to the CPU
         raise MissingProviderError(
@@ -253,13 +268,17 @@ def bind_arrays(
             binding.bind_ortvalue_input(name, wrap(array, cpu))
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, wrap(array, cpu))
-    except Exception as error:  # onnxruntime's exceptions share no public base class
+    except Exception as error:
+        if not _is_of_library(error):
+            raise
         raise BackendError(f"ONNX Runtime refused arrays: {error}") from error
 
     def run(_: object = (inputs, outputs)) -> None:  # the arrays live as long as the call
         try:
             engine.run_with_iobinding(binding, None)
         except Exception as error:
+            if not _is_of_library(error):
+                raise
             raise BackendError(f"ONNX Runtime failed: {error}") from error
 
     return run
@@ -286,7 +305,9 @@ def bind_addresses(
             binding.bind_input(name, "cuda", device_id, _element_type(dtype), shape, address)
         for name, (address, shape, dtype) in outputs.items():
             binding.bind_output(name, "cuda", device_id, _element_type(dtype), shape, address)
-    except Exception as error:  # onnxruntime's exceptions share no public base class
+    except Exception as error:
+        if not _is_of_library(error):
+            raise
         raise BackendError(f"ONNX Runtime refused arrays: {error}") from error
     options = runtime().RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -295,6 +316,8 @@ def bind_addresses(
         try:
             session.run_with_iobinding(binding, options)
         except Exception as error:
+            if not _is_of_library(error):
+                raise
             raise BackendError(f"ONNX Runtime failed: {error}") from error
 
     return run

@@ -171,12 +171,14 @@ def _starts(parts: Sequence[Sequence[object]]) -> np.ndarray:
 def _errors_of_the_library() -> Iterator[None]:
     """Make what the tokenizers library raises a :class:`CheckpointError`.
 
-    It raises plain ``Exception``, and ``PanicException``, which is none, where its own code fails.
+    It raises plain ``Exception``, what Python has for bad arguments, and ``PanicException``, which
+    is none of these, where its own code fails. Anything else comes from a signal handler.
     """
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        own = type(error) in (Exception, TypeError, ValueError, OverflowError, RuntimeError)
+        if not own and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"the tokenizer.json cannot be used: {error}") from error
 

@@ -21,10 +21,12 @@ sequences.forEach((sequence, row) => {
   ids.set(sequence, row * seq);
   mask.fill(1, row * seq, row * seq + sequence.length);
 });
+// A threshold of 0 lets every token through, also one whose score underflows to 0.
+const thresholds = model.thresholds.map((limit) => (limit <= 0 ? -1 : limit));
 const inputs = {
   input_ids: new ort.Tensor("int32", ids, dims),
   attention_mask: new ort.Tensor("int32", mask, dims),
-  thresholds: new ort.Tensor("float32", Float32Array.from(model.thresholds), [model.n_layers]),
+  thresholds: new ort.Tensor("float32", Float32Array.from(thresholds), [model.n_layers]),
 };
 if (model.n_token_types) {
   inputs.token_type_ids = new ort.Tensor("int32", new Int32Array(ids.length), dims);

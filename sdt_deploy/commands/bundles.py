@@ -131,9 +131,12 @@ def run(
         sdt-deploy run bundle --ids ids.npy --path dense --json
     """
     from sdt_deploy.explain.routing import token_names
+    from sdt_deploy.files import check_writable
     from sdt_deploy.runtime.session import Session
 
     inputs = read_inputs(text, texts, ids)
+    if out is not None:
+        check_writable(out)
     with Session.open(bundle, backend=backend.value, n_threads=n_threads) as session:
         result = session.run(
             inputs,

@@ -19,6 +19,7 @@ from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import CheckpointError, InputError
 from sdt_deploy.evaluation.agreement import agreement
 from sdt_deploy.evaluation.oracle import Embedded, embed_with_oracle
+from sdt_deploy.files import check_writable
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import at_depth, encoded, load_any
 from sdt_deploy.runtime.session import Session
@@ -138,6 +139,8 @@ def evaluate(subject: Path, teacher: Path, texts: Sequence[str], *, record: bool
         OutputError: if the record cannot be written.
     """
     opened = open_subject(subject)
+    if isinstance(opened, Bundle) and record:
+        check_writable(subject / MANIFEST)
     reference = reference_of(teacher, texts, [(subject, opened)])
     with embedder(opened) as embed:
         quality = reference.quality(embed(reference.sample, None))

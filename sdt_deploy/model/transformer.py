@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdt_deploy.config import ModelConfig, check_thresholds
+from sdt_deploy.config import ModelConfig, check_thresholds, compared
 from sdt_deploy.model.blocks import Embeddings, Head, Scorer, TransformerLayer, standings
 
 
@@ -177,7 +177,7 @@ class SparseDepthTransformer(DenseTransformer):
         config = self.config
         thresholds = config.thresholds if thresholds is None else thresholds
         check_thresholds(tuple(thresholds), config.n_layers, config.routing)
-        return torch.tensor(thresholds, dtype=torch.float32)
+        return torch.tensor(compared(thresholds), dtype=torch.float32)
 
     def as_dense(self) -> DenseTransformer:
         """Return the dense twin; it shares this model's parameters."""

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sdt_deploy.checks import plain
 from sdt_deploy.combinations import can_generate
-from sdt_deploy.config import ModelConfig, is_integer, is_number, shown
+from sdt_deploy.config import ModelConfig, compared, is_integer, is_number, shown
 from sdt_deploy.errors import InputError
 from sdt_deploy.runtime.caches import CacheUsage, IntArray, LayerCache, NewTokens, QueryLayout
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
@@ -122,7 +123,7 @@ def generate(
     )
     _check_length(max_new_tokens, batch.max_seqlen, config)
     limits = chosen_thresholds(thresholds, target_depth, session.manifest)
-    values = config.thresholds if limits is None else read_thresholds(limits, config)
+    values = compared(config.thresholds) if limits is None else read_thresholds(limits, config)
     n_sequences = len(batch.lengths)
     start = perf_counter()
     with session.backend.running():
@@ -326,6 +327,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "seed"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not is_number(self.temperature) or self.temperature < 0:
             raise InputError(f"temperature must be 0 or more, not {shown(self.temperature)}")
         if self.top_k is not None and not is_integer(self.top_k, 1):
@@ -340,8 +343,10 @@ class Sampling:
         if self.temperature == 0:
             return int(logits.argmax())
         scaled = logits.astype(np.float64)
-        with np.errstate(over="ignore"):  # then a token has no chance
-            scaled = (scaled - scaled.max()) / self.temperature
+        with np.errstate(over="ignore", under="ignore"):  # then a token has no chance
+            return self._drawn((scaled - scaled.max()) / self.temperature, generator)
+
+    def _drawn(self, scaled: npt.NDArray[np.float64], generator: np.random.Generator) -> int:
         if self.top_k is not None and self.top_k < len(scaled):
             scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf
         shares = np.exp(scaled)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.bundle import Manifest
-from sdt_deploy.config import ModelConfig, check_thresholds, is_number, shown
+from sdt_deploy.checks import plain
+from sdt_deploy.config import ModelConfig, check_thresholds, compared, is_number, shown
 from sdt_deploy.costs import thresholds_for_depth
 from sdt_deploy.errors import ConfigError, InputError
 from sdt_deploy.runtime.batch import TokenBatch
@@ -58,7 +59,7 @@ def read_batch(
 
 
 def read_thresholds(values: object, config: ModelConfig) -> tuple[float, ...]:
-    """Check thresholds that were given for one run.
+    """Check thresholds that were given for one run; return them as scores are compared with them.
 
     Raises:
         ConfigError: if they are not one per layer and within float32, and, unless layers score
@@ -73,7 +74,7 @@ def read_thresholds(values: object, config: ModelConfig) -> tuple[float, ...]:
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"thresholds must be {config.n_layers} numbers: {error}") from error
     check_thresholds(thresholds, config.n_layers, config.routing)
-    return thresholds
+    return compared(thresholds)
 
 
 def chosen_thresholds(
@@ -88,6 +89,7 @@ def chosen_thresholds(
         return values
     if values is not None:
         raise ConfigError("thresholds and target_depth contradict each other; give one of them")
+    target_depth = plain(target_depth)
     if not is_number(target_depth):
         raise ConfigError(f"target_depth must be a number, not {shown(target_depth)}")
     return thresholds_for_depth(

@@ -12,7 +12,7 @@ from typing import Literal, NoReturn, Self, get_args
 import numpy.typing as npt
 
 from sdt_deploy.bundle import Bundle, Manifest
-from sdt_deploy.config import shown
+from sdt_deploy.config import compared, shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
@@ -77,6 +77,7 @@ class Session:
         self.bundle = bundle
         self.backend = backend
         self._rules = RouteRules.of(bundle.manifest)
+        self._limits = compared(bundle.manifest.model.thresholds)
         self._calibration_lock = fork_safe_lock()
         self._buffers = BufferPool(backend, bundle.manifest.graphs["entry"].outputs[0])
         self._tokenizer: TextTokenizer | None = None
@@ -290,7 +291,7 @@ class Session:
         if not isinstance(path, str) or path not in PATHS:
             raise InputError(f"path must be one of {', '.join(PATHS)}, not {shown(path)}")
         config = self.manifest.model
-        limits = config.thresholds
+        limits = self._limits
         if thresholds is not None:
             limits = read_thresholds(thresholds, config)
         if check is not None:

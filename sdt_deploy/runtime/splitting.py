@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdt_deploy.buckets import OptimizationProfile, longest_sequence, max_sequences
-from sdt_deploy.checks import check_above_zero, check_positive
+from sdt_deploy.checks import check_above_zero, check_positive, plain
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import FIXED_SCRATCH_BYTES, scratch_bytes_per_sequence
 from sdt_deploy.errors import InputError
@@ -43,6 +43,8 @@ class PartLimits:
     """Whether batches are padded to buckets, which have to fit the profiles as well."""
 
     def __post_init__(self) -> None:
+        for name in ("max_padded_tokens", "max_memory_mb"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         check_positive("max_padded_tokens", self.max_padded_tokens)
         if self.max_memory_mb is not None:
             check_above_zero("max_memory_mb", self.max_memory_mb)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdt_deploy.bundle import Manifest
-from sdt_deploy.checks import check_above_zero
+from sdt_deploy.checks import check_above_zero, plain
 from sdt_deploy.costs import active_shares
 from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.runtime.caches import CacheUsage
@@ -97,6 +97,7 @@ class DepthMonitor:
     """
 
     def __init__(self, manifest: Manifest, max_drift: float | None) -> None:
+        max_drift = plain(max_drift)
         if max_drift is not None:
             check_above_zero("max_depth_drift", max_drift)
         self._max_drift = max_drift

@@ -254,6 +254,12 @@ def test_choosing_a_token() -> None:
     np.testing.assert_allclose(shares(Sampling(temperature=1.0)), [0.1, 0.4, 0.2, 0.3], atol=0.04)
     warm = np.sqrt([0.1, 0.4, 0.2, 0.3])
     np.testing.assert_allclose(shares(Sampling(temperature=2.0)), warm / warm.sum(), atol=0.04)
+    with np.errstate(all="raise"):
+        assert Sampling(temperature=np.float32(0.001)).choose(  # type: ignore[arg-type]
+            np.array([0, 90, 1], dtype=np.float32), np.random.default_rng(0)
+        )
+    with pytest.raises(InputError, match="temperature above 0"):
+        Sampling(top_k=3)
     two = shares(Sampling(temperature=1.0, top_k=2))
     np.testing.assert_allclose(two, [0, 4 / 7, 0, 3 / 7], atol=0.04)
     assert Sampling().choose(np.array([1.0, 3.0, 3.0], dtype=np.float32), rng) == 1

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdt_deploy.config import ExportConfig, ModelConfig
+from sdt_deploy.exporters.export import export
+from sdt_deploy.model.checkpoints import Checkpoint
+from sdt_deploy.model.inference import oracle_output
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import OracleBackend, memory_bundle
@@ -175,3 +181,30 @@ def test_results_belong_to_the_caller(exported: Exported) -> None:
         ):
             np.testing.assert_array_equal(before, after)
         assert result.output.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "way", [{}, {"routing": "per_layer"}, {"routing": "per_layer", "leaving": "skip"}]
+)
+def test_a_threshold_of_0_lets_every_token_through(way: dict[str, Any], tmp_path: Path) -> None:
+    """Also those whose score is 0 in float32: a sigmoid underflows, ONNX Runtime's below -18."""
+    config = CONFIGS["all-embedding"][0].replace(
+        thresholds=(0.0, 0.0, 0.5, 0.5)[: CONFIGS["all-embedding"][0].n_layers], **way
+    )
+    model = random_model(config, 0)
+    with torch.no_grad():
+        model.scorer.weight.mul_(300)
+    batch = random_batch(config, [17, 4, 30], 0)
+    types = batch.token_type_ids
+    found = oracle_output(model, batch.input_ids, batch.cu_seqlens, token_type_ids=types)
+    assert (found.scores < 1e-9).any()
+    assert found.active[:, :2].all()
+    export(Checkpoint(model=model), tmp_path / "bundle")
+    with Session.open(tmp_path / "bundle") as session:
+        paths = ["sparse", "masked", *(["single"] if session.backend.has("single") else [])]
+        for path in paths:
+            result = session.run_batch(batch, path=path)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(result.active_layers, found.active)
+            np.testing.assert_allclose(result.output, found.output, rtol=0, atol=1e-4)
+            given = session.run_batch(batch, path=path, thresholds=[0.0] * config.n_layers)  # type: ignore[arg-type]
+            assert given.depths.min() == config.n_layers

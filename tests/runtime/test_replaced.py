@@ -66,3 +66,15 @@ def test_records_are_no_other_export(tmp_path: Path) -> None:
     path = exported_to(tmp_path / "bundle", 1)
     opened = Bundle.open(path)
     assert opened.current() == opened.manifest
+
+
+def test_a_process_may_change_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported_to(tmp_path / "bundle", 1)
+    exported_to(tmp_path / "elsewhere" / "bundle", 2)
+    monkeypatch.chdir(tmp_path)
+    with Session.open("bundle") as session:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        sparse, single = (session.run(texts(3), path=path).output for path in ("sparse", "single"))
+    np.testing.assert_allclose(sparse, single, rtol=0, atol=1e-6)

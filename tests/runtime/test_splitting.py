@@ -172,3 +172,12 @@ def test_parts_are_as_large_as_the_pool_has_threads(monkeypatch: pytest.MonkeyPa
     for threads, expected in ((None, 16 * 1024), (0, 16 * 1024), (2, 2048), (6, 6 * 1024)):
         monkeypatch.setattr(backends, "pool_threads", lambda n=threads: n)
         assert backends.default_padded_tokens("onnxruntime-cpu") == expected
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    limits = PartLimits(
+        max_padded_tokens=np.int64(64),  # type: ignore[arg-type]
+        max_memory_mb=np.float32(2),  # type: ignore[arg-type]
+    )
+    assert limits == PartLimits(max_padded_tokens=64, max_memory_mb=2.0)
+    assert type(limits.max_padded_tokens) is int

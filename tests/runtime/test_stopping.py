@@ -129,3 +129,11 @@ def test_a_deadline_in_the_past(timeout_s: float) -> None:
     session, _ = hooked_session()
     with pytest.raises(InputError, match="0 or more"):
         session.run([1], [0, 1], timeout_s=timeout_s)
+
+
+def test_what_is_no_event_is_refused() -> None:
+    for cancel in (True, lambda: False):
+        with pytest.raises(InputError, match=r"cancel must be a threading\.Event"):
+            stopping.stop_check(None, cancel)  # type: ignore[arg-type]
+    with pytest.raises(DeadlineExceededError, match="timeout_s=0"):
+        stopping.stop_check(np.float32(0), None)()  # type: ignore[misc, arg-type]

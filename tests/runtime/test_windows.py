@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from sdt_deploy.bundle import TOKENIZER
+from sdt_deploy.bundle import TOKENIZER, write_manifest
 from sdt_deploy.config import HeadConfig, ModelConfig
 from sdt_deploy.errors import InputError
 from sdt_deploy.runtime.session import Session
@@ -48,6 +48,7 @@ def open_with_tokenizer(directory: Path, head: HeadConfig) -> Session:
     (directory / TOKENIZER).write_bytes(tokenizer_json())
     manifest = dataclasses.replace(bundle.manifest, files={TOKENIZER: {}})
     bundle = dataclasses.replace(bundle, path=directory, manifest=manifest)
+    write_manifest(directory, manifest)
     return Session(bundle, OracleBackend(bundle, model))
 
 

@@ -61,6 +61,8 @@ class OnnxRuntimeCpuBackend(HostMemory):
                 path = self._bundle.file(self._bundle.manifest.graphs[name].file)
                 session = open_session(path)
                 self._bundle.check_current()
+                if self._closed:  # by a signal handler
+                    raise BackendError("the session is closed")
                 self._graphs[name] = OnnxRuntimeGraph(session)
             return self._graphs[name]
 
