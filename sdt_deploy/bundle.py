@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from sdt_deploy.bundle_files import MANIFEST, check_entry, check_file, check_inside, typed
+from sdt_deploy.bundle_files import (
+    MANIFEST,
+    check_entry,
+    check_file,
+    check_inside,
+    read_manifest,
+    typed,
+)
 from sdt_deploy.combinations import check_combination
 from sdt_deploy.config import MAX_SIZE, ExportConfig, ModelConfig, is_integer, is_number, shown
 from sdt_deploy.engines import EngineSet
@@ -317,15 +324,7 @@ class Bundle:
             BundleIntegrityError: if a file is missing or altered, the manifest included, or if a
                 graph has weights elsewhere than in the weights file.
         """
-        directory = Path(path)
-        try:
-            directory = directory.absolute()  # a process may change its own, as daemons do
-            content = read_bytes(directory / MANIFEST, max_bytes=MAX_JSON_BYTES)
-        except OSError as error:
-            hint = ""
-            if (directory / "config.json").is_file():
-                hint = f"; it looks like a model: sdt-deploy export {directory} BUNDLE makes one"
-            raise BundleFormatError(f"{directory} is not a bundle: {error}{hint}") from error
+        directory, content = read_manifest(Path(path))
         if is_partial(directory):
             raise BundleFormatError(
                 f"{directory} is what an export that was killed left behind: remove it and export "

@@ -8,11 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from sdt_deploy.config import is_integer, shown
-from sdt_deploy.errors import BundleIntegrityError, ConfigError
-from sdt_deploy.files import sha256
+from sdt_deploy.errors import BundleFormatError, BundleIntegrityError, ConfigError
+from sdt_deploy.files import MAX_JSON_BYTES, check_utf8, read_bytes, sha256
 
 MANIFEST = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def read_manifest(directory: Path) -> tuple[Path, bytes]:
+    """Return the absolute path of a bundle and what its manifest holds, unchecked.
+
+    Absolute, since a process may change its directory, as daemons do.
+
+    Raises:
+        BundleFormatError: if there is no manifest, or it cannot be read.
+    """
+    try:
+        directory = directory.absolute()
+        check_utf8(directory)
+        return directory, read_bytes(directory / MANIFEST, max_bytes=MAX_JSON_BYTES)
+    except OSError as error:
+        hint = ""
+        if (directory / "config.json").is_file():
+            hint = f"; it looks like a model: sdt-deploy export {directory} BUNDLE makes one"
+        raise BundleFormatError(f"{directory} is not a bundle: {error}{hint}") from error
 
 
 def list_files(directory: Path) -> dict[str, dict[str, Any]]:

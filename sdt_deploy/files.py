@@ -159,6 +159,19 @@ def new_directory(
             _remove(temporary)
 
 
+def check_utf8(path: Path) -> None:
+    """Check that a path can be given to libraries that take UTF-8 only, as ONNX Runtime does.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        reason = "the path is not UTF-8, which ONNX Runtime needs"
+        raise OSError(errno.EILSEQ, reason, os.fsencode(path)) from error
+
+
 def check_replaceable(target: Path, marker: tuple[str, str], *, overwrite: bool) -> None:
     """Check, before long work, that :func:`new_directory` could put something at ``target``.
 
@@ -206,6 +219,7 @@ def _checked(target: Path, marker: tuple[str, str], overwrite: bool) -> Path:
         place = target.resolve()
     except (RuntimeError, ValueError) as error:  # a loop of links (Python < 3.13), a NUL
         raise OSError(errno.EINVAL, str(error), str(target)) from error
+    check_utf8(place)
     if is_partial(place):
         raise OutputError(
             f"{target} has a name of temporary directories (.….partial); choose another"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,14 @@ def test_existing_targets_are_kept(exported: Exported, tmp_path: Path) -> None:
         export(Checkpoint(model=exported("active-lm").model), tmp_path / "precious")
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
     assert (tmp_path / "precious" / "file").read_text() == "content"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere such names do not exist")
+def test_paths_that_are_not_utf8(exported: Exported, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xe9")
+    shutil.copytree(exported("active-lm").bundle, odd)
+    with pytest.raises(BundleFormatError, match="not UTF-8"):
+        Bundle.open(odd)
+    checkpoint = Checkpoint(model=exported("active-lm").model)
+    with pytest.raises(OutputError, match="not UTF-8"):
+        export(checkpoint, odd / "out")

@@ -104,6 +104,8 @@ def _as_texts(inputs: object) -> list[str] | None:
     """Return ``inputs`` as texts, or None if they are token ids."""
     if isinstance(inputs, str):
         return [inputs]
+    if isinstance(inputs, np.ndarray) and inputs.ndim == 1 and inputs.dtype.kind in "OU":
+        inputs = inputs.tolist()
     if isinstance(inputs, (list, tuple)) and inputs and isinstance(inputs[0], str):
         return list(inputs)
     return None

@@ -113,3 +113,12 @@ def test_the_policies(tmp_path: Path) -> None:
             session.run([[CLS, 5, SEP]], overflow=overflow)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="overflow must be one of"):
         session.run([SHORT], overflow="wrap")  # type: ignore[arg-type]
+
+
+def test_arrays_of_texts_are_texts(tmp_path: Path) -> None:
+    session = open_with_tokenizer(tmp_path, HEADS["mean"])
+    expected = session.run([SHORT, SHORT]).output
+    for given in (np.array([SHORT, SHORT]), np.array([SHORT, SHORT], dtype=object)):
+        np.testing.assert_array_equal(session.run(given).output, expected)
+    with pytest.raises(InputError, match="text 1 is int"):
+        session.run(np.array([SHORT, 3], dtype=object))
