@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ def read_manifest(directory: Path) -> tuple[Path, bytes]:
         check_utf8(directory)
         return directory, read_bytes(directory / MANIFEST, max_bytes=MAX_JSON_BYTES)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EMFILE, errno.ENFILE):
+            raise BundleFormatError(f"{directory} cannot be read: {error}") from error
         hint = ""
         if (directory / "config.json").is_file():
             hint = f"; it looks like a model: sdt-deploy export {directory} BUNDLE makes one"

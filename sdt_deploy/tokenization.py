@@ -12,7 +12,7 @@ import numpy as np
 
 from sdt_deploy.bundle import TOKENIZER, Bundle
 from sdt_deploy.config import MAX_SIZE, shown
-from sdt_deploy.errors import BundleIntegrityError, CheckpointError, InputError
+from sdt_deploy.errors import BackendError, BundleIntegrityError, CheckpointError, InputError
 from sdt_deploy.extras import require
 from sdt_deploy.files import read_bytes
 
@@ -180,6 +180,11 @@ def _errors_of_the_library() -> Iterator[None]:
         own = type(error) in (Exception, TypeError, ValueError, OverflowError, RuntimeError)
         if not own and type(error).__name__ != "PanicException":
             raise
+        if "thread pool" in str(error):  # of the library's own threads
+            raise BackendError(
+                f"the tokenizers library could not start its threads: {error}. Allow this process "
+                "more of them, or set TOKENIZERS_PARALLELISM=false"
+            ) from error
         raise CheckpointError(f"the tokenizer.json cannot be used: {error}") from error
 
 

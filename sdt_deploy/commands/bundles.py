@@ -173,7 +173,8 @@ def bench(
         str | None, typer.Option(help="BATCHxSEQ,…; default: 2,8,16 x 20,64,128,256,512,1024.")
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="Measure real lengths too, one text per line.")
+        Path | None,
+        typer.Option(help="Measure real lengths too, one text per line; 128 spread lines at most."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option(help="Write all figures as JSON.")] = None,
     report_file: Annotated[

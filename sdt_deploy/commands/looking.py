@@ -63,10 +63,12 @@ def explain(
     from sdt_deploy.bundle import Bundle
     from sdt_deploy.explain.routing import explain as explained
     from sdt_deploy.extras import require
+    from sdt_deploy.files import check_writable, write_file
     from sdt_deploy.runtime.session import Session
 
     if html is not None:
         require("vl_convert", extra="report", purpose="Drawing charts")
+        check_writable(html)
     inputs = read_inputs(text, texts, ids)
     opened = Bundle.open(bundle)
     config = opened.manifest.model
@@ -75,7 +77,6 @@ def explain(
         found = explained(session, inputs, truncate=truncate)
     if html is not None:
         from sdt_deploy.explain.html import explanation_page
-        from sdt_deploy.files import write_file
 
         page = explanation_page(bundle.resolve().name, config, found, weights)
         write_file(html, page.encode())
@@ -137,6 +138,7 @@ def profile(
         sdt-deploy profile bundle --texts texts.txt --path dense --json
     """
     from sdt_deploy.bundle import Bundle
+    from sdt_deploy.files import check_writable, write_file
     from sdt_deploy.profiling.inputs import profiled_batch
     from sdt_deploy.profiling.profile import profile as measure
 
@@ -146,6 +148,8 @@ def profile(
         if case is not None:
             raise InputError("give --case or inputs of your own, not both")
         given = read_inputs(text, texts, ids)
+    if trace is not None:
+        check_writable(trace)
     clean_up_on_sigterm()
     found = measure(
         opened,
@@ -156,8 +160,6 @@ def profile(
         budget_s=budget,
     )
     if trace is not None:
-        from sdt_deploy.files import write_file
-
         write_file(trace, json.dumps(found.trace).encode())
     if as_json:
         print_json({**dataclasses.asdict(found), "trace": None if trace is None else str(trace)})

@@ -26,6 +26,8 @@ from sdt_deploy.costs import (
 from sdt_deploy.runtime.routing import Int32
 
 Path = Literal["sparse", "single", "masked"]
+MAX_REMEMBERED = 512
+"""Sequences of a batch whose choice is remembered."""
 
 
 def candidates(config: ModelConfig, has: Callable[[str], bool]) -> tuple[Path, ...]:
@@ -114,13 +116,22 @@ of one per layer."""
 
 
 def remembered_choice(costs: CostModel, manifest: Manifest) -> Choice:
-    """Return :meth:`CostModel.choose` for a bundle, which remembers the sizes it saw last."""
+    """Return :meth:`CostModel.choose` for a bundle, which remembers the sizes it saw last.
 
-    @lru_cache(256)
+    Not those of batches of more than :data:`MAX_REMEMBERED` sequences, which would take memory, and
+    which take long beside a choice.
+    """
+
     def choice(parts: tuple[tuple[int, ...], ...], thresholds: tuple[float, ...]) -> Path:
         return costs.choose(manifest.model, parts, active_shares(manifest, thresholds))
 
-    return choice
+    remembered = lru_cache(256)(choice)
+
+    def found(parts: tuple[tuple[int, ...], ...], thresholds: tuple[float, ...]) -> Path:
+        few = sum(map(len, parts)) <= MAX_REMEMBERED
+        return (remembered if few else choice)(parts, thresholds)
+
+    return found
 
 
 def path_works(

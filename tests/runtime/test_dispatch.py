@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sdt_deploy.config import HeadConfig, ModelConfig
 from sdt_deploy.costs import active_shares, dense_flops, head_flops, score_flops, sparse_flops
 from sdt_deploy.runtime.dispatch import (
+    MAX_REMEMBERED,
     CostModel,
     LinearCost,
     Path,
@@ -18,6 +19,7 @@ from sdt_deploy.runtime.dispatch import (
     candidates,
     expected_work,
     path_works,
+    remembered_choice,
 )
 from sdt_deploy.testing import memory_bundle
 from tests.samples import random_model
@@ -193,3 +195,20 @@ def test_calibration_keeps_to_what_model_and_engines_take() -> None:
     assert calibration_sizes(2048, 512) == [(8,), (64,) * 8, (512,)]
     limited = calibration_sizes(128, 16384, lambda length: 1024 // length)
     assert limited == [(8,), (64,) * 16, (128,) * 8]
+
+
+def test_choices_of_large_batches_are_not_remembered() -> None:
+    """Their lengths would be kept: tens of thousands for each of 256 batches."""
+    seen: list[int] = []
+
+    class Counted:
+        def choose(self, config: object, parts: Sequence[Sequence[int]], shares: object) -> str:
+            seen.append(sum(map(len, parts)))
+            return "sparse"
+
+    bundle = memory_bundle(random_model(CONFIG, 0))
+    choice = remembered_choice(Counted(), bundle.manifest)  # type: ignore[arg-type]
+    for n in (3, MAX_REMEMBERED, MAX_REMEMBERED + 1):
+        for _ in range(2):
+            assert choice(((4,) * n,), CONFIG.thresholds) == "sparse"
+    assert seen == [3, MAX_REMEMBERED, *[MAX_REMEMBERED + 1] * 2]

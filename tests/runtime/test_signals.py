@@ -66,6 +66,14 @@ def test_failures_of_the_tokenizers(error: Exception, monkeypatch: pytest.Monkey
         made.encode(["w3"])
 
 
+def test_threads_that_the_tokenizers_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TextTokenizer(tokenizer())
+    error = Exception("The global thread pool has not been initialized")
+    monkeypatch.setattr(made, "_tokenizer", OfLibrary(error))
+    with pytest.raises(BackendError, match="TOKENIZERS_PARALLELISM"):
+        made.encode(["w3"])
+
+
 CLOSING = """
 import os, signal, sys
 import numpy as np
