@@ -4,7 +4,7 @@
 
 The result has all columns of the input and two more: ``embedding``, a list of float32 of fixed
 length, and ``depth``, the mean number of layers that the text's tokens passed through. Where the
-text is null, so are they. The file appears when it is whole. Needs
+text is null or empty, so are they. The file appears when it is whole. Needs
 ``pip install "sdt-deploy[examples]"``.
 """
 
@@ -60,11 +60,11 @@ def main() -> None:
 def embed(
     session: sdt_deploy.Session, texts: list[str | None], width: int
 ) -> tuple[pa.Array, pa.Array]:
-    """Return embeddings and mean depths; null for null.
+    """Return embeddings and mean depths; null for null and for empty texts.
 
     The session sorts the texts by length and runs them in parts that fit its caches.
     """
-    given = [i for i, text in enumerate(texts) if text is not None]
+    given = [i for i, text in enumerate(texts) if text]
     missing = np.ones(len(texts), dtype=bool)
     rows = np.zeros((len(texts), width), dtype=np.float32)
     depths = np.zeros(len(texts), dtype=np.float32)

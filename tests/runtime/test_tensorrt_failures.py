@@ -113,6 +113,7 @@ def failed_memory() -> DeviceMemory:
     memory.device = SimpleNamespace(type="cuda")
     real = memory.torch
     memory._torch = SimpleNamespace(
+        OutOfMemoryError=real.OutOfMemoryError,
         cuda=SimpleNamespace(Event=Event),
         empty=lambda shape, dtype, pin_memory: real.empty(shape, dtype=dtype),
         real=real,
