@@ -17,7 +17,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         top = module.split(".")[0]
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == top:
             raise MissingExtraError(

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -39,15 +39,24 @@ def runtime() -> Any:
     return require("onnxruntime", extra="cpu", purpose="Running ONNX graphs")
 
 
+_OF_PYBIND11 = (RuntimeError, MemoryError, TypeError, ValueError, IndexError, OverflowError)
+"""What C++ exceptions become on their way to Python."""
+
+
 def _is_of_library(error: Exception) -> bool:
     """Tell whether ONNX Runtime raised ``error``, not a signal handler that ran behind its call.
 
-    Its own classes share no public base; the others are what pybind11 makes of C++ exceptions.
+    Its own classes share no public base.
     """
     kind = type(error)
-    return kind.__module__.startswith("onnxruntime.") or kind in (
-        *(RuntimeError, MemoryError, TypeError, ValueError, IndexError, OverflowError),
-    )
+    return kind.__module__.startswith("onnxruntime.") or kind in _OF_PYBIND11
+
+
+def _raise_as_ours(what: str, error: Exception) -> NoReturn:
+    """Raise a :class:`BackendError` of what the library raised, and anything else as it is."""
+    if not _is_of_library(error):
+        raise error
+    raise BackendError(f"{what}: {error}") from error
 
 
 def ensure_thread_pool(n_threads: int | None = None) -> None:
@@ -228,9 +237,7 @@ def _opened(
             disabled_optimizers=list(disabled_optimizers),
         )
     except Exception as error:
-        if not _is_of_library(error):
-            raise
-        raise BackendError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
+        _raise_as_ours(f"{path} cannot be opened by ONNX Runtime", error)
     if session.get_providers()[0] != provider[0]:  # it warns, and falls back to the CPU
         raise MissingProviderError(
             f"{path} runs on {session.get_providers()}, not on {provider[0]}: the provider's "
@@ -269,17 +276,13 @@ def bind_arrays(
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, wrap(array, cpu))
     except Exception as error:
-        if not _is_of_library(error):
-            raise
-        raise BackendError(f"ONNX Runtime refused arrays: {error}") from error
+        _raise_as_ours("ONNX Runtime refused arrays", error)
 
     def run(_: object = (inputs, outputs)) -> None:  # the arrays live as long as the call
         try:
             engine.run_with_iobinding(binding, None)
         except Exception as error:
-            if not _is_of_library(error):
-                raise
-            raise BackendError(f"ONNX Runtime failed: {error}") from error
+            _raise_as_ours("ONNX Runtime failed", error)
 
     return run
 
@@ -306,9 +309,7 @@ def bind_addresses(
         for name, (address, shape, dtype) in outputs.items():
             binding.bind_output(name, "cuda", device_id, _element_type(dtype), shape, address)
     except Exception as error:
-        if not _is_of_library(error):
-            raise
-        raise BackendError(f"ONNX Runtime refused arrays: {error}") from error
+        _raise_as_ours("ONNX Runtime refused arrays", error)
     options = runtime().RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -316,9 +317,7 @@ def bind_addresses(
         try:
             session.run_with_iobinding(binding, options)
         except Exception as error:
-            if not _is_of_library(error):
-                raise
-            raise BackendError(f"ONNX Runtime failed: {error}") from error
+            _raise_as_ours("ONNX Runtime failed", error)
 
     return run
 

@@ -140,14 +140,11 @@ def load(chosen: Flavour) -> Any:
     """
     try:
         return require(chosen.module, extra=chosen.name, purpose=f"The target {chosen.name}")
-    except (BackendError, RuntimeError) as error:
+    except BackendError as error:
         # The package is there, a shared library is not: CUDA's, or TensorRT's own, which the
         # package has from NVIDIA's index.
-        said = str(error)
-        if not isinstance(error, BackendError):
-            said = f"{chosen.module} is installed and cannot be loaded: {error}"
         raise BackendError(
-            f"{said}. A library that it needs is missing: see docs/how-to-tensorrt.md"
+            f"{error}. A library that it needs is missing: see docs/how-to-tensorrt.md"
         ) from error
 
 

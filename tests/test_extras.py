@@ -15,6 +15,7 @@ from sdt_deploy.extras import require
     [
         ("raise ImportError('libcudart.so.13: no such file')", "libcudart"),
         ("raise OSError('invalid ELF header')", "invalid ELF header"),
+        ("raise RuntimeError('the driver is too old')", "the driver is too old"),
         ("import a_module_that_nobody_has", "a_module_that_nobody_has"),
     ],
 )

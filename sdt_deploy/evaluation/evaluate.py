@@ -112,7 +112,7 @@ def reference_of(
                 f"{config.head.kind}, {config.vocab_size} and {own.head.kind}, {own.vocab_size}"
             )
     longest = min(own.max_positions, *(config_of(subject).max_positions for _, subject in subjects))
-    sample = encoded(dense, texts, longest)
+    (sample,) = encoded(dense, longest, texts)
     return Reference(
         teacher=str(dense.provenance.get("source") or teacher.name),
         config=own,

@@ -158,14 +158,15 @@ def convert(
     if fit is not None:
         checkpoint, report = with_probe(checkpoint, fit, progress=progress)
     if sample_texts is not None:
-        sample = encoded(checkpoint, sample_texts, checkpoint.model.config.max_positions)
+        longest = checkpoint.model.config.max_positions
+        (sample,) = encoded(checkpoint, longest, sample_texts)
         checkpoint = dataclasses.replace(checkpoint, sample=_head_of(sample, SAMPLE_TOKENS))
     checkpoints.save(checkpoint, target, overwrite=overwrite)
     return checkpoint, report
 
 
-def encoded(checkpoint: Checkpoint, texts: Sequence[str], longest: int) -> TokenSample:
-    """Tokenize ``texts`` for a model; those of more than ``longest`` tokens are cut.
+def encoded(checkpoint: Checkpoint, longest: int, *parts: Sequence[str]) -> tuple[TokenSample, ...]:
+    """Tokenize texts for a model, each of ``parts`` apart; those over ``longest`` tokens are cut.
 
     Raises:
         CheckpointError: if it has no tokenizer, or one that gives ids that the model does not have.
@@ -173,16 +174,18 @@ def encoded(checkpoint: Checkpoint, texts: Sequence[str], longest: int) -> Token
     """
     if checkpoint.tokenizer is None:
         raise CheckpointError("texts were given, and this model has no tokenizer to read them")
-    ids, cu_seqlens = TextTokenizer(checkpoint.tokenizer).encode(
-        texts, max_length=longest, overflow="truncate"
-    )
-    vocab_size = checkpoint.model.config.vocab_size
-    if ids.max() >= vocab_size:
-        raise CheckpointError(
-            f"the tokenizer.json gives the id {ids.max()}, and the model has a vocabulary of "
-            f"{vocab_size}: it is of another model, or tokens were added to it and not to the model"
-        )
-    return TokenSample(input_ids=ids, cu_seqlens=cu_seqlens)
+    tokenizer, vocab_size = TextTokenizer(checkpoint.tokenizer), checkpoint.model.config.vocab_size
+    samples = []
+    for texts in parts:
+        ids, cu_seqlens = tokenizer.encode(texts, max_length=longest, overflow="truncate")
+        if ids.max() >= vocab_size:
+            raise CheckpointError(
+                f"the tokenizer.json gives the id {ids.max()}, and the model has a vocabulary of "
+                f"{vocab_size}: it is of another model, or tokens were added to it and not to the "
+                "model"
+            )
+        samples.append(TokenSample(input_ids=ids, cu_seqlens=cu_seqlens))
+    return tuple(samples)
 
 
 def with_probe(
@@ -221,7 +224,7 @@ def with_probe(
     longest = model.config.max_positions
     if model.config.rotary is not None:
         longest = min(longest, FIT_LENGTH)
-    fit_sample, held_sample = (encoded(checkpoint, texts, longest) for texts in (fitted, held_out))
+    fit_sample, held_sample = encoded(checkpoint, longest, fitted, held_out)
     # Long sequences too: a probe that has seen short ones only would read the place of a token far
     # behind them as importance.
     samples = fit_sample, _chained(fit_sample, pinned, longest, before, after)

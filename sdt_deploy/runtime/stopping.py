@@ -20,9 +20,9 @@ def stop_check(timeout_s: float | None, cancel: threading.Event | None) -> StopC
     Raises:
         InputError: if ``timeout_s`` is negative or no number, or ``cancel`` is no event.
     """
-    timeout_s = plain(timeout_s)
     if timeout_s is None and cancel is None:
         return None
+    timeout_s = plain(timeout_s)
     if timeout_s is not None and not (is_number(timeout_s) and timeout_s >= 0):
         raise InputError(f"timeout_s must be a number, 0 or more, it is {shown(timeout_s)}")
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sdt_deploy.errors import ConfigError, InputError, TrainingError
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
+from sdt_deploy.model.probe import check_depth
 from sdt_deploy.model.transformer import DenseTransformer, SparseDepthTransformer
 from sdt_deploy.training.batches import BatchStream, DeviceTokens
 from sdt_deploy.training.calibration import calibrated, probe_frame
@@ -352,10 +353,7 @@ def _check_fit(
     config: DistillConfig,
 ) -> None:
     mine, its = student.config, teacher.config
-    if not 0 < config.target_depth <= mine.n_layers:
-        raise ConfigError(
-            f"target depth must lie in (0, {mine.n_layers}], not {config.target_depth}"
-        )
+    check_depth(config.target_depth, mine.n_layers)
     if config.refit_at is not None and not (mine.head.per_sequence and mine.probe == "linear"):
         raise ConfigError(
             "refit_at needs a probe and a head per sequence, embedding or classify, not "

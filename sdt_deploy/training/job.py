@@ -17,6 +17,7 @@ from sdt_deploy.model import checkpoints
 from sdt_deploy.model.adapters import Adapter, weights_sha256, write_adapter
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import encoded, load_any
+from sdt_deploy.model.probe import check_depth
 from sdt_deploy.training.config import DistillConfig
 from sdt_deploy.training.distill import Distillation, StepReport, run
 from sdt_deploy.training.lora import adapter_factors
@@ -136,9 +137,7 @@ def distill(
             f"{teacher} is causal, or its layers are not those of BERT: a distillation trains "
             "encoders whose tokens see each other only"
         )
-    n_layers = dense.model.config.n_layers
-    if not 0 < config.target_depth <= n_layers:
-        raise ConfigError(f"target depth must lie in (0, {n_layers}], not {config.target_depth}")
+    check_depth(config.target_depth, dense.model.config.n_layers)
     progress("fit the probe", 0, 0)
     begun = begin(dense, texts, config, adapter=start, baseline=baseline)
     calibration, training = _split(dense, texts, config)
@@ -227,7 +226,7 @@ def _split(
         texts[::CALIBRATION_EVERY],
         [text for i, text in enumerate(texts) if i % CALIBRATION_EVERY],
     ]
-    first, second = (encoded(dense, part, longest) for part in parts)
+    first, second = encoded(dense, longest, *parts)
     return first, second
 
 

@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdt_deploy.errors import ConfigError
-from sdt_deploy.model.probe import Levels, depth_shares
+from sdt_deploy.model.probe import Levels, check_depth, depth_shares
 
 Curriculum = Literal["linear", "cosine", "steps"]
 
@@ -55,8 +54,7 @@ def free_mean_depth(target_depth: float, pinned_share: float, n_layers: int) -> 
     Raises:
         ConfigError: if the pinned tokens alone need more, or the target is out of range.
     """
-    if not 0.0 < target_depth <= n_layers:
-        raise ConfigError(f"target depth must lie in (0, {n_layers}], not {target_depth}")
+    check_depth(target_depth, n_layers)
     if pinned_share >= 1.0:
         return float(n_layers)
     free = (target_depth - pinned_share * n_layers) / (1 - pinned_share)
