@@ -29,6 +29,12 @@ SLOWER_FUSIONS = ("MatMulAddFusion", "BiasGeluFusion", "SkipLayerNormFusion")
 
 MAX_THREADS = 1024
 """More are taken for a slip; ONNX Runtime would try to start them all."""
+SMALLEST_MODEL = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01b'
+    b"\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+"""An ONNX model, ``y = Identity(x)`` with ``x [1]`` float32, to reach the arena through: a run is
+the one way to have it give memory back. (The runtime does without the package onnx.)"""
 _lock = fork_safe_lock()
 _pool_threads: int | None = None
 """Threads of the process-wide pool; 0 if the host application made it."""
@@ -135,9 +141,35 @@ def _share_arena() -> None:
         ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", kind, 0, purpose), arena)
 
 
+def free_arena() -> None:
+    """Give back to the system what the shared arena holds and no session uses.
+
+    Sessions that go on running take what they need anew.
+    """
+    ort = runtime()
+    provider = "CPUExecutionProvider"
+    freeing = ort.RunOptions()
+    freeing.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    try:
+        session = ort.InferenceSession(SMALLEST_MODEL, _shared_options(), providers=[provider])
+        session.run(None, {"x": np.zeros(1, dtype=np.float32)}, freeing)
+    except Exception as error:  # the host application's allocator may be no arena
+        if not _is_of_library(error):
+            raise
+
+
 def pool_threads() -> int | None:
     """Return the threads of the shared pool; 0: made by the host application, None: not made."""
     return _pool_threads
+
+
+def _shared_options() -> Any:
+    """Options of a session that uses the pool and the arena of the process."""
+    options = runtime().SessionOptions()
+    options.use_per_session_threads = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.log_severity_level = 3
+    return options
 
 
 def open_session(
@@ -165,13 +197,10 @@ def open_session(
         BackendError: if the graph cannot be opened.
     """
     provider = "CPUExecutionProvider"
-    ort = _with_provider(provider, extra="cpu")
+    _with_provider(provider, extra="cpu")
     ensure_thread_pool(n_threads)
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options = _shared_options()
     options.enable_mem_pattern = False  # would lay a second block out for each new batch size
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.log_severity_level = 3
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

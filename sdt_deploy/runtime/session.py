@@ -173,7 +173,7 @@ class Session:
         return tokenizer
 
     def close(self) -> None:
-        """Free engines, buffers and the tokenizer; may be called again.
+        """Free engines, buffers, their memory and the tokenizer; may be called again.
 
         Later runs raise :class:`~sdt_deploy.errors.BackendError`. A run that is under way in
         another thread ends, with its result or with that error, and then frees what it holds.
@@ -182,8 +182,8 @@ class Session:
         self._buffers.close()
         if self._device_loop is not None:
             self._device_loop.close()
-        self.backend.close()
         self._tokenizer = self._costs = self._choice = self._graphs = None
+        self.backend.close()
 
     def _check_open(self) -> None:
         if self._closed:

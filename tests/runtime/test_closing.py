@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -70,6 +72,42 @@ def test_close_frees_engines_and_buffers(
             session.run_batch(batch, path=path)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="closed"):
         session.cost_model()
+
+
+MEMORY = """
+import re, sys
+import numpy as np
+import sdt_deploy
+
+def resident():
+    status = open("/proc/self/status").read()
+    return int(re.search(r"^RssAnon:\\s+(\\d+) kB", status, re.MULTILINE)[1])
+
+def ids(batch, length):
+    return np.ones((batch, length), dtype=np.int64)
+
+other = sdt_deploy.Session.open(sys.argv[1])
+expected = other.run(ids(2, 9), path="sparse").output
+session = sdt_deploy.Session.open(sys.argv[1])
+session.run(ids(2, 9), path="dense")
+before = resident()
+session.run(ids(400, 40), path="dense")
+after = resident()
+session.close()
+print(before, after, resident())
+assert (other.run(ids(2, 9), path="sparse").output == expected).all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_close_frees_the_memory_of_large_runs(exported: Exported) -> None:
+    """ONNX Runtime's arena would keep it for the rest of the process."""
+    arguments = [sys.executable, "-c", MEMORY, str(exported("all-embedding").bundle)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after, closed = map(int, done.stdout.split())
+    assert after - before > 30_000
+    assert closed - before < (after - before) / 5
 
 
 def test_close_frees_the_tokenizer(tmp_path: Path) -> None:

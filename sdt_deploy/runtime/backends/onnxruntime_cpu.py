@@ -8,7 +8,7 @@ from typing import Any
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import BackendError
 from sdt_deploy.forking import fork_safe_lock
-from sdt_deploy.ort import bind_arrays, ensure_thread_pool, open_session
+from sdt_deploy.ort import bind_arrays, ensure_thread_pool, free_arena, open_session
 from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
 
 
@@ -70,4 +70,7 @@ class OnnxRuntimeCpuBackend(HostMemory):
         """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
         with self._lock:
             self._closed = True
+            opened = bool(self._graphs)
             self._graphs.clear()
+        if opened:
+            free_arena()
