@@ -112,6 +112,7 @@ class BackendChoice(StrEnum):
     """What runs the graphs of a bundle."""
 
     onnxruntime_cpu = "onnxruntime-cpu"
+    onnxruntime_compiled = "onnxruntime-compiled"
     onnxruntime_cuda = "onnxruntime-cuda"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"

@@ -9,8 +9,10 @@ from importlib.util import find_spec
 
 from sdt_deploy import trt
 from sdt_deploy.errors import SdtDeployError
+from sdt_deploy.extras import require
 from sdt_deploy.gpu import Driver, driver
 from sdt_deploy.ort import runtime
+from sdt_deploy.ort_library import library_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ def diagnose() -> tuple[Diagnosis, ...]:
     here = driver()
     return (
         _onnxruntime("onnxruntime-cpu", "CPUExecutionProvider", "cpu", None),
+        _compiled(),
         _onnxruntime("onnxruntime-cuda", "CUDAExecutionProvider", "gpu", here),
         *(_tensorrt(each, here) for each in trt.FLAVOURS.values()),
         _torch(here),
@@ -55,6 +58,23 @@ def _onnxruntime(name: str, provider: str, extra: str, needed: Driver | None) ->
         problems += _gpu_problems(needed)
     return Diagnosis(
         backend=name, version=found, builds=None, runs=not problems, remark=_sentence(problems)
+    )
+
+
+def _compiled() -> Diagnosis:
+    found, problems = None, []
+    try:
+        found = str(runtime().__version__)
+        library_path()
+        require("numba", extra="compiled", purpose="The compiled loop")
+    except SdtDeployError as error:
+        problems.append(str(error))
+    return Diagnosis(
+        backend="onnxruntime-compiled",
+        version=found,
+        builds=None,
+        runs=not problems,
+        remark=_sentence(problems),
     )
 
 

@@ -65,6 +65,32 @@ def _raise_as_ours(what: str, error: Exception) -> NoReturn:
     raise BackendError(f"{what}: {error}") from error
 
 
+def checked_threads(n_threads: int | None) -> int:
+    """Return how many threads a pool is to have; None: the cores this process may use.
+
+    Raises:
+        ConfigError: if ``n_threads`` is not a number of threads from 1 to :data:`MAX_THREADS`.
+    """
+    if n_threads is None:
+        return usable_cores()
+    if not is_integer(n_threads, 1, MAX_THREADS):
+        raise ConfigError(
+            f"n_threads must be a whole number from 1 to {MAX_THREADS}, not {shown(n_threads)}; "
+            "None takes all cores"
+        )
+    return n_threads
+
+
+def warn_of_waiting(n_threads: int) -> None:
+    """Warn if a pool is to have more threads than there are cores."""
+    if n_threads > usable_cores():
+        warnings.warn(
+            f"{n_threads} threads share {usable_cores()} usable cores: they wait for each other, "
+            "which makes runs many times as long",
+            stacklevel=4,
+        )
+
+
 def ensure_thread_pool(n_threads: int | None = None) -> None:
     """Make the thread pool that all sessions of the process share, once.
 
@@ -81,21 +107,10 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
             child that was forked after the first session was opened.
     """
     global _pool_threads
-    if n_threads is not None and not is_integer(n_threads, 1, MAX_THREADS):
-        raise ConfigError(
-            f"n_threads must be a whole number from 1 to {MAX_THREADS}, not {shown(n_threads)}; "
-            "None takes all cores"
-        )
+    wanted = checked_threads(n_threads)
     with _lock:
         if _pool_threads is None:
-            cores = usable_cores()
-            wanted = n_threads or cores
-            if wanted > cores:
-                warnings.warn(
-                    f"{wanted} threads share {cores} usable cores: they wait for each other, which "
-                    "makes runs many times as long",
-                    stacklevel=3,
-                )
+            warn_of_waiting(wanted)
             try:
                 runtime().set_global_thread_pool_sizes(wanted, 1)
                 _pool_threads = wanted

@@ -40,6 +40,7 @@ LEVELS = (
     "stages",
     "tokenization",
     "ort",
+    "ort_library",
     "trt",
     "diagnosis",
     "pages",

@@ -210,11 +210,11 @@ def measure_case(
     flops_ratio = needed / dense_flops(config, lengths)
     peaks: dict[str, int | None] = {}
     for path in ("dense", "sparse") if with_memory else ():
+        name = session.backend.name
         if session.on_device:
-            name = session.backend.name
             peaks[path] = device_peak_bytes(session.bundle, name, path, batches[0])
         else:
-            peaks[path] = peak_bytes(session.bundle.path, path, batches[0], n_threads)
+            peaks[path] = peak_bytes(session.bundle.path, name, path, batches[0], n_threads)
     return CaseResult(
         batch=size[0],
         seq=size[1],

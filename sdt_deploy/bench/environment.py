@@ -13,6 +13,7 @@ from typing import Any
 from sdt_deploy.cores import usable_cores
 from sdt_deploy.gpu import driver
 from sdt_deploy.ort import pool_threads
+from sdt_deploy.ort_library import library_threads
 from sdt_deploy.version import __version__
 
 
@@ -32,7 +33,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "gpus": [gpu.name for gpu in driver().gpus],
         "n_cores": usable_cores(),
-        "n_threads": pool_threads(),
+        "n_threads": pool_threads() or library_threads(),
         "packages": packages,
     }
 

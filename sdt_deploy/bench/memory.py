@@ -2,7 +2,7 @@
 
 On a GPU each path has a session of its own, and what its driver says is free counts.
 
-``python -m sdt_deploy.bench.memory BUNDLE PATH IDS.npz`` prints the bytes.
+``python -m sdt_deploy.bench.memory BUNDLE BACKEND PATH IDS.npz`` prints the bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def available() -> bool:
 
 
 def peak_bytes(
-    bundle: Path, path: Literal["sparse", "dense"], batch: TokenBatch, n_threads: int | None
+    bundle: Path,
+    backend: str,
+    path: Literal["sparse", "dense"],
+    batch: TokenBatch,
+    n_threads: int | None,
 ) -> int | None:
     """Return the peak memory of one run in a new process, or None where it cannot be read.
 
@@ -45,7 +49,8 @@ def peak_bytes(
     with tempfile.TemporaryDirectory() as directory:
         ids = Path(directory) / "ids.npz"
         np.savez(ids, input_ids=batch.input_ids, cu_seqlens=batch.cu_seqlens)
-        command = [sys.executable, "-m", "sdt_deploy.bench.memory", str(bundle), path, str(ids)]
+        command = [sys.executable, "-m", "sdt_deploy.bench.memory"]
+        command += [str(bundle), backend, path, str(ids)]
         command += [] if n_threads is None else [str(n_threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -74,11 +79,11 @@ def _status(field: str) -> int:
 
 
 def _measure(arguments: list[str]) -> int:
-    bundle, path, ids = arguments[:3]
-    n_threads = int(arguments[3]) if len(arguments) > 3 else None
+    bundle, backend, path, ids = arguments[:4]
+    n_threads = int(arguments[4]) if len(arguments) > 4 else None
     with np.load(ids) as arrays:
         batch = arrays["input_ids"], arrays["cu_seqlens"]
-    with Session.open(bundle, n_threads=n_threads, check_files=False) as session:
+    with Session.open(bundle, backend=backend, n_threads=n_threads, check_files=False) as session:
         tiny = batch[0][:1], np.array([0, 1])
         choice: Literal["sparse", "dense"] = "dense" if path == "dense" else "sparse"
         session.run(*tiny, path=choice)

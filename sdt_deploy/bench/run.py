@@ -28,6 +28,7 @@ from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import ConfigError, MissingExtraError
 from sdt_deploy.extras import require
 from sdt_deploy.files import check_writable, write_file
+from sdt_deploy.runtime.backends import ON_CPU
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.device_loop import for_devices
 from sdt_deploy.runtime.result import RunResult
@@ -92,7 +93,7 @@ def run_bench(
             f"{other.path} holds another model than {bundle.path}; bundles to be timed beside each "
             "other differ in their export only"
         )
-    if options.with_memory and options.backend != "onnxruntime-cpu" and not for_devices(bundle):
+    if options.with_memory and options.backend not in ON_CPU and not for_devices(bundle):
         raise ConfigError(
             "memory is measured on the CPU, and on a GPU for bundles with fused attention; pass "
             f"--no-memory with {options.backend}"

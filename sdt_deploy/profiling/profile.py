@@ -92,6 +92,11 @@ def profile(
     Raises:
         SdtDeployError: if the bundle, the batch or the backend cannot be used.
     """
+    if backend == "onnxruntime-compiled":
+        raise BackendError(
+            "nothing can be timed inside the compiled loop but what bench shows; profile the same "
+            "graphs with onnxruntime-cpu"
+        )
     opened: Backend
     if backend == "onnxruntime-cpu":
         opened = RecordingBackend(bundle, n_threads=n_threads)

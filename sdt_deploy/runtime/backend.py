@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 from sdt_deploy.buckets import OptimizationProfile
 from sdt_deploy.runtime.routing import RoutePlan, RouteRules, depths_of, plan_route
+
+if TYPE_CHECKING:
+    from sdt_deploy.runtime.batch import TokenBatch
+    from sdt_deploy.runtime.buffers import BufferPool
+    from sdt_deploy.runtime.result import RunResult
 
 Array: TypeAlias = Any
 """``[rows, …]``: a NumPy array, or an array in a GPU's memory with the same indexing. ``empty``
@@ -39,6 +44,15 @@ class Graph(Protocol):
             BackendError: if the engine refuses or, from the call, fails; the outputs then mean
                 nothing.
         """
+
+
+class SparseLoop(Protocol):
+    """Runs the sparse path of a bundle."""
+
+    def run(
+        self, buffers: BufferPool, batch: TokenBatch, thresholds: tuple[float, ...]
+    ) -> RunResult:
+        """Run a batch; as :func:`sdt_deploy.runtime.sparse.run_sparse`, which cannot be stopped."""
 
 
 class Backend(Protocol):
@@ -127,3 +141,7 @@ class HostMemory:
     def fetch(self, *arrays: Array) -> tuple[HostArray, ...]:
         """See :meth:`Backend.fetch`; they are the same."""
         return arrays
+
+    def compiled_loop(self) -> SparseLoop | None:
+        """Return what runs the sparse path without Python between the engines; None: nothing."""
+        return None

@@ -17,7 +17,7 @@ from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.runtime import dispatch
-from sdt_deploy.runtime.backend import Backend
+from sdt_deploy.runtime.backend import Backend, HostMemory
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
@@ -88,6 +88,7 @@ class Session:
         if self._device_loop is None:
             stages = [Stage.of(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
             self._graphs = backend.graph("entry"), stages, backend.graph("head")
+        self._compiled_loop = backend.compiled_loop() if isinstance(backend, HostMemory) else None
 
     @classmethod
     def open(
@@ -105,8 +106,8 @@ class Session:
 
         Args:
             bundle: its directory, or an opened one.
-            backend: ``onnxruntime-cpu``, ``onnxruntime-cuda``, ``torch``, or, if the bundle has
-                engines for this GPU, ``tensorrt`` or ``tensorrt-rtx``.
+            backend: ``onnxruntime-cpu``, ``onnxruntime-compiled``, ``onnxruntime-cuda``, ``torch``,
+                or, if the bundle has engines for this GPU, ``tensorrt`` or ``tensorrt-rtx``.
             n_threads: threads of the pool that all sessions of the process share; see
                 :func:`sdt_deploy.ort.ensure_thread_pool`.
             max_padded_tokens: batches whose ``batch × longest sequence`` exceeds this run in parts
@@ -182,7 +183,7 @@ class Session:
         self._buffers.close()
         if self._device_loop is not None:
             self._device_loop.close()
-        self._tokenizer = self._costs = self._choice = self._graphs = None
+        self._tokenizer = self._costs = self._choice = self._graphs = self._compiled_loop = None
         self.backend.close()
 
     def _check_open(self) -> None:
@@ -232,8 +233,7 @@ class Session:
             path: ``sparse`` compacts between stages; ``single`` does so inside one graph, in one
                 call; ``masked`` computes the same function without compaction; ``auto`` picks the
                 fastest of them by a cost model that is calibrated when it is first needed
-                (``sparse`` with routing ``per_layer``);
-                ``dense`` is the baseline, every token through every layer.
+                (``sparse`` with routing ``per_layer``); ``dense`` is the baseline.
             timeout_s: seconds after which the run stops; None: no limit.
             cancel: set from another thread, it stops the run.
 
@@ -291,9 +291,7 @@ class Session:
         if not isinstance(path, str) or path not in PATHS:
             raise InputError(f"path must be one of {', '.join(PATHS)}, not {shown(path)}")
         config = self.manifest.model
-        limits = self._limits
-        if thresholds is not None:
-            limits = read_thresholds(thresholds, config)
+        limits = self._limits if thresholds is None else read_thresholds(thresholds, config)
         if check is not None:
             check()
         if path == "dense":
@@ -332,8 +330,10 @@ class Session:
             return self._device_loop.run(batch, thresholds, path, check)
         with self.backend.running():
             if path == "sparse":
-                graphs = self._graphs
-                if graphs is None:
+                loop = self._compiled_loop
+                if loop is not None and check is None:
+                    return loop.run(self._buffers, batch, thresholds)
+                if (graphs := self._graphs) is None:
                     raise BackendError("the session is closed")
                 return run_sparse(
                     self.manifest.model,

@@ -23,6 +23,19 @@ class OnnxRuntimeGraph:
         return bind_arrays(self._session, inputs, outputs)
 
 
+def check_precision(bundle: Bundle, backend: str) -> None:
+    """Check that ONNX Runtime's CPU provider has kernels for a bundle.
+
+    Raises:
+        BackendError: if the bundle is one of bfloat16.
+    """
+    if bundle.manifest.export.precision == "bfloat16":
+        raise BackendError(
+            f"{bundle.path} is a bfloat16 bundle, and {backend} has no bfloat16 kernels; "
+            "bfloat16 is for GPUs. Export with --precision float32 to run it on a CPU"
+        )
+
+
 class OnnxRuntimeCpuBackend(HostMemory):
     """Opens the graphs of a bundle with ONNX Runtime's CPU provider.
 
@@ -37,11 +50,7 @@ class OnnxRuntimeCpuBackend(HostMemory):
     name = "onnxruntime-cpu"
 
     def __init__(self, bundle: Bundle, *, n_threads: int | None = None) -> None:
-        if bundle.manifest.export.precision == "bfloat16":
-            raise BackendError(
-                f"{bundle.path} is a bfloat16 bundle, and {self.name} has no bfloat16 kernels; "
-                "bfloat16 is for GPUs. Export with --precision float32 to run it on a CPU"
-            )
+        check_precision(bundle, self.name)
         self._bundle = bundle
         ensure_thread_pool(n_threads)  # once: a forked child has other threads
         self._graphs: dict[str, OnnxRuntimeGraph] = {}

@@ -1,0 +1,108 @@
+"""ONNX Runtime on the CPU by its C library, with the compiled loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sdt_deploy.bundle import Bundle
+from sdt_deploy.errors import BackendError
+from sdt_deploy.forking import fork_safe_lock
+from sdt_deploy.ort_library import ELEMENT_TYPES, LibrarySession, OrtLibrary, ort_library
+from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
+from sdt_deploy.runtime.backends.onnxruntime_cpu import check_precision
+from sdt_deploy.runtime.compiled import FIRST_AXIS, ROW, run_graph
+from sdt_deploy.runtime.compiled_loop import CompiledLoop, fits
+
+
+class LibraryGraph:
+    """One graph, opened by the library."""
+
+    def __init__(self, library: OrtLibrary, session: LibrarySession, names: list[str]) -> None:
+        self.session = session
+        self._library = library
+        self._names = {name: library.text(name) for name in names}
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """See :meth:`sdt_deploy.runtime.backend.Graph.bind`."""
+        arrays = {**inputs, **outputs}
+        try:
+            names = np.array([self._names[name] for name in arrays], dtype=np.int64)
+            tensors = np.array([_row(array) for array in arrays.values()], dtype=np.int64)
+        except KeyError as error:
+            raise BackendError(f"ONNX Runtime refused arrays: no {error} of this type") from error
+        library, n_inputs = self._library, len(inputs)
+
+        def run(_: object = arrays) -> None:  # the arrays live as long as the call
+            address = self.session.address
+            library.check(run_graph(library.api, library.memory, address, names, tensors, n_inputs))
+
+        return run
+
+
+def _row(array: Array) -> list[int]:
+    """Describe an array as :mod:`sdt_deploy.runtime.compiled` does."""
+    row = [array.ctypes.data, ELEMENT_TYPES[array.dtype.name], array.nbytes, array.ndim]
+    return [*row, *array.shape, *[0] * (ROW - FIRST_AXIS - array.ndim)]
+
+
+class OnnxRuntimeCompiledBackend(HostMemory):
+    """Opens the graphs of a bundle with ONNX Runtime's C library.
+
+    Args:
+        bundle: the opened bundle.
+        n_threads: see :func:`sdt_deploy.ort_library.ort_library`.
+
+    Raises:
+        BackendError: if the bundle is one of bfloat16, or the library cannot be used here.
+    """
+
+    name = "onnxruntime-compiled"
+
+    def __init__(self, bundle: Bundle, *, n_threads: int | None = None) -> None:
+        check_precision(bundle, self.name)
+        self._bundle = bundle
+        self._library = ort_library(n_threads)
+        self._graphs: dict[str, LibraryGraph] = {}
+        self._lock = fork_safe_lock()
+        self._closed = False
+
+    def has(self, name: str) -> bool:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
+        return name in self._bundle.manifest.graphs
+
+    def graph(self, name: str) -> Graph:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
+        return self._graph(name)
+
+    def _graph(self, name: str) -> LibraryGraph:
+        with self._lock:
+            if self._closed:
+                raise BackendError("the session is closed")
+            if name not in self._graphs:
+                spec = self._bundle.manifest.graphs[name]
+                session = self._library.open(self._bundle.file(spec.file))
+                self._bundle.check_current()
+                if self._closed:  # by a signal handler
+                    raise BackendError("the session is closed")
+                names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+                self._graphs[name] = LibraryGraph(self._library, session, names)
+            return self._graphs[name]
+
+    def compiled_loop(self) -> CompiledLoop | None:
+        """Return what runs the sparse path; None: the loop in Python does."""
+        if not fits(self._bundle.manifest):
+            return None
+        return CompiledLoop(
+            self._library, self._bundle.manifest, lambda name: self._graph(name).session
+        )
+
+    def close(self) -> None:
+        """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
+        with self._lock:
+            self._closed = True
+            opened = bool(self._graphs)
+            self._graphs.clear()
+        if opened:
+            self._library.free_arena()
