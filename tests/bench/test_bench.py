@@ -96,7 +96,10 @@ def test_peak_memory_grows_with_the_batch(exported: Exported) -> None:
     config = sample.model.config
     small = random_batch(config, [30], 0)
     large = random_batch(config, [30] * 2000, 0)
-    peaks = [memory.peak_bytes(sample.bundle, "dense", batch, None) for batch in (small, large)]
+    peaks = [
+        memory.peak_bytes(sample.bundle, "onnxruntime-cpu", "dense", batch, None)
+        for batch in (small, large)
+    ]
     logits = 30 * 2000 * config.vocab_size * 4
     assert peaks[0] is not None
     assert peaks[1] is not None
