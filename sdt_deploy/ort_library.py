@@ -94,7 +94,7 @@ class OrtLibrary:
         words = ctypes.cast(table, ctypes.POINTER(ctypes.c_int64))
         self.api: npt.NDArray[np.int64] = np.ctypeslib.as_array(words, (max(Function) + 1,))
         """Addresses of the functions."""
-        self._texts: list[ctypes.Array[ctypes.c_char]] = []
+        self._texts: dict[str, ctypes.Array[ctypes.c_char]] = {}
         pools = self._make(Function.CREATE_THREADING_OPTIONS)
         self._do(Function.SET_GLOBAL_INTRA_OP_NUM_THREADS, pools, n_threads)
         self._do(Function.SET_GLOBAL_INTER_OP_NUM_THREADS, pools, 1)
@@ -116,9 +116,9 @@ class OrtLibrary:
             self._do(Function.ADD_SESSION_CONFIG_ENTRY, self._options, *entry)
 
     def text(self, text: str) -> int:
-        """Return the address of ``text`` as a C string, which is kept for good."""
-        self._texts.append(ctypes.create_string_buffer(text.encode()))
-        return ctypes.addressof(self._texts[-1])
+        """Return the address of ``text`` as a C string, which is kept for good, once."""
+        buffer = ctypes.create_string_buffer(text.encode())
+        return ctypes.addressof(self._texts.setdefault(text, buffer))
 
     def open(self, path: Path) -> LibrarySession:
         """Open a graph.
