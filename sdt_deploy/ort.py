@@ -35,6 +35,8 @@ SMALLEST_MODEL = (
 )
 """An ONNX model, ``y = Identity(x)`` with ``x [1]`` float32, to reach the arena through: a run is
 the one way to have it give memory back. (The runtime does without the package onnx.)"""
+SHRINKING = "memory.enable_memory_arena_shrinkage", "cpu:0"
+"""The option of a run that has the arena give memory back when it ends."""
 _lock = fork_safe_lock()
 _pool_threads: int | None = None
 """Threads of the process-wide pool; 0 if the host application made it."""
@@ -164,7 +166,7 @@ def free_arena() -> None:
     ort = runtime()
     provider = "CPUExecutionProvider"
     freeing = ort.RunOptions()
-    freeing.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    freeing.add_run_config_entry(*SHRINKING)
     try:
         session = ort.InferenceSession(SMALLEST_MODEL, _shared_options(), providers=[provider])
         session.run(None, {"x": np.zeros(1, dtype=np.float32)}, freeing)

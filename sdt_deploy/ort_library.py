@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy.typing as npt
 from sdt_deploy.errors import BackendError
 from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.ort import (
+    SHRINKING,
     SLOWER_FUSIONS,
     SMALLEST_MODEL,
     checked_threads,
@@ -74,6 +75,7 @@ ELEMENT_TYPES = {
     "float16": 10,
 }
 """``ONNXTensorElementDataType`` by NumPy's names."""
+_LIBRARIES = ("libonnxruntime.so.*", "libonnxruntime.*.dylib")
 _DEVICE_ALLOCATOR, _ARENA_ALLOCATOR, _ERRORS_ONLY = 0, 1, 3
 _lock = fork_safe_lock()
 _library: OrtLibrary | None = None
@@ -158,8 +160,7 @@ class OrtLibrary:
             self._options,
         )
         options = self._make(Function.CREATE_RUN_OPTIONS)
-        entry = [ctypes.create_string_buffer(text) for text in (_SHRINKAGE, b"cpu:0", b"x", b"y")]
-        key, value, x, y = map(ctypes.addressof, entry)
+        key, value, x, y = map(self.text, (*SHRINKING, "x", "y"))
         self._do(Function.ADD_RUN_CONFIG_ENTRY, options, key, value)
         number, one = np.zeros(1, dtype=np.float32), np.ones(1, dtype=np.int64)
         given = self._make(
@@ -252,7 +253,6 @@ def _forget_threads() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
-_SHRINKAGE = b"memory.enable_memory_arena_shrinkage"
 _GET_API = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
 
 
@@ -284,9 +284,6 @@ def _loaded() -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendError(f"{path} cannot be loaded: {error}") from error
-
-
-_LIBRARIES: Sequence[str] = ("libonnxruntime.so.*", "libonnxruntime.*.dylib")
 
 
 def _c_function(

@@ -28,8 +28,8 @@ ADDRESS, ELEMENT_TYPE, N_BYTES, N_AXES, FIRST_AXIS = range(5)
 ROW = 12
 """A tensor is a row of int64: where it lies, its type, its size, its axes. What lies there belongs
 to the caller: a compiled function frees its own arrays once it does not name them any more."""
-ENGINES, ROUTE, MOVE, HEAD, FIRST_STAGE = range(5)
-"""Places in ``times``; the first is of the entry."""
+ENTRY, ROUTE, MOVE, HEAD, FIRST_STAGE = range(5)
+"""Places in ``times``."""
 _RUN = int(Function.RUN)
 _MAKE_TENSOR = int(Function.CREATE_TENSOR_WITH_DATA_AS_ORT_VALUE)
 _RELEASE = int(Function.RELEASE_VALUE)
@@ -277,25 +277,18 @@ def run_loop(
         scores: out, ``[n_tokens]``.
         depths: out, ``[n_tokens]``.
         active_tokens: out, ``[n_layers]``.
-        times: out, ``[n_layers + 4]``, nanoseconds; see ``ENGINES``.
+        times: out, ``[n_layers + 4]``, nanoseconds; see ``ENTRY``.
 
     Returns:
         The address of a status; 0: all is well.
     """
-    memory, clock, sees_all, n_heads, pooling = (
-        fixed[0],
-        fixed[1],
-        fixed[2] == 1,
-        fixed[3],
-        fixed[4],
-    )
+    memory, clock, sees_all, n_heads, pooling = fixed[0], fixed[1], fixed[2], fixed[3], fixed[4]
     takes_positions, takes_types, element_type, item_bytes = fixed[5], fixed[6], fixed[7], fixed[8]
     n, batch, n_layers = len(scores), len(cu_seqlens) - 1, len(thresholds)
     d_model = current.shape[1] // item_bytes
     tensors, scratch = np.zeros((8, ROW), np.int64), np.empty(2, np.int64)
     times[:] = 0
 
-    mark = nanoseconds(clock, scratch)
     order, row_of, free = space[:n], space[n : 2 * n], space[2 * n : 3 * n + batch]
     firsts, lengths = space[3 * n + batch :][:batch], space[3 * n + 2 * batch :][:batch]
     positions, zeros = space[3 * n + 3 * batch :][:n], space[4 * n + 3 * batch :][:n]
@@ -325,7 +318,7 @@ def run_loop(
     if status:
         return status
     start, mark = mark, nanoseconds(clock, scratch)
-    times[ENGINES] = mark - start
+    times[ENTRY] = mark - start
 
     is_sorted = sort_rows(scores, thresholds, depths, order, row_of, active_tokens)
     deepest = np.zeros(batch, np.int32)

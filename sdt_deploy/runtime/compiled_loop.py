@@ -18,7 +18,7 @@ from sdt_deploy.config import Pooling
 from sdt_deploy.ort_library import ELEMENT_TYPES, LibrarySession, OrtLibrary
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
-from sdt_deploy.runtime.compiled import ENGINES, FIRST_STAGE, HEAD, MOVE, ROUTE, run_loop
+from sdt_deploy.runtime.compiled import ENTRY, FIRST_STAGE, HEAD, MOVE, ROUTE, run_loop
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import float32_thresholds
 
@@ -30,7 +30,8 @@ _HEAD: Mapping[Pooling | None, tuple[str, ...]] = {
     "cls": ("first_index",),
     "mean": ("gather_index", "lengths"),
 }
-_POOLINGS = (None, "cls", "mean")
+_POOLINGS = tuple(_HEAD)
+"""By the numbers that the loop has for them."""
 
 
 def fits(manifest: Manifest) -> bool:
@@ -169,7 +170,7 @@ class CompiledLoop:
             layer_usage=LayerUsage.from_active(n_tokens, active),
             timings=Timings(
                 total_ms=(perf_counter() - begin) * 1e3,
-                entry_ms=ms[ENGINES],
+                entry_ms=ms[ENTRY],
                 route_ms=ms[ROUTE],
                 stage_ms=tuple(ms[FIRST_STAGE : FIRST_STAGE + n_run]),
                 stages=tuple(range(n_run)),

@@ -16,7 +16,8 @@ import pytest
 
 from sdt_deploy.bundle import Bundle
 from sdt_deploy.errors import BackendError
-from sdt_deploy.runtime.backends import onnxruntime_cpu
+from sdt_deploy.runtime.backends import ON_CPU, onnxruntime_cpu
+from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.session import Session
 from tests.runtime.test_stopping import FULL, hooked_session
 from tests.runtime.test_windows import HEADS, open_with_tokenizer
@@ -86,9 +87,9 @@ def resident():
 def ids(batch, length):
     return np.ones((batch, length), dtype=np.int64)
 
-other = sdt_deploy.Session.open(sys.argv[1])
+other = sdt_deploy.Session.open(sys.argv[1], backend=sys.argv[2])
 expected = other.run(ids(2, 9), path="sparse").output
-session = sdt_deploy.Session.open(sys.argv[1])
+session = sdt_deploy.Session.open(sys.argv[1], backend=sys.argv[2])
 session.run(ids(2, 9), path="dense")
 before = resident()
 session.run(ids(400, 40), path="dense")
@@ -100,9 +101,10 @@ assert (other.run(ids(2, 9), path="sparse").output == expected).all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_close_frees_the_memory_of_large_runs(exported: Exported) -> None:
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_close_frees_the_memory_of_large_runs(backend: str, exported: Exported) -> None:
     """ONNX Runtime's arena would keep it for the rest of the process."""
-    arguments = [sys.executable, "-c", MEMORY, str(exported("all-embedding").bundle)]
+    arguments = [sys.executable, "-c", MEMORY, str(exported("all-embedding").bundle), backend]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after, closed = map(int, done.stdout.split())
@@ -128,11 +130,10 @@ def test_a_run_that_is_closed_under_way_gives_its_buffers_up() -> None:
         session.run([1, 2], [0, 2], path="sparse")
 
 
-@pytest.mark.parametrize("path", ["sparse", "single", "masked"])
-def test_runs_under_way_end(exported: Exported, engines: list[weakref.ref[Any]], path: str) -> None:
-    sample = exported("all-embedding")
-    batch = random_batch(sample.model.config, [30, 12, 25], 0)
-    session = Session.open(sample.bundle)
+def errors_of_runs_while_it_is_closed(
+    session: Session, batch: TokenBatch, path: str
+) -> list[BaseException]:
+    """Close a session while three threads run on it, again and again, until that fails."""
     started = threading.Barrier(4)
     errors: list[BaseException] = []
 
@@ -152,6 +153,14 @@ def test_runs_under_way_end(exported: Exported, engines: list[weakref.ref[Any]],
     session.close()
     for thread in threads:
         thread.join(timeout=60)
+    return errors
+
+
+@pytest.mark.parametrize("path", ["sparse", "single", "masked"])
+def test_runs_under_way_end(exported: Exported, engines: list[weakref.ref[Any]], path: str) -> None:
+    sample = exported("all-embedding")
+    batch = random_batch(sample.model.config, [30, 12, 25], 0)
+    errors = errors_of_runs_while_it_is_closed(Session.open(sample.bundle), batch, path)
     assert [type(error) for error in errors] == [BackendError] * 3
     assert all("closed" in str(error) for error in errors)
     errors.clear()  # their tracebacks hold frames

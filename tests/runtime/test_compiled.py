@@ -40,6 +40,7 @@ from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.routing import RouteRules, depths_from_scores, plan_route
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import memory_bundle
+from tests.runtime.test_closing import errors_of_runs_while_it_is_closed
 from tests.samples import (
     GOLDEN,
     ExportedModel,
@@ -300,26 +301,8 @@ def test_runs_under_way_end_when_it_is_closed(exported: Exported) -> None:
     sample = exported("all-embedding")
     batch = random_batch(sample.model.config, [30, 12, 25], 0)
     session = compiled(sample.bundle)
-    started = threading.Barrier(4)
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        session.run_batch(batch, path="sparse")
-        started.wait()
-        try:
-            while True:
-                session.run_batch(batch, path="sparse")
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    started.wait()
+    errors = errors_of_runs_while_it_is_closed(session, batch, "sparse")
     session.close()
-    session.close()
-    for thread in threads:
-        thread.join(timeout=60)
     assert [type(error) for error in errors] == [BackendError] * 3
     for path in ("auto", "sparse", "single", "dense"):
         with pytest.raises(BackendError, match="closed"):
@@ -327,25 +310,12 @@ def test_runs_under_way_end_when_it_is_closed(exported: Exported) -> None:
 
 
 PROCESS = """
-import os, re, signal, sys
+import os, signal, sys
 import numpy as np
 import sdt_deploy
 
-def resident():
-    status = open("/proc/self/status").read()
-    return int(re.search(r"^RssAnon:\\s+(\\d+) kB", status, re.MULTILINE)[1])
-
 def ids(batch, length):
     return np.ones((batch, length), dtype=np.int64)
-"""
-CLOSING = """
-session = sdt_deploy.Session.open(sys.argv[1], backend="onnxruntime-compiled", n_threads=2)
-session.run(ids(2, 9), path="dense")
-before = resident()
-session.run(ids(400, 40), path="dense")
-after = resident()
-session.close()
-print(before, after, resident())
 """
 FORKING = """
 session = sdt_deploy.Session.open(sys.argv[1], backend="onnxruntime-compiled", n_threads=2)
@@ -376,14 +346,6 @@ def in_a_process(code: str, bundle: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_close_frees_the_memory_of_large_runs(exported: Exported) -> None:
-    printed = in_a_process(CLOSING, exported("all-embedding").bundle)
-    before, after, closed = map(int, printed.split())
-    assert after - before > 30_000
-    assert closed - before < (after - before) / 5
 
 
 def test_forked_workers_run(exported: Exported) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
-from sdt_deploy.bundle import Bundle
+from sdt_deploy.bundle import Bundle, GraphSpec
 from sdt_deploy.errors import BackendError
-from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.ort_library import ELEMENT_TYPES, LibrarySession, OrtLibrary, ort_library
-from sdt_deploy.runtime.backend import Array, Call, Graph, HostMemory
-from sdt_deploy.runtime.backends.onnxruntime_cpu import check_precision
+from sdt_deploy.runtime.backend import Array, Call, Graph
+from sdt_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeHostBackend
 from sdt_deploy.runtime.compiled import FIRST_AXIS, ROW, run_graph
 from sdt_deploy.runtime.compiled_loop import CompiledLoop, fits
 
@@ -47,7 +47,7 @@ def _row(array: Array) -> list[int]:
     return [*row, *array.shape, *[0] * (ROW - FIRST_AXIS - array.ndim)]
 
 
-class OnnxRuntimeCompiledBackend(HostMemory):
+class OnnxRuntimeCompiledBackend(OnnxRuntimeHostBackend):
     """Opens the graphs of a bundle with ONNX Runtime's C library.
 
     Args:
@@ -61,48 +61,23 @@ class OnnxRuntimeCompiledBackend(HostMemory):
     name = "onnxruntime-compiled"
 
     def __init__(self, bundle: Bundle, *, n_threads: int | None = None) -> None:
-        check_precision(bundle, self.name)
-        self._bundle = bundle
+        super().__init__(bundle)
         self._library = ort_library(n_threads)
-        self._graphs: dict[str, LibraryGraph] = {}
-        self._lock = fork_safe_lock()
-        self._closed = False
 
-    def has(self, name: str) -> bool:
-        """See :meth:`sdt_deploy.runtime.backend.Backend.has`."""
-        return name in self._bundle.manifest.graphs
+    def _open(self, spec: GraphSpec, path: Path) -> Graph:
+        names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+        return LibraryGraph(self._library, self._library.open(path), names)
 
-    def graph(self, name: str) -> Graph:
-        """See :meth:`sdt_deploy.runtime.backend.Backend.graph`."""
-        return self._graph(name)
-
-    def _graph(self, name: str) -> LibraryGraph:
-        with self._lock:
-            if self._closed:
-                raise BackendError("the session is closed")
-            if name not in self._graphs:
-                spec = self._bundle.manifest.graphs[name]
-                session = self._library.open(self._bundle.file(spec.file))
-                self._bundle.check_current()
-                if self._closed:  # by a signal handler
-                    raise BackendError("the session is closed")
-                names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
-                self._graphs[name] = LibraryGraph(self._library, session, names)
-            return self._graphs[name]
+    def _free_arena(self) -> None:
+        self._library.free_arena()
 
     def compiled_loop(self) -> CompiledLoop | None:
         """Return what runs the sparse path; None: the loop in Python does."""
         if not fits(self._bundle.manifest):
             return None
-        return CompiledLoop(
-            self._library, self._bundle.manifest, lambda name: self._graph(name).session
-        )
+        return CompiledLoop(self._library, self._bundle.manifest, self._session)
 
-    def close(self) -> None:
-        """See :meth:`sdt_deploy.runtime.backend.Backend.close`."""
-        with self._lock:
-            self._closed = True
-            opened = bool(self._graphs)
-            self._graphs.clear()
-        if opened:
-            self._library.free_arena()
+    def _session(self, name: str) -> LibrarySession:
+        graph = self.graph(name)
+        assert isinstance(graph, LibraryGraph)
+        return graph.session
