@@ -23,7 +23,7 @@ from sdt_deploy.ort_library import ELEMENT_TYPES, Function
 from sdt_deploy.runtime.routing import HIDDEN, Float32, Int32
 
 Int64 = npt.NDArray[np.int64]
-Bytes = npt.NDArray[np.uint8]
+Float64 = npt.NDArray[np.float64]
 ADDRESS, ELEMENT_TYPE, N_BYTES, N_AXES, FIRST_AXIS = range(5)
 ROW = 12
 """A tensor is a row of int64: where it lies, its type, its size, its axes. What lies there belongs
@@ -36,7 +36,7 @@ _RELEASE = int(Function.RELEASE_VALUE)
 _F32, _I32 = ELEMENT_TYPES["float32"], ELEMENT_TYPES["int32"]
 _CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1
 _WORDS = types.int64[::1]
-_FLOATS, _INTS, _ROWS = types.float32[::1], types.int32[::1], types.uint8[:, ::1]
+_FLOATS, _INTS = types.float32[::1], types.int32[::1]
 _FIXED_FLOATS = types.Array(types.float32, 1, "C", readonly=True)
 
 
@@ -53,11 +53,15 @@ def call(typingctx: Any, address: Any, arguments: Any) -> Any:
 
 
 @njit(cache=True)
-def nanoseconds(clock: int, scratch: Int64) -> int:
-    """Return the time of ``clock_gettime``, whose address ``clock`` is; ``scratch [2]``."""
-    call(clock, (_CLOCK_MONOTONIC, scratch.ctypes.data))
-    time: int = scratch[0] * 1_000_000_000 + scratch[1]
-    return time
+def lap(clock: int, watch: Int64, times: Float64, place: int) -> None:
+    """Add to ``times [place]`` the milliseconds since the last call with this ``watch [3]``.
+
+    ``clock`` is the address of ``clock_gettime``.
+    """
+    call(clock, (_CLOCK_MONOTONIC, watch.ctypes.data))
+    now = watch[0] * 1_000_000_000 + watch[1]
+    times[place] += (now - watch[2]) * 1e-6
+    watch[2] = now
 
 
 @njit(cache=True)
@@ -74,27 +78,24 @@ def describe(
 
 
 @njit(
-    types.int64(_WORDS, types.int64, types.int64, _WORDS, types.int64[:, ::1], types.int64),
+    types.int64(_WORDS, types.int64, _WORDS, types.int64[:, ::1], types.int64),
     cache=True,
     nogil=True,
 )
-def run_graph(
-    api: Int64, memory: int, session: int, names: Int64, tensors: Int64, n_inputs: int
-) -> int:
+def run_graph(api: Int64, memory: int, graph: Int64, tensors: Int64, n_inputs: int) -> int:
     """Run a graph.
 
     Args:
         api: ``[n]``, the library's functions.
         memory: the library's name for the caller's memory.
-        session: the graph.
-        names: ``[n_tensors]``, addresses of the names of the inputs and outputs.
-        tensors: ``[n_tensors or more, ROW]``.
+        graph: ``[1 + n_tensors or more]``, the session, and addresses of the names of ``tensors``.
+        tensors: ``[n_tensors, ROW]``, inputs and outputs.
         n_inputs: how many of them are inputs.
 
     Returns:
         The address of a status for :meth:`sdt_deploy.ort_library.OrtLibrary.check`; 0: all is well.
     """
-    n = len(names)
+    n, names = len(tensors), graph[1:]
     values = np.zeros(n, dtype=np.int64)
     status = 0
     for i in range(n):
@@ -109,12 +110,24 @@ def run_graph(
         input_names, output_names = names.ctypes.data, names.ctypes.data + 8 * n_inputs
         status = call(
             api[_RUN],
-            (session, 0, input_names, inputs, n_inputs, output_names, n - n_inputs, outputs),
+            (graph[0], 0, input_names, inputs, n_inputs, output_names, n - n_inputs, outputs),
         )
     for i in range(n):
         if values[i]:
             call(api[_RELEASE], (values[i],))
     return status
+
+
+def space_size(n: int, batch: int, longest: int, n_heads: int, row_bytes: int) -> int:
+    """Return the ``space`` of :func:`run_loop` for ``n`` tokens, whose states are ``row_bytes``."""
+    states = 2 * words_of_states.py_func(n, row_bytes)
+    return int(states + 3 * batch * longest * n_heads + (5 + n_heads) * n + 4 * batch)
+
+
+@njit(cache=True)
+def words_of_states(n: int, row_bytes: int) -> int:
+    """Return how many int32 hold ``n`` rows, in whole lines of the caches."""
+    return (n * row_bytes + 63) // 64 * 16
 
 
 @njit(cache=True)
@@ -191,26 +204,27 @@ def lay_out(
         counts[n_sequences] = n - before
         n_sequences += 1
         width = max(width, n - before)
+    heads, step = np.int32(n_heads), np.int32(width)
     start = 0
     for i in range(n_sequences):
-        count, first = counts[i], i * n_heads * width
-        for head in range(n_heads):
-            place = first + head * width
+        first, count = i * n_heads * width, counts[i]
+        own = rows[start : start + count]
+        start += count
+        for head in range(n_heads):  # in int32 and from 0 in each array, or loops become no vectors
+            gather = gather_index[first + head * width :][:width]
             for k in range(count):
-                gather_index[place + k] = rows[start + k] * n_heads + head
-            for k in range(count, width):
-                gather_index[place + k] = head
-            if len(key_bias):
-                for k in range(count):
-                    key_bias[place + k] = 0.0
-                for k in range(count, width):
-                    key_bias[place + k] = HIDDEN
+                gather[k] = own[k] * heads + np.int32(head)
+            gather[count:] = head
+        if len(key_bias):
+            for head in range(n_heads):
+                bias = key_bias[first + head * width :][:width]
+                bias[:count] = 0.0
+                bias[count:] = HIDDEN
         if len(scatter_index):
             for k in range(count):
-                to = rows[start + k] * n_heads
+                scatter, place = scatter_index[own[k] * n_heads :][:n_heads], np.int32(first + k)
                 for head in range(n_heads):
-                    scatter_index[to + head] = first + head * width + k
-        start += count
+                    scatter[head] = place + np.int32(head) * step
     return n_sequences, width
 
 
@@ -218,21 +232,17 @@ def lay_out(
     types.int64(
         _WORDS,
         _WORDS,
-        _WORDS,
         types.int64[:, ::1],
         _FIXED_FLOATS,
-        types.int64,
-        types.int64,
         _INTS,
-        _ROWS,
-        _ROWS,
         _INTS,
-        _FLOATS,
+        _INTS,
+        _INTS,
         types.float32[:, ::1],
         _FLOATS,
         _INTS,
         _INTS,
-        _WORDS,
+        types.float64[::1],
     ),
     cache=True,
     nogil=True,
@@ -240,103 +250,97 @@ def lay_out(
 def run_loop(
     api: Int64,
     fixed: Int64,
-    sessions: Int64,
-    names: Int64,
+    graphs: Int64,
     thresholds: Float32,
-    input_ids: int,
-    token_type_ids: int,
+    input_ids: Int32,
+    token_type_ids: Int32,
     cu_seqlens: Int32,
-    current: Bytes,
-    other: Bytes,
     space: Int32,
-    bias: Float32,
     output: Float32,
     scores: Float32,
     depths: Int32,
     active_tokens: Int32,
-    times: Int64,
+    times: Float64,
 ) -> int:
     """Run a batch.
 
     Args:
         api: see :func:`run_graph`.
-        fixed: the library's name for the caller's memory, the address of ``clock_gettime``, whether
-            all tokens are seen, heads, pooling (0: none, 1: cls, 2: mean), whether the entry takes
-            positions, and token types, element type of the states, bytes of an element.
-        sessions: ``[n_layers + 2]``, entry, stages and head.
-        names: ``[3, 8]``, of the tensors of entry, stages and head, inputs first.
+        fixed: the library's name for the caller's memory, the addresses of ``clock_gettime`` and
+            ``memcpy``, whether all tokens are seen, heads, pooling (0: none, 1: cls, 2: mean),
+            whether the entry takes positions, and token types, element type of the states, bytes of
+            an element, elements of a row.
+        graphs: ``[n_layers + 2, 8]``, of entry, stages and head: the session, and addresses of the
+            names of its tensors, inputs first.
         thresholds: ``[n_layers]``.
-        input_ids: address of ``[n_tokens]`` int32.
-        token_type_ids: the same; 0: they are zeros.
+        input_ids: ``[n_tokens]``.
+        token_type_ids: ``[n_tokens]``; empty: they are zeros.
         cu_seqlens: ``[batch + 1]``.
-        current: a buffer ``[n_tokens, row_bytes]``, overwritten.
-        other: another.
-        space: ``[(5 + n_heads) · n_tokens + 3 · batch + 2 · len(bias)]``, overwritten.
-        bias: ``[batch · longest sequence · n_heads]``, overwritten.
+        space: as many as :func:`space_size` says, overwritten.
         output: out, ``[rows, width]``.
         scores: out, ``[n_tokens]``.
         depths: out, ``[n_tokens]``.
         active_tokens: out, ``[n_layers]``.
-        times: out, ``[n_layers + 4]``, nanoseconds; see ``ENTRY``.
+        times: out, ``[n_layers + 4]``, zeros, milliseconds; see ``ENTRY``.
 
     Returns:
         The address of a status; 0: all is well.
     """
-    memory, clock, sees_all, n_heads, pooling = fixed[0], fixed[1], fixed[2], fixed[3], fixed[4]
-    takes_positions, takes_types, element_type, item_bytes = fixed[5], fixed[6], fixed[7], fixed[8]
-    n, batch, n_layers = len(scores), len(cu_seqlens) - 1, len(thresholds)
-    d_model = current.shape[1] // item_bytes
-    tensors, scratch = np.zeros((8, ROW), np.int64), np.empty(2, np.int64)
-    times[:] = 0
+    memory, clock, copy, sees_all, n_heads = fixed[0], fixed[1], fixed[2], fixed[3], fixed[4]
+    pooling, takes_positions, takes_types = fixed[5], fixed[6], fixed[7]
+    element_type, item_bytes, d_model = fixed[8], fixed[9], fixed[10]
+    n, batch, n_layers = len(input_ids), len(cu_seqlens) - 1, len(thresholds)
+    row_bytes = d_model * item_bytes
+    tensors, watch = np.zeros((8, ROW), np.int64), np.zeros(3, np.int64)
 
-    order, row_of, free = space[:n], space[n : 2 * n], space[2 * n : 3 * n + batch]
-    firsts, lengths = space[3 * n + batch :][:batch], space[3 * n + 2 * batch :][:batch]
-    positions, zeros = space[3 * n + 3 * batch :][:n], space[4 * n + 3 * batch :][:n]
-    layouts = space[5 * n + 3 * batch :]
     longest = 0
+    for sequence in range(batch):
+        longest = max(longest, cu_seqlens[sequence + 1] - cu_seqlens[sequence])
+    words, places = words_of_states(n, row_bytes), batch * longest * n_heads
+    current = np.int64(space.ctypes.data)
+    other = current + 4 * words
+    space = space[2 * words :]
+    bias, gather, seen = space[:places].view(np.float32), space[places:], space[2 * places :]
+    space = space[3 * places :]
+    order, row_of, positions, zeros = space[:n], space[n:], space[2 * n :], space[3 * n :][:n]
+    scatter, space = space[4 * n :], space[(4 + n_heads) * n :]
+    deepest, firsts, lengths, free = space, space[batch:], space[2 * batch :], space[3 * batch :]
+    deepest[:batch] = 0
+    zeros[:] = 0
     for sequence in range(batch):
         start = cu_seqlens[sequence]
         lengths[sequence] = cu_seqlens[sequence + 1] - start
-        longest = max(longest, lengths[sequence])
         for place in range(lengths[sequence]):
             positions[start + place] = place
-    zeros[:] = 0
-    describe(tensors[0], input_ids, _I32, 4, (n,))
+    describe(tensors[0], input_ids.ctypes.data, _I32, 4, (n,))
     n_inputs = 1
     if takes_positions:
         describe(tensors[n_inputs], positions.ctypes.data, _I32, 4, (n,))
         n_inputs += 1
     if takes_types:
-        types_at = token_type_ids if token_type_ids else zeros.ctypes.data
+        types_at = token_type_ids.ctypes.data if len(token_type_ids) else zeros.ctypes.data
         describe(tensors[n_inputs], types_at, _I32, 4, (n,))
         n_inputs += 1
-    describe(tensors[n_inputs], current.ctypes.data, element_type, item_bytes, (n, d_model))
+    describe(tensors[n_inputs], current, element_type, item_bytes, (n, d_model))
     describe(tensors[n_inputs + 1], scores.ctypes.data, _F32, 4, (n,))
-    n_tensors = n_inputs + 2
-    mark = nanoseconds(clock, scratch)
-    status: int = run_graph(api, memory, sessions[0], names[0, :n_tensors], tensors, n_inputs)
+    lap(clock, watch, times, ROUTE)
+    times[ROUTE] = 0.0
+    status: int = run_graph(api, memory, graphs[0], tensors[: n_inputs + 2], n_inputs)
     if status:
         return status
-    start, mark = mark, nanoseconds(clock, scratch)
-    times[ENTRY] = mark - start
+    lap(clock, watch, times, ENTRY)
 
     is_sorted = sort_rows(scores, thresholds, depths, order, row_of, active_tokens)
-    deepest = np.zeros(batch, np.int32)
     for sequence in range(batch):
         for token in range(cu_seqlens[sequence], cu_seqlens[sequence + 1]):
             deepest[sequence] = max(deepest[sequence], depths[token])
-    start, mark = mark, nanoseconds(clock, scratch)
-    times[ROUTE] += mark - start
+    lap(clock, watch, times, ROUTE)
     if not is_sorted:
         for row in range(n):
-            other[row] = current[order[row]]
+            call(copy, (other + row * row_bytes, current + order[row] * row_bytes, row_bytes))
         current, other = other, current
-    start, mark = mark, nanoseconds(clock, scratch)
-    times[MOVE] += mark - start
+    lap(clock, watch, times, MOVE)
 
-    places = batch * longest * n_heads
-    scatter, gather = layouts[: n * n_heads], layouts[n * n_heads :][:places]
-    seen = layouts[n * n_heads + places :]
     none, no_bias = scatter[:0], bias[:0]
     alive, seen_width = -1, 0
     for layer in range(n_layers):
@@ -351,33 +355,28 @@ def run_loop(
             alive, seen_width = lay_out(
                 depths, deepest, layer, True, cu_seqlens, row_of, n_heads, seen, none, bias, free
             )
-        describe(tensors[0], current.ctypes.data, element_type, item_bytes, (k, d_model))
+        describe(tensors[0], current, element_type, item_bytes, (k, d_model))
         describe(tensors[1], gather.ctypes.data, _I32, 4, (sequences, n_heads, width))
         describe(tensors[2], scatter.ctypes.data, _I32, 4, (k, n_heads))
         n_inputs = 4
         key_width = width
         if sees_all:
             n_inputs, key_width = 6, seen_width
-            describe(tensors[4], current.ctypes.data, element_type, item_bytes, (n, d_model))
+            describe(tensors[4], current, element_type, item_bytes, (n, d_model))
             describe(tensors[5], seen.ctypes.data, _I32, 4, (sequences, n_heads, seen_width))
         describe(tensors[3], bias.ctypes.data, _F32, 4, (sequences, n_heads, key_width, 1))
-        updated = other.ctypes.data
-        describe(tensors[n_inputs], updated, element_type, item_bytes, (k, d_model))
-        start, mark = mark, nanoseconds(clock, scratch)
-        times[ROUTE] += mark - start
-        of_stage = names[1, : n_inputs + 1]
-        status = run_graph(api, memory, sessions[1 + layer], of_stage, tensors, n_inputs)
+        describe(tensors[n_inputs], other, element_type, item_bytes, (k, d_model))
+        lap(clock, watch, times, ROUTE)
+        status = run_graph(api, memory, graphs[1 + layer], tensors[: n_inputs + 1], n_inputs)
         if status:
             return status
-        start, mark = mark, nanoseconds(clock, scratch)
-        times[FIRST_STAGE + layer] = mark - start
+        lap(clock, watch, times, FIRST_STAGE + layer)
         if 2 * k < n:  # of active and finished rows, copy the fewer
-            current[:k] = other[:k]
+            call(copy, (current, other, k * row_bytes))
         else:
-            other[k:] = current[k:]
+            call(copy, (other + k * row_bytes, current + k * row_bytes, (n - k) * row_bytes))
             current, other = other, current
-        start, mark = mark, nanoseconds(clock, scratch)
-        times[MOVE] += mark - start
+        lap(clock, watch, times, MOVE)
 
     n_inputs = 1
     if pooling == 1:
@@ -395,17 +394,14 @@ def run_loop(
         describe(tensors[1], gather.ctypes.data, _I32, 4, (batch, longest))
         describe(tensors[2], lengths.ctypes.data, _I32, 4, (batch,))
         n_inputs = 3
-    start, mark = mark, nanoseconds(clock, scratch)
-    times[ROUTE] += mark - start
+    lap(clock, watch, times, ROUTE)
     if not pooling and not is_sorted:
         for token in range(n):
-            other[token] = current[row_of[token]]
+            call(copy, (other + token * row_bytes, current + row_of[token] * row_bytes, row_bytes))
         current, other = other, current
-        start, mark = mark, nanoseconds(clock, scratch)
-        times[MOVE] += mark - start
-    describe(tensors[0], current.ctypes.data, element_type, item_bytes, (n, d_model))
+        lap(clock, watch, times, MOVE)
+    describe(tensors[0], current, element_type, item_bytes, (n, d_model))
     describe(tensors[n_inputs], output.ctypes.data, _F32, 4, output.shape)
-    of_head = names[2, : n_inputs + 1]
-    status = run_graph(api, memory, sessions[1 + n_layers], of_head, tensors, n_inputs)
-    times[HEAD] = nanoseconds(clock, scratch) - mark
+    status = run_graph(api, memory, graphs[1 + n_layers], tensors[: n_inputs + 1], n_inputs)
+    lap(clock, watch, times, HEAD)
     return status

@@ -18,7 +18,7 @@ from sdt_deploy.config import Pooling
 from sdt_deploy.ort_library import ELEMENT_TYPES, LibrarySession, OrtLibrary
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
-from sdt_deploy.runtime.compiled import ENTRY, FIRST_STAGE, HEAD, MOVE, ROUTE, run_loop
+from sdt_deploy.runtime.compiled import ENTRY, FIRST_STAGE, HEAD, MOVE, ROUTE, run_loop, space_size
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import float32_thresholds
 
@@ -80,29 +80,22 @@ class CompiledLoop:
     ) -> None:
         model, graphs = manifest.model, manifest.graphs
         self._library, self._config = library, model
-        order = ["entry", *(stage.name for stage in manifest.stages), "head"]
-        self._opened = [session(name) for name in order]  # which keeps them open
-        self._sessions = np.array([one.address for one in self._opened], dtype=np.int64)
         taken = _names(graphs["entry"].inputs)
         entry = [name for name in _ENTRY if name in taken]
-        stage = (*_STAGE, *(_SEES_ALL if model.context == "all" else ()))
-        head = ("hidden_states", *_HEAD[model.head.pooling])
-        self._names = np.zeros((3, 8), dtype=np.int64)
-        for row, names in zip(
-            self._names,
-            (
-                (*entry, "hidden_states", "scores"),
-                (*stage, "updated_states"),
-                (*head, "output"),
-            ),
-            strict=True,
-        ):
-            row[: len(names)] = [library.text(name) for name in names]
-        states = np.dtype(graphs["entry"].outputs[0].dtype)
+        stage = (*_STAGE, *(_SEES_ALL if model.context == "all" else ()), "updated_states")
+        head = ("hidden_states", *_HEAD[model.head.pooling], "output")
+        order = {"entry": (*entry, "hidden_states", "scores")}
+        order |= {one.name: stage for one in manifest.stages} | {"head": head}
+        self._opened = [session(name) for name in order]  # which keeps them open
+        self._graphs = np.zeros((len(order), 8), dtype=np.int64)
+        for row, one, names in zip(self._graphs, self._opened, order.values(), strict=True):
+            row[: 1 + len(names)] = [one.address, *map(library.text, names)]
+        states, c = np.dtype(graphs["entry"].outputs[0].dtype), ctypes.CDLL(None)
+        self._row_bytes = model.d_model * states.itemsize
         self._fixed = np.array(
             [
                 library.memory,
-                ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value,
+                *(ctypes.cast(one, ctypes.c_void_p).value for one in (c.clock_gettime, c.memcpy)),
                 model.context == "all",
                 model.n_heads,
                 _POOLINGS.index(model.head.pooling),
@@ -110,6 +103,7 @@ class CompiledLoop:
                 "token_type_ids" in taken,
                 ELEMENT_TYPES[states.name],
                 states.itemsize,
+                model.d_model,
             ],
             dtype=np.int64,
         )
@@ -125,31 +119,27 @@ class CompiledLoop:
         begin = perf_counter()
         config, n_tokens, n_layers = self._config, batch.n_tokens, self._config.n_layers
         batch_size, kinds = len(batch.lengths), batch.token_type_ids
+        # copies: what the caller has may be read-only, or unaligned
+        input_ids, cu_seqlens = batch.input_ids.copy(), batch.cu_seqlens.copy()
+        token_type_ids = input_ids[:0] if kinds is None else kinds.copy()
         scores = np.empty(n_tokens, dtype=np.float32)
         depths = np.empty(n_tokens, dtype=np.int32)
         active_tokens = np.empty(n_layers, dtype=np.int32)
-        times = np.empty(FIRST_STAGE + n_layers, dtype=np.int64)
+        times = np.zeros(FIRST_STAGE + n_layers)
         rows = batch_size if config.head.per_sequence else n_tokens
         output = np.empty((rows, config.output_width), dtype=np.float32)
-        cu_seqlens = batch.cu_seqlens.copy()  # the caller's may be read-only, or unaligned
-        places = batch_size * batch.max_seqlen * config.n_heads
-        size = (5 + config.n_heads) * n_tokens + 3 * batch_size + 2 * places
         lent = buffers.take()
         try:
-            first, second = lent.reserve(n_tokens)
+            sizes = n_tokens, batch_size, batch.max_seqlen, config.n_heads, self._row_bytes
             status = run_loop(
                 self._library.api,
                 self._fixed,
-                self._sessions,
-                self._names,
+                self._graphs,
                 float32_thresholds(thresholds),
-                batch.input_ids.ctypes.data,
-                0 if kinds is None else kinds.ctypes.data,
+                input_ids,
+                token_type_ids,
                 cu_seqlens,
-                first.view(np.uint8),
-                second.view(np.uint8),
-                np.empty(size, np.int32),
-                np.empty(places, np.float32),
+                lent.space(space_size(*sizes)),
                 output,
                 scores,
                 depths,
@@ -159,13 +149,13 @@ class CompiledLoop:
             self._library.check(status)
         finally:
             buffers.give_back(lent)
-        active, ms = active_tokens.tolist(), (times * 1e-6).tolist()
+        active, ms = active_tokens.tolist(), times.tolist()
         n_run = n_layers - active.count(0)
         return RunResult(
             output=output,
             depths=depths,
             scores=scores,
-            input_ids=batch.input_ids.copy(),
+            input_ids=input_ids,
             cu_seqlens=cu_seqlens,
             layer_usage=LayerUsage.from_active(n_tokens, active),
             timings=Timings(

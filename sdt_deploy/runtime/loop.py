@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from operator import attrgetter
 from time import perf_counter
 
+import numpy as np
+
 from sdt_deploy.bundle import STATES, GraphSpec, TensorSpec
 from sdt_deploy.config import shown
 from sdt_deploy.errors import BundleFormatError
 from sdt_deploy.runtime.backend import Array, Backend, Call, Graph
-from sdt_deploy.runtime.routing import RoutePlan, RouteStep
+from sdt_deploy.runtime.routing import Int32, RoutePlan, RouteStep
 from sdt_deploy.runtime.stopping import StopCheck
 
 
 class StateBuffers:
-    """Two buffers ``[capacity, d_model]`` that a run moves its states between.
+    """Two buffers ``[capacity, d_model]`` that a run moves its states between; and space.
 
     ``states`` is the entry's output; it says width and dtype.
     """
@@ -32,6 +34,7 @@ class StateBuffers:
         self._width = int(states.axes[1])
         self._capacity = 0
         self._buffers: list[Array] = []
+        self._space = np.empty(0, np.int32)
 
     def reserve(self, n_tokens: int) -> tuple[Array, Array]:
         """Return both, cut to ``n_tokens`` rows; what they held is lost."""
@@ -43,6 +46,13 @@ class StateBuffers:
             self._capacity = n_tokens
         first, second = self._buffers
         return first[:n_tokens], second[:n_tokens]
+
+    def space(self, size: int) -> Int32:
+        """Return ``[size]`` of the host's memory, beside both; what it held is lost."""
+        if size > len(self._space):
+            self._space = self._space[:0]
+            self._space = np.empty(size, np.int32)
+        return self._space[:size]
 
 
 Source = Callable[[RouteStep], Array | None]

@@ -28,15 +28,14 @@ class LibraryGraph:
         """See :meth:`sdt_deploy.runtime.backend.Graph.bind`."""
         arrays = {**inputs, **outputs}
         try:
-            names = np.array([self._names[name] for name in arrays], dtype=np.int64)
+            graph = np.array([self.session.address, *map(self._names.__getitem__, arrays)])
             tensors = np.array([_row(array) for array in arrays.values()], dtype=np.int64)
         except KeyError as error:
             raise BackendError(f"ONNX Runtime refused arrays: no {error} of this type") from error
         library, n_inputs = self._library, len(inputs)
 
         def run(_: object = arrays) -> None:  # the arrays live as long as the call
-            address = self.session.address
-            library.check(run_graph(library.api, library.memory, address, names, tensors, n_inputs))
+            library.check(run_graph(library.api, library.memory, graph, tensors, n_inputs))
 
         return run
 
