@@ -135,8 +135,9 @@ def merge(
 ) -> RunResult:
     """Put the results of the parts of ``batch`` together, in the order of ``batch``."""
     first = parts[0]
-    rows = np.concatenate([rows_of(batch.cu_seqlens, group) for group in groups])
-    places = np.concatenate(groups) if per_sequence else rows
+    sequences = np.concatenate(groups)
+    rows = rows_of(batch.cu_seqlens, sequences)
+    places = sequences if per_sequence else rows
     output = np.empty((len(places), first.output.shape[1]), dtype=first.output.dtype)
     output[places] = np.concatenate([part.output for part in parts])
     depths = np.empty(batch.n_tokens, dtype=np.int32)
@@ -173,4 +174,8 @@ def merge(
 
 def rows_of(cu_seqlens: Int32, sequences: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
     """Return the packed rows of the given sequences, one sequence after the other."""
-    return np.concatenate([np.arange(cu_seqlens[i], cu_seqlens[i + 1]) for i in sequences])
+    starts = cu_seqlens[sequences]
+    lengths = cu_seqlens[sequences + 1] - starts
+    ends = lengths.cumsum()
+    rows: npt.NDArray[np.intp] = np.arange(ends[-1]) + (starts - (ends - lengths)).repeat(lengths)
+    return rows

@@ -103,7 +103,7 @@ class DepthMonitor:
         self._max_drift = max_drift
         self._expected = expected_mean_depth(manifest)
         self._lock = fork_safe_lock()
-        self._n_runs = self._n_generations = self._n_new_tokens = 0
+        self._n_runs = self._n_tokens = self._n_generations = self._n_new_tokens = 0
         self._cache_bytes = self._dense_cache_bytes = 0
         self._histogram = [0] * (manifest.model.n_layers + 1)
         self._recent_tokens = self._recent_depths = 0.0
@@ -123,22 +123,25 @@ class DepthMonitor:
             n_new_tokens: tokens that were generated.
             cache: of a generation, at its end; None: it was none.
         """
-        n_tokens = sum(depth_histogram)
-        depths = sum(depth * count for depth, count in enumerate(depth_histogram))
-        kept = math.exp(-n_tokens / WINDOW_TOKENS)
         with self._lock:
             self._n_runs += 1
+            n_tokens = depths = 0
+            for depth, count in enumerate(depth_histogram):
+                self._histogram[depth] += count
+                n_tokens += count
+                depths += depth * count
+            self._n_tokens += n_tokens
             if cache is not None:
                 self._n_generations += 1
                 self._n_new_tokens += n_new_tokens
                 self._cache_bytes += cache.n_bytes
                 self._dense_cache_bytes += cache.dense_bytes
-            self._histogram = [a + b for a, b in zip(self._histogram, depth_histogram, strict=True)]
+            kept = math.exp(-n_tokens / WINDOW_TOKENS)
             self._recent_tokens = kept * self._recent_tokens + n_tokens
             self._recent_depths = kept * self._recent_depths + depths
             if self._max_drift is None or self._expected is None:
                 return
-            if not self._reported and sum(self._histogram) < MIN_TOKENS:
+            if not self._reported and self._n_tokens < MIN_TOKENS:
                 return
             mean = self._recent_depths / self._recent_tokens
             was_reported = self._reported
@@ -150,7 +153,7 @@ class DepthMonitor:
     def statistics(self) -> SessionStatistics:
         """Return the counts so far."""
         with self._lock:
-            histogram, n_tokens = tuple(self._histogram), sum(self._histogram)
+            histogram, n_tokens = tuple(self._histogram), self._n_tokens
             depths = sum(depth * count for depth, count in enumerate(histogram))
             return SessionStatistics(
                 n_runs=self._n_runs,
