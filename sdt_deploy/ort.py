@@ -93,6 +93,20 @@ def warn_of_waiting(n_threads: int) -> None:
         )
 
 
+def check_pool(n_threads: int, asked: int | None) -> None:
+    """Check that a pool of ``n_threads`` serves who asked for so many; None: any will do.
+
+    Raises:
+        BackendError: if it does not.
+    """
+    if asked and asked != n_threads:
+        raise BackendError(
+            f"this process already runs ONNX Runtime with {n_threads} threads and cannot "
+            f"change to {asked}: the pool is made once, and a forked process has one "
+            "thread. Set n_threads before the first session"
+        )
+
+
 def ensure_thread_pool(n_threads: int | None = None) -> None:
     """Make the thread pool that all sessions of the process share, once.
 
@@ -127,12 +141,8 @@ def ensure_thread_pool(n_threads: int | None = None) -> None:
                 "has no effect",
                 stacklevel=3,
             )
-        elif n_threads and n_threads != _pool_threads:
-            raise BackendError(
-                f"this process already runs ONNX Runtime with {_pool_threads} threads and cannot "
-                f"change to {n_threads}: the pool is made once, and a forked process has one "
-                "thread. Set n_threads before the first session"
-            )
+        else:
+            check_pool(_pool_threads, n_threads)
 
 
 def _forget_threads() -> None:

@@ -29,6 +29,7 @@ from sdt_deploy.ort import (
     SHRINKING,
     SLOWER_FUSIONS,
     SMALLEST_MODEL,
+    check_pool,
     checked_threads,
     pool_threads,
     runtime,
@@ -230,12 +231,7 @@ def ort_library(n_threads: int | None = None) -> OrtLibrary:
                 )
             warn_of_waiting(wanted)
             _library = OrtLibrary(wanted)
-        elif n_threads and n_threads != _library.n_threads:
-            raise BackendError(
-                f"this process already runs ONNX Runtime's library with {_library.n_threads} "
-                f"threads and cannot change to {n_threads}: the pool is made once, and a forked "
-                "process has one thread. Set n_threads before the first session"
-            )
+        check_pool(_library.n_threads, n_threads)
         return _library
 
 

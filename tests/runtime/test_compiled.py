@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from sdt_deploy import ort_library
 from sdt_deploy.bundle import Bundle
-from sdt_deploy.config import ExportConfig, HeadConfig, ModelConfig, Pooling, RotaryConfig
+from sdt_deploy.config import (
+    ExportConfig,
+    HeadConfig,
+    ModelConfig,
+    Pooling,
+    RotaryConfig,
+    compared,
+)
 from sdt_deploy.diagnosis import diagnose
 from sdt_deploy.errors import (
     BackendError,
@@ -37,7 +44,7 @@ from sdt_deploy.runtime.compiled import lay_out, sort_rows
 from sdt_deploy.runtime.compiled_loop import fits
 from sdt_deploy.runtime.generation import generate
 from sdt_deploy.runtime.result import RunResult
-from sdt_deploy.runtime.routing import RouteRules, depths_from_scores, plan_route
+from sdt_deploy.runtime.routing import Int32, RouteRules, depths_from_scores, plan_route
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.testing import memory_bundle
 from tests.runtime.test_closing import errors_of_runs_while_it_is_closed
@@ -258,6 +265,41 @@ def test_ids_of_any_kind_of_memory(exported: Exported) -> None:
             array.flags.writeable = False
         assert_same(session.run(ids, cu, path="sparse"), expected)
         assert_same(session.run(*odd, path="sparse"), expected)
+
+
+class Marked:
+    """Memory for runs, with marks behind what each asked for."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def take(self) -> Self:
+        return self
+
+    def space(self, size: int) -> Int32:
+        self.memory = np.full(size + 1000, 77, dtype=np.int32)
+        self.size = size
+        return self.memory[:size]
+
+    def give_back(self, _: object) -> None:
+        assert self.size
+        assert (self.memory[self.size :] == 77).all()
+
+
+@pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
+def test_runs_stay_in_their_memory(exported: Exported, name: str) -> None:
+    sample = exported(name)
+    rng, n_layers = np.random.default_rng(1), sample.model.config.n_layers
+    with compiled(sample.bundle) as session:
+        assert session._compiled_loop is not None
+        for seed in range(30):
+            lengths = rng.integers(1, sample.model.config.max_positions, rng.integers(1, 7))
+            batch = random_batch(sample.model.config, lengths.tolist(), seed)
+            for limits in (session.manifest.model.thresholds, (-1.0,) * n_layers):
+                marked: Any = Marked()
+                found = session._compiled_loop.run(marked, batch, compared(limits))
+                expected = session.run_batch(batch, thresholds=limits, path="sparse")
+                assert_same(found, expected)
 
 
 def test_large_batches_run_in_parts(exported: Exported) -> None:
