@@ -324,7 +324,7 @@ def run_loop(
     describe(tensors[n_inputs], current, element_type, item_bytes, (n, d_model))
     describe(tensors[n_inputs + 1], scores.ctypes.data, _F32, 4, (n,))
     lap(clock, watch, times, ROUTE)
-    times[ROUTE] = 0.0
+    times[ROUTE] = 0.0  # the watch was started
     status: int = run_graph(api, memory, graphs[0], tensors[: n_inputs + 2], n_inputs)
     if status:
         return status

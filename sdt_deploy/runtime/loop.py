@@ -18,7 +18,7 @@ from sdt_deploy.runtime.stopping import StopCheck
 
 
 class StateBuffers:
-    """Two buffers ``[capacity, d_model]`` that a run moves its states between; and space.
+    """What runs borrow: two buffers ``[capacity, d_model]`` for states, or plain memory.
 
     ``states`` is the entry's output; it says width and dtype.
     """
@@ -48,9 +48,9 @@ class StateBuffers:
         return first[:n_tokens], second[:n_tokens]
 
     def space(self, size: int) -> Int32:
-        """Return ``[size]`` of the host's memory, beside both; what it held is lost."""
+        """Return ``[size]`` of the host's memory, apart from both; what it held is lost."""
         if size > len(self._space):
-            self._space = self._space[:0]
+            self._space = np.empty(0, np.int32)  # free the old one first
             self._space = np.empty(size, np.int32)
         return self._space[:size]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -422,6 +424,29 @@ def test_graphs_refuse_what_they_do_not_take(exported: Exported) -> None:
             head.bind({**given, "length": lengths}, {"output": output})
         with pytest.raises(BackendError, match="refused"):
             head.bind({**given, "lengths": lengths.astype(np.complex64)}, {"output": output})
+
+
+def test_a_call_outlives_its_session(exported: Exported) -> None:
+    with compiled(exported("all-embedding").bundle) as session:
+        given = {
+            "hidden_states": np.ones((3, 32), np.float32),
+            "gather_index": np.zeros((1, 3), np.int32),
+            "lengths": np.full(1, 3, np.int32),
+        }
+        output = np.zeros((1, 32), np.float32)
+        graph = session.backend.graph("head")
+        expected = np.zeros((1, 32), np.float32)
+        graph.bind(given, {"output": expected})()
+        call, opened = graph.bind(given, {"output": output}), weakref.ref(graph.session)  # type: ignore[attr-defined]
+        del graph
+    del session
+    gc.collect()
+    assert opened() is not None
+    call()
+    np.testing.assert_array_equal(output, expected)
+    del call
+    gc.collect()
+    assert opened() is None
 
 
 def test_files_that_are_no_graphs(tmp_path: Path) -> None:

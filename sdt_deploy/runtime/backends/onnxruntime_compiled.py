@@ -28,13 +28,14 @@ class LibraryGraph:
         """See :meth:`sdt_deploy.runtime.backend.Graph.bind`."""
         arrays = {**inputs, **outputs}
         try:
-            graph = np.array([self.session.address, *map(self._names.__getitem__, arrays)])
+            names = [self._names[name] for name in arrays]
+            graph = np.array([self.session.address, *names], dtype=np.int64)
             tensors = np.array([_row(array) for array in arrays.values()], dtype=np.int64)
         except KeyError as error:
             raise BackendError(f"ONNX Runtime refused arrays: no {error} of this type") from error
         library, n_inputs = self._library, len(inputs)
 
-        def run(_: object = arrays) -> None:  # the arrays live as long as the call
+        def run(_: object = (self, arrays)) -> None:  # what lives as long as the call
             library.check(run_graph(library.api, library.memory, graph, tensors, n_inputs))
 
         return run
