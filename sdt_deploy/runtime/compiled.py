@@ -65,6 +65,13 @@ def lap(clock: int, watch: Int64, times: Float64, place: int) -> None:
 
 
 @njit(cache=True)
+def take_rows(copy: int, rows: int, index: Int32, out: int, row_bytes: int) -> None:
+    """``out[i] = rows[index[i]]`` by ``memcpy``, whose address ``copy`` is, as are the others."""
+    for i in range(len(index)):
+        call(copy, (out + i * row_bytes, rows + index[i] * row_bytes, row_bytes))
+
+
+@njit(cache=True)
 def describe(
     tensor: Int64, address: int, element_type: int, item_bytes: int, shape: tuple[int, ...]
 ) -> None:
@@ -336,8 +343,7 @@ def run_loop(
             deepest[sequence] = max(deepest[sequence], depths[token])
     lap(clock, watch, times, ROUTE)
     if not is_sorted:
-        for row in range(n):
-            call(copy, (other + row * row_bytes, current + order[row] * row_bytes, row_bytes))
+        take_rows(copy, current, order[:n], other, row_bytes)
         current, other = other, current
     lap(clock, watch, times, MOVE)
 
@@ -385,19 +391,15 @@ def run_loop(
         describe(tensors[1], firsts.ctypes.data, _I32, 4, (batch,))
         n_inputs = 2
     elif pooling == 2:
-        for sequence in range(batch):
-            place = sequence * longest
-            for token in range(cu_seqlens[sequence], cu_seqlens[sequence + 1]):
-                gather[place] = row_of[token]
-                place += 1
-            gather[place : (sequence + 1) * longest] = 0
+        lay_out(  # all tokens, for one head
+            depths, deepest, -1, True, cu_seqlens, row_of, 1, gather, none, no_bias, free
+        )
         describe(tensors[1], gather.ctypes.data, _I32, 4, (batch, longest))
         describe(tensors[2], lengths.ctypes.data, _I32, 4, (batch,))
         n_inputs = 3
     lap(clock, watch, times, ROUTE)
     if not pooling and not is_sorted:
-        for token in range(n):
-            call(copy, (other + token * row_bytes, current + row_of[token] * row_bytes, row_bytes))
+        take_rows(copy, current, row_of[:n], other, row_bytes)
         current, other = other, current
         lap(clock, watch, times, MOVE)
     describe(tensors[0], current, element_type, item_bytes, (n, d_model))

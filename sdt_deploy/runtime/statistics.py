@@ -103,7 +103,7 @@ class DepthMonitor:
         self._max_drift = max_drift
         self._expected = expected_mean_depth(manifest)
         self._lock = fork_safe_lock()
-        self._n_runs = self._n_tokens = self._n_generations = self._n_new_tokens = 0
+        self._n_runs = self._n_generations = self._n_new_tokens = 0
         self._cache_bytes = self._dense_cache_bytes = 0
         self._histogram = [0] * (manifest.model.n_layers + 1)
         self._recent_tokens = self._recent_depths = 0.0
@@ -130,7 +130,6 @@ class DepthMonitor:
                 self._histogram[depth] += count
                 n_tokens += count
                 depths += depth * count
-            self._n_tokens += n_tokens
             if cache is not None:
                 self._n_generations += 1
                 self._n_new_tokens += n_new_tokens
@@ -141,7 +140,7 @@ class DepthMonitor:
             self._recent_depths = kept * self._recent_depths + depths
             if self._max_drift is None or self._expected is None:
                 return
-            if not self._reported and self._n_tokens < MIN_TOKENS:
+            if not self._reported and sum(self._histogram) < MIN_TOKENS:
                 return
             mean = self._recent_depths / self._recent_tokens
             was_reported = self._reported
@@ -153,7 +152,7 @@ class DepthMonitor:
     def statistics(self) -> SessionStatistics:
         """Return the counts so far."""
         with self._lock:
-            histogram, n_tokens = tuple(self._histogram), self._n_tokens
+            histogram, n_tokens = tuple(self._histogram), sum(self._histogram)
             depths = sum(depth * count for depth, count in enumerate(histogram))
             return SessionStatistics(
                 n_runs=self._n_runs,
