@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sdt_deploy.runtime.batch import TokenBatch
     from sdt_deploy.runtime.buffers import BufferPool
     from sdt_deploy.runtime.result import RunResult
+    from sdt_deploy.runtime.stopping import StopCheck
 
 Array: TypeAlias = Any
 """``[rows, …]``: a NumPy array, or an array in a GPU's memory with the same indexing. ``empty``
@@ -47,12 +48,30 @@ class Graph(Protocol):
 
 
 class SparseLoop(Protocol):
-    """Runs the sparse path of a bundle."""
+    """Runs the sparse path of a bundle: entry, route, stages with compaction between them, head.
+
+    Thread-safe.
+    """
 
     def run(
-        self, buffers: BufferPool, batch: TokenBatch, thresholds: tuple[float, ...]
+        self,
+        buffers: BufferPool,
+        batch: TokenBatch,
+        thresholds: tuple[float, ...],
+        check: StopCheck | None,
     ) -> RunResult:
-        """Run a batch; as :func:`sdt_deploy.runtime.sparse.run_sparse`, which cannot be stopped."""
+        """Run a batch.
+
+        Args:
+            buffers: lend what the run needs.
+            batch: checked ids.
+            thresholds: one per layer.
+            check: called before each stage; None: nothing stops the run.
+
+        Raises:
+            BackendError: if the engine fails or the session is closed.
+            RunCancelledError: from ``check``.
+        """
 
 
 class Backend(Protocol):

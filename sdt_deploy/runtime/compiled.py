@@ -250,6 +250,7 @@ def lay_out(
         _INTS,
         _INTS,
         types.float64[::1],
+        types.int64,
     ),
     cache=True,
     nogil=True,
@@ -268,6 +269,7 @@ def run_loop(
     depths: Int32,
     active_tokens: Int32,
     times: Float64,
+    stops: int,
 ) -> int:
     """Run a batch.
 
@@ -289,6 +291,8 @@ def run_loop(
         depths: out, ``[n_tokens]``.
         active_tokens: out, ``[n_layers]``.
         times: out, ``[n_layers + 4]``, zeros, milliseconds; see ``ENTRY``.
+        stops: address of a function without arguments that is asked before each stage; if it
+            returns anything but 0, the run ends there. 0: there is none.
 
     Returns:
         The address of a status; 0: all is well.
@@ -372,6 +376,8 @@ def run_loop(
             describe(tensors[5], seen.ctypes.data, _I32, 4, (sequences, n_heads, seen_width))
         describe(tensors[3], bias.ctypes.data, _F32, 4, (sequences, n_heads, key_width, 1))
         describe(tensors[n_inputs], other, element_type, item_bytes, (k, d_model))
+        if stops and call(stops, ()):
+            return 0
         lap(clock, watch, times, ROUTE)
         status = run_graph(api, memory, graphs[1 + layer], tensors[: n_inputs + 1], n_inputs)
         if status:

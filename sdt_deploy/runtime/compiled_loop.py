@@ -21,6 +21,7 @@ from sdt_deploy.runtime.buffers import BufferPool
 from sdt_deploy.runtime.compiled import ENTRY, FIRST_STAGE, HEAD, MOVE, ROUTE, run_loop, space_size
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import float32_thresholds
+from sdt_deploy.runtime.stopping import StopCheck
 
 _ENTRY = ("input_ids", "position_ids", "token_type_ids")
 _STAGE = ("hidden_states", "gather_index", "scatter_index", "key_bias")
@@ -30,6 +31,7 @@ _HEAD: Mapping[Pooling | None, tuple[str, ...]] = {
     "cls": ("first_index",),
     "mean": ("gather_index", "lengths"),
 }
+_ASKED = ctypes.CFUNCTYPE(ctypes.c_int64)
 _POOLINGS = tuple(_HEAD)
 """By the numbers that the loop has for them."""
 
@@ -61,6 +63,28 @@ def fits(manifest: Manifest) -> bool:
 
 def _names(tensors: Sequence[TensorSpec]) -> list[str]:
     return [tensor.name for tensor in tensors]
+
+
+class _Question:
+    """A check as a function that compiled code can ask whether to stop."""
+
+    def __init__(self, check: StopCheck) -> None:
+        self._check = check
+        self._error: BaseException | None = None
+        self._function = _ASKED(self._ask)  # has to live as long as it may be called
+        self.address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
+    def _ask(self) -> int:
+        try:
+            self._check()
+        except BaseException as error:  # nothing can be raised through compiled code
+            self._error = error
+        return self._error is not None
+
+    def raise_error(self) -> None:
+        """Raise what the check has raised, if it has."""
+        if self._error is not None:
+            raise self._error
 
 
 class CompiledLoop:
@@ -109,13 +133,13 @@ class CompiledLoop:
         )
 
     def run(
-        self, buffers: BufferPool, batch: TokenBatch, thresholds: tuple[float, ...]
+        self,
+        buffers: BufferPool,
+        batch: TokenBatch,
+        thresholds: tuple[float, ...],
+        check: StopCheck | None,
     ) -> RunResult:
-        """Run a batch; as :func:`sdt_deploy.runtime.sparse.run_sparse` without ``check``.
-
-        Raises:
-            BackendError: if the engine fails or the session is closed.
-        """
+        """See :meth:`sdt_deploy.runtime.backend.SparseLoop.run`."""
         begin = perf_counter()
         config, n_tokens, n_layers = self._config, batch.n_tokens, self._config.n_layers
         batch_size, kinds = len(batch.lengths), batch.token_type_ids
@@ -128,6 +152,7 @@ class CompiledLoop:
         times = np.zeros(FIRST_STAGE + n_layers)
         rows = batch_size if config.head.per_sequence else n_tokens
         output = np.empty((rows, config.output_width), dtype=np.float32)
+        stops = None if check is None else _Question(check)
         lent = buffers.take()
         try:
             sizes = n_tokens, batch_size, batch.max_seqlen, config.n_heads, self._row_bytes
@@ -145,8 +170,11 @@ class CompiledLoop:
                 depths,
                 active_tokens,
                 times,
+                0 if stops is None else stops.address,
             )
             self._library.check(status)
+            if stops is not None:
+                stops.raise_error()
         finally:
             buffers.give_back(lent)
         active, ms = active_tokens.tolist(), times.tolist()

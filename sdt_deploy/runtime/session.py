@@ -17,7 +17,7 @@ from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
 from sdt_deploy.forking import fork_safe_lock
 from sdt_deploy.runtime import dispatch
-from sdt_deploy.runtime.backend import Backend, HostMemory
+from sdt_deploy.runtime.backend import Backend, HostMemory, SparseLoop
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
@@ -27,11 +27,9 @@ from sdt_deploy.runtime.calibration import calibration_tokens, measure_costs, ra
 from sdt_deploy.runtime.device_loop import DeviceLoop, device_loop
 from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
-from sdt_deploy.runtime.loop import Stage
 from sdt_deploy.runtime.padded import run_padded
 from sdt_deploy.runtime.result import PathName, RunResult
-from sdt_deploy.runtime.routing import RouteRules
-from sdt_deploy.runtime.sparse import Graphs, run_sparse
+from sdt_deploy.runtime.sparse import PythonLoop
 from sdt_deploy.runtime.splitting import PartLimits, merge, select, split_batch
 from sdt_deploy.runtime.statistics import MAX_DEPTH_DRIFT, DepthMonitor, SessionStatistics
 from sdt_deploy.runtime.stopping import StopCheck, stop_check
@@ -76,7 +74,6 @@ class Session:
         self._monitor = DepthMonitor(bundle.manifest, max_depth_drift)
         self.bundle = bundle
         self.backend = backend
-        self._rules = RouteRules.of(bundle.manifest)
         self._limits = compared(bundle.manifest.model.thresholds)
         self._calibration_lock = fork_safe_lock()
         self._buffers = BufferPool(backend, bundle.manifest.graphs["entry"].outputs[0])
@@ -84,11 +81,11 @@ class Session:
         self._costs: dispatch.CostModel | None = None
         self._closed = False
         self._choice: dispatch.Choice | None = None
-        self._graphs: Graphs | None = None
-        if self._device_loop is None:
-            stages = [Stage.of(spec, backend.graph(spec.name)) for spec in self.manifest.stages]
-            self._graphs = backend.graph("entry"), stages, backend.graph("head")
-        self._compiled_loop = backend.compiled_loop() if isinstance(backend, HostMemory) else None
+        self._loop: SparseLoop | None = None
+        if isinstance(backend, HostMemory):
+            self._loop = backend.compiled_loop()
+        if self._device_loop is None and self._loop is None:
+            self._loop = PythonLoop(backend, bundle.manifest)
 
     @classmethod
     def open(
@@ -183,7 +180,7 @@ class Session:
         self._buffers.close()
         if self._device_loop is not None:
             self._device_loop.close()
-        self._tokenizer = self._costs = self._choice = self._graphs = self._compiled_loop = None
+        self._tokenizer = self._costs = self._choice = self._loop = None
         self.backend.close()
 
     def _check_open(self) -> None:
@@ -330,21 +327,9 @@ class Session:
             return self._device_loop.run(batch, thresholds, path, check)
         with self.backend.running():
             if path == "sparse":
-                loop = self._compiled_loop
-                if loop is not None and check is None:
-                    return loop.run(self._buffers, batch, thresholds)
-                if (graphs := self._graphs) is None:
+                if (loop := self._loop) is None:
                     raise BackendError("the session is closed")
-                return run_sparse(
-                    self.manifest.model,
-                    self._rules,
-                    self.backend,
-                    graphs,
-                    self._buffers,
-                    batch,
-                    thresholds,
-                    check,
-                )
+                return loop.run(self._buffers, batch, thresholds, check)
             graph = self.backend.graph(path)
             return run_padded(self.manifest.model, graph, batch, thresholds, path)
 

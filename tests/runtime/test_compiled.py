@@ -43,11 +43,12 @@ from sdt_deploy.ort_library import ort_library as loaded_library
 from sdt_deploy.profiling.profile import profile
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.compiled import lay_out, sort_rows
-from sdt_deploy.runtime.compiled_loop import fits
+from sdt_deploy.runtime.compiled_loop import CompiledLoop, fits
 from sdt_deploy.runtime.generation import generate
 from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.routing import Int32, RouteRules, depths_from_scores, plan_route
 from sdt_deploy.runtime.session import Session
+from sdt_deploy.runtime.sparse import PythonLoop
 from sdt_deploy.testing import memory_bundle
 from tests.runtime.test_closing import errors_of_runs_while_it_is_closed
 from tests.samples import (
@@ -93,7 +94,7 @@ def assert_same_everywhere(bundle: Path, model: SparseDepthTransformer, n_batche
     """At random sizes and depths, at none and at all; and in the graphs of the whole model."""
     rng, n_layers = np.random.default_rng(0), model.config.n_layers
     with compiled(bundle) as session, Session.open(bundle) as other:
-        assert session._compiled_loop is not None
+        assert isinstance(session._loop, CompiledLoop)
         for seed in range(n_batches):
             lengths = rng.integers(1, model.config.max_positions, rng.integers(1, 7)).tolist()
             batch = random_batch(model.config, lengths, seed)
@@ -167,7 +168,7 @@ def test_what_it_does_not_take_runs_in_python(exported: Exported) -> None:
     sample = exported("active-grouped")
     batch = random_batch(sample.model.config, [9, 1, 29], 2)
     with compiled(sample.bundle) as session, Session.open(sample.bundle) as other:
-        assert session._compiled_loop is None
+        assert isinstance(session._loop, PythonLoop)
         expected = other.run_batch(batch, path="sparse")
         assert_same(session.run_batch(batch, path="sparse"), expected)
         np.testing.assert_array_equal(session.run_batch(batch).depths, expected.depths)
@@ -175,7 +176,7 @@ def test_what_it_does_not_take_runs_in_python(exported: Exported) -> None:
 
 def test_the_first_format_runs_in_python() -> None:
     with compiled(GOLDEN) as session, Session.open(GOLDEN) as other:
-        assert session._compiled_loop is None
+        assert isinstance(session._loop, PythonLoop)
         ids, cu = np.arange(20) % 11, [0, 9, 20]
         assert_same(session.run(ids, cu, path="sparse"), other.run(ids, cu, path="sparse"))
 
@@ -293,13 +294,13 @@ def test_runs_stay_in_their_memory(exported: Exported, name: str) -> None:
     sample = exported(name)
     rng, n_layers = np.random.default_rng(1), sample.model.config.n_layers
     with compiled(sample.bundle) as session:
-        assert session._compiled_loop is not None
+        assert isinstance(session._loop, CompiledLoop)
         for seed in range(30):
             lengths = rng.integers(1, sample.model.config.max_positions, rng.integers(1, 7))
             batch = random_batch(sample.model.config, lengths.tolist(), seed)
             for limits in (session.manifest.model.thresholds, (-1.0,) * n_layers):
                 marked: Any = Marked()
-                found = session._compiled_loop.run(marked, batch, compared(limits))
+                found = session._loop.run(marked, batch, compared(limits), None)
                 expected = session.run_batch(batch, thresholds=limits, path="sparse")
                 assert_same(found, expected)
 
@@ -313,18 +314,61 @@ def test_large_batches_run_in_parts(exported: Exported) -> None:
     np.testing.assert_allclose(found.output, expected.output, atol=1e-6)
 
 
-def test_runs_can_be_stopped(exported: Exported) -> None:
+class Cancelled(threading.Event):
+    """Is set, or fails with ``error``, from the ``at``-th time on that it is asked."""
+
+    def __init__(self, at: int, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.at, self.error, self.asked = at, error, 0
+
+    def is_set(self) -> bool:
+        self.asked += 1
+        if self.asked >= self.at and self.error is not None:
+            raise self.error
+        return self.asked >= self.at
+
+
+@pytest.mark.parametrize("limits", [None, (-1.0,) * 3, (2.0,) * 3], ids=["own", "all", "none"])
+def test_runs_stop_where_those_in_python_do(
+    exported: Exported, limits: tuple[float, ...] | None
+) -> None:
+    sample = exported("all-embedding")
+    batch = random_batch(sample.model.config, [9, 20], 5)
+    with compiled(sample.bundle) as session, Session.open(sample.bundle) as other:
+        expected = other.run_batch(batch, thresholds=limits, path="sparse")
+        for at in range(1, 8):
+            asked = [Cancelled(at), Cancelled(at)]
+            ended = []
+            for one, cancel in zip((session, other), asked, strict=True):
+                try:
+                    found = one.run_batch(
+                        batch, thresholds=limits, path="sparse", cancel=cancel, timeout_s=1e6
+                    )
+                except RunCancelledError as error:
+                    ended.append(str(error))
+                else:
+                    assert_same(found, expected)
+                    ended.append("ran")
+            assert ended[0] == ended[1]
+            assert asked[0].asked == asked[1].asked
+        assert ended == ["ran", "ran"]
+        assert asked[0].asked == 2 + len(expected.timings.stage_ms)
+        assert session._buffers.n_idle == 1
+
+
+def test_what_stops_a_run_is_raised(exported: Exported) -> None:
     sample = exported("all-embedding")
     batch = random_batch(sample.model.config, [9, 20], 5)
     with compiled(sample.bundle) as session:
         expected = session.run_batch(batch, path="sparse")
-        assert_same(session.run_batch(batch, path="sparse", timeout_s=60.0), expected)
+        for error in (KeyboardInterrupt(), OSError("of the event")):
+            with pytest.raises(type(error)) as caught:
+                session.run_batch(batch, path="sparse", cancel=Cancelled(4, error))
+            assert caught.value is error
         with pytest.raises(DeadlineExceededError):
             session.run_batch(batch, path="sparse", timeout_s=1e-9)
-        cancel = threading.Event()
-        cancel.set()
-        with pytest.raises(RunCancelledError):
-            session.run_batch(batch, path="sparse", cancel=cancel)
+        assert_same(session.run_batch(batch, path="sparse", timeout_s=60.0), expected)
+        assert session.statistics().n_runs == 2
 
 
 def test_many_threads(exported: Exported) -> None:
