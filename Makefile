@@ -38,6 +38,9 @@ demo: $(VENV)/.demo
 	$(BIN)/sdt-deploy evaluate $(DEMO)/bundle --teacher "$(MODEL)" --texts $(HELD_OUT)
 	@echo "made: $(DEMO)/model $(DEMO)/bundle $(DEMO)/bench.json $(DEMO)/bench.png $(DEMO)/report.html"
 
+# Two workers on two cores: torch's own threads would wait for each other's time.
+test minimum: export OMP_NUM_THREADS = 1
+
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 

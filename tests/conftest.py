@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from sdt_deploy.config import ExportConfig
 from sdt_deploy.exporters.export import export
@@ -23,6 +25,8 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SET_UP = ("git clone", "cd ", "make ", "pip install")
 """Lines that fetch or install; `make` targets are what runs the tests."""
 Once = Callable[[str, Callable[[Path], None]], Path]
+# Torch reads its translations of operators anew for each of the thousand graphs of a test run.
+ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))
 gc.freeze()  # tracing makes so much garbage that looking through all of torch each time takes 15 %
 
 
