@@ -30,6 +30,8 @@ ROW = 12
 to the caller: a compiled function frees its own arrays once it does not name them any more."""
 ENTRY, ROUTE, MOVE, HEAD, FIRST_STAGE = range(5)
 """Places in ``times``."""
+STOPPED = -1
+"""No address."""
 _RUN = int(Function.RUN)
 _MAKE_TENSOR = int(Function.CREATE_TENSOR_WITH_DATA_AS_ORT_VALUE)
 _RELEASE = int(Function.RELEASE_VALUE)
@@ -269,7 +271,7 @@ def run_loop(
     depths: Int32,
     active_tokens: Int32,
     times: Float64,
-    stops: int,
+    limit_ns: int,
 ) -> int:
     """Run a batch.
 
@@ -291,11 +293,10 @@ def run_loop(
         depths: out, ``[n_tokens]``.
         active_tokens: out, ``[n_layers]``.
         times: out, ``[n_layers + 4]``, zeros, milliseconds; see ``ENTRY``.
-        stops: address of a function without arguments that is asked before each stage; if it
-            returns anything but 0, the run ends there. 0: there is none.
+        limit_ns: nanoseconds after which no further stage is run; negative: there is no limit.
 
     Returns:
-        The address of a status; 0: all is well.
+        The address of a status; 0: all is well; :data:`STOPPED`: the limit was reached.
     """
     memory, clock, copy, sees_all, n_heads = fixed[0], fixed[1], fixed[2], fixed[3], fixed[4]
     pooling, takes_positions, takes_types = fixed[5], fixed[6], fixed[7]
@@ -335,7 +336,7 @@ def run_loop(
     describe(tensors[n_inputs], current, element_type, item_bytes, (n, d_model))
     describe(tensors[n_inputs + 1], scores.ctypes.data, _F32, 4, (n,))
     lap(clock, watch, times, ROUTE)
-    times[ROUTE] = 0.0  # the watch was started
+    times[ROUTE], begin = 0.0, watch[2]  # the watch was started
     status: int = run_graph(api, memory, graphs[0], tensors[: n_inputs + 2], n_inputs)
     if status:
         return status
@@ -376,9 +377,9 @@ def run_loop(
             describe(tensors[5], seen.ctypes.data, _I32, 4, (sequences, n_heads, seen_width))
         describe(tensors[3], bias.ctypes.data, _F32, 4, (sequences, n_heads, key_width, 1))
         describe(tensors[n_inputs], other, element_type, item_bytes, (k, d_model))
-        if stops and call(stops, ()):
-            return 0
         lap(clock, watch, times, ROUTE)
+        if 0 <= limit_ns <= watch[2] - begin:
+            return STOPPED
         status = run_graph(api, memory, graphs[1 + layer], tensors[: n_inputs + 1], n_inputs)
         if status:
             return status

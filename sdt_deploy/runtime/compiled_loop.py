@@ -18,7 +18,16 @@ from sdt_deploy.config import Pooling
 from sdt_deploy.ort_library import ELEMENT_TYPES, LibrarySession, OrtLibrary
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.buffers import BufferPool
-from sdt_deploy.runtime.compiled import ENTRY, FIRST_STAGE, HEAD, MOVE, ROUTE, run_loop, space_size
+from sdt_deploy.runtime.compiled import (
+    ENTRY,
+    FIRST_STAGE,
+    HEAD,
+    MOVE,
+    ROUTE,
+    STOPPED,
+    run_loop,
+    space_size,
+)
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import float32_thresholds
 from sdt_deploy.runtime.stopping import StopCheck
@@ -31,7 +40,6 @@ _HEAD: Mapping[Pooling | None, tuple[str, ...]] = {
     "cls": ("first_index",),
     "mean": ("gather_index", "lengths"),
 }
-_ASKED = ctypes.CFUNCTYPE(ctypes.c_int64)
 _POOLINGS = tuple(_HEAD)
 """By the numbers that the loop has for them."""
 
@@ -63,28 +71,6 @@ def fits(manifest: Manifest) -> bool:
 
 def _names(tensors: Sequence[TensorSpec]) -> list[str]:
     return [tensor.name for tensor in tensors]
-
-
-class _Question:
-    """A check as a function that compiled code can ask whether to stop."""
-
-    def __init__(self, check: StopCheck) -> None:
-        self._check = check
-        self._error: BaseException | None = None
-        self._function = _ASKED(self._ask)  # has to live as long as it may be called
-        self.address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
-
-    def _ask(self) -> int:
-        try:
-            self._check()
-        except BaseException as error:  # nothing can be raised through compiled code
-            self._error = error
-        return self._error is not None
-
-    def raise_error(self) -> None:
-        """Raise what the check has raised, if it has."""
-        if self._error is not None:
-            raise self._error
 
 
 class CompiledLoop:
@@ -139,7 +125,10 @@ class CompiledLoop:
         thresholds: tuple[float, ...],
         check: StopCheck | None,
     ) -> RunResult:
-        """See :meth:`sdt_deploy.runtime.backend.SparseLoop.run`."""
+        """See :meth:`sdt_deploy.runtime.backend.SparseLoop.run`.
+
+        Of ``check`` it heeds the deadline alone: nothing compiled can ask an event of Python.
+        """
         begin = perf_counter()
         config, n_tokens, n_layers = self._config, batch.n_tokens, self._config.n_layers
         batch_size, kinds = len(batch.lengths), batch.token_type_ids
@@ -152,7 +141,6 @@ class CompiledLoop:
         times = np.zeros(FIRST_STAGE + n_layers)
         rows = batch_size if config.head.per_sequence else n_tokens
         output = np.empty((rows, config.output_width), dtype=np.float32)
-        stops = None if check is None else _Question(check)
         lent = buffers.take()
         try:
             sizes = n_tokens, batch_size, batch.max_seqlen, config.n_heads, self._row_bytes
@@ -170,11 +158,11 @@ class CompiledLoop:
                 depths,
                 active_tokens,
                 times,
-                0 if stops is None else stops.address,
+                -1 if check is None else check.left_ns(),
             )
+            if status == STOPPED and check is not None:
+                raise check.exceeded()
             self._library.check(status)
-            if stops is not None:
-                stops.raise_error()
         finally:
             buffers.give_back(lent)
         active, ms = active_tokens.tolist(), times.tolist()

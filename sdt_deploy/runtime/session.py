@@ -82,10 +82,9 @@ class Session:
         self._closed = False
         self._choice: dispatch.Choice | None = None
         self._loop: SparseLoop | None = None
-        if isinstance(backend, HostMemory):
-            self._loop = backend.compiled_loop()
-        if self._device_loop is None and self._loop is None:
+        if self._device_loop is None:
             self._loop = PythonLoop(backend, bundle.manifest)
+        self._compiled_loop = backend.compiled_loop() if isinstance(backend, HostMemory) else None
 
     @classmethod
     def open(
@@ -180,7 +179,7 @@ class Session:
         self._buffers.close()
         if self._device_loop is not None:
             self._device_loop.close()
-        self._tokenizer = self._costs = self._choice = self._loop = None
+        self._tokenizer = self._costs = self._choice = self._loop = self._compiled_loop = None
         self.backend.close()
 
     def _check_open(self) -> None:
@@ -327,7 +326,10 @@ class Session:
             return self._device_loop.run(batch, thresholds, path, check)
         with self.backend.running():
             if path == "sparse":
-                if (loop := self._loop) is None:
+                loop = self._loop
+                if check is None or check.cancel is None:
+                    loop = self._compiled_loop or loop
+                if loop is None:
                     raise BackendError("the session is closed")
                 return loop.run(self._buffers, batch, thresholds, check)
             graph = self.backend.graph(path)

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
 
 from sdt_deploy.checks import plain
 from sdt_deploy.config import is_number, shown
 from sdt_deploy.errors import DeadlineExceededError, InputError, RunCancelledError
 
-StopCheck = Callable[[], None]
-"""Raises if the run is to stop."""
+
+@dataclass(frozen=True)
+class StopCheck:
+    """Called, it raises if the run is to stop."""
+
+    timeout_s: float | None
+    """Seconds that the run may take; None: any time."""
+    deadline: float | None
+    """When these are over, by ``time.monotonic``."""
+    cancel: threading.Event | None
+    """Set, it stops the run."""
+
+    def __call__(self) -> None:
+        """See above.
+
+        Raises:
+            RunCancelledError: if ``cancel`` is set.
+            DeadlineExceededError: if the deadline has passed.
+        """
+        if self.cancel is not None and self.cancel.is_set():
+            raise RunCancelledError("the run was cancelled")
+        if self.deadline is not None and monotonic() >= self.deadline:
+            raise self.exceeded()
+
+    def left_ns(self) -> int:
+        """Return the nanoseconds until the deadline, 0 if it has passed; -1: there is none."""
+        return -1 if self.deadline is None else max(0, int((self.deadline - monotonic()) * 1e9))
+
+    def exceeded(self) -> DeadlineExceededError:
+        """Return what to raise after the deadline."""
+        return DeadlineExceededError(f"the run did not end within timeout_s={self.timeout_s:g}")
 
 
 def stop_check(timeout_s: float | None, cancel: threading.Event | None) -> StopCheck | None:
@@ -27,12 +56,4 @@ def stop_check(timeout_s: float | None, cancel: threading.Event | None) -> StopC
         raise InputError(f"timeout_s must be a number, 0 or more, it is {shown(timeout_s)}")
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise InputError(f"cancel must be a threading.Event, not {shown(cancel)}")
-    deadline = None if timeout_s is None else monotonic() + timeout_s
-
-    def check() -> None:
-        if cancel is not None and cancel.is_set():
-            raise RunCancelledError("the run was cancelled")
-        if deadline is not None and monotonic() >= deadline:
-            raise DeadlineExceededError(f"the run did not end within timeout_s={timeout_s:g}")
-
-    return check
+    return StopCheck(timeout_s, None if timeout_s is None else monotonic() + timeout_s, cancel)

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any, Self
 
 import numpy as np
@@ -43,12 +44,12 @@ from sdt_deploy.ort_library import ort_library as loaded_library
 from sdt_deploy.profiling.profile import profile
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.compiled import lay_out, sort_rows
-from sdt_deploy.runtime.compiled_loop import CompiledLoop, fits
+from sdt_deploy.runtime.compiled_loop import fits
 from sdt_deploy.runtime.generation import generate
 from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.routing import Int32, RouteRules, depths_from_scores, plan_route
 from sdt_deploy.runtime.session import Session
-from sdt_deploy.runtime.sparse import PythonLoop
+from sdt_deploy.runtime.stopping import StopCheck
 from sdt_deploy.testing import memory_bundle
 from tests.runtime.test_closing import errors_of_runs_while_it_is_closed
 from tests.samples import (
@@ -63,6 +64,12 @@ from tests.samples import (
 Exported = Callable[[str], ExportedModel]
 NAME = "onnxruntime-compiled"
 pytestmark = pytest.mark.filterwarnings("ignore:this process already runs ONNX Runtime's Python")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    """The pool is made once in a process, whichever of the tests comes first."""
+    loaded_library(1)
 
 
 def compiled(bundle: Path, **limits: int) -> Session:
@@ -94,7 +101,7 @@ def assert_same_everywhere(bundle: Path, model: SparseDepthTransformer, n_batche
     """At random sizes and depths, at none and at all; and in the graphs of the whole model."""
     rng, n_layers = np.random.default_rng(0), model.config.n_layers
     with compiled(bundle) as session, Session.open(bundle) as other:
-        assert isinstance(session._loop, CompiledLoop)
+        assert session._compiled_loop is not None
         for seed in range(n_batches):
             lengths = rng.integers(1, model.config.max_positions, rng.integers(1, 7)).tolist()
             batch = random_batch(model.config, lengths, seed)
@@ -168,7 +175,7 @@ def test_what_it_does_not_take_runs_in_python(exported: Exported) -> None:
     sample = exported("active-grouped")
     batch = random_batch(sample.model.config, [9, 1, 29], 2)
     with compiled(sample.bundle) as session, Session.open(sample.bundle) as other:
-        assert isinstance(session._loop, PythonLoop)
+        assert session._compiled_loop is None
         expected = other.run_batch(batch, path="sparse")
         assert_same(session.run_batch(batch, path="sparse"), expected)
         np.testing.assert_array_equal(session.run_batch(batch).depths, expected.depths)
@@ -176,7 +183,7 @@ def test_what_it_does_not_take_runs_in_python(exported: Exported) -> None:
 
 def test_the_first_format_runs_in_python() -> None:
     with compiled(GOLDEN) as session, Session.open(GOLDEN) as other:
-        assert isinstance(session._loop, PythonLoop)
+        assert session._compiled_loop is None
         ids, cu = np.arange(20) % 11, [0, 9, 20]
         assert_same(session.run(ids, cu, path="sparse"), other.run(ids, cu, path="sparse"))
 
@@ -274,7 +281,7 @@ class Marked:
     """Memory for runs, with marks behind what each asked for."""
 
     def __init__(self) -> None:
-        self.size = 0
+        self.size = self.given_back = 0
 
     def take(self) -> Self:
         return self
@@ -287,6 +294,7 @@ class Marked:
     def give_back(self, _: object) -> None:
         assert self.size
         assert (self.memory[self.size :] == 77).all()
+        self.given_back += 1
 
 
 @pytest.mark.parametrize("name", ["all-embedding", "active-lm"])
@@ -294,13 +302,13 @@ def test_runs_stay_in_their_memory(exported: Exported, name: str) -> None:
     sample = exported(name)
     rng, n_layers = np.random.default_rng(1), sample.model.config.n_layers
     with compiled(sample.bundle) as session:
-        assert isinstance(session._loop, CompiledLoop)
+        assert session._compiled_loop is not None
         for seed in range(30):
             lengths = rng.integers(1, sample.model.config.max_positions, rng.integers(1, 7))
             batch = random_batch(sample.model.config, lengths.tolist(), seed)
             for limits in (session.manifest.model.thresholds, (-1.0,) * n_layers):
                 marked: Any = Marked()
-                found = session._loop.run(marked, batch, compared(limits), None)
+                found = session._compiled_loop.run(marked, batch, compared(limits), None)
                 expected = session.run_batch(batch, thresholds=limits, path="sparse")
                 assert_same(found, expected)
 
@@ -314,61 +322,45 @@ def test_large_batches_run_in_parts(exported: Exported) -> None:
     np.testing.assert_allclose(found.output, expected.output, atol=1e-6)
 
 
-class Cancelled(threading.Event):
-    """Is set, or fails with ``error``, from the ``at``-th time on that it is asked."""
-
-    def __init__(self, at: int, error: BaseException | None = None) -> None:
-        super().__init__()
-        self.at, self.error, self.asked = at, error, 0
-
-    def is_set(self) -> bool:
-        self.asked += 1
-        if self.asked >= self.at and self.error is not None:
-            raise self.error
-        return self.asked >= self.at
-
-
-@pytest.mark.parametrize("limits", [None, (-1.0,) * 3, (2.0,) * 3], ids=["own", "all", "none"])
-def test_runs_stop_where_those_in_python_do(
-    exported: Exported, limits: tuple[float, ...] | None
-) -> None:
-    sample = exported("all-embedding")
-    batch = random_batch(sample.model.config, [9, 20], 5)
-    with compiled(sample.bundle) as session, Session.open(sample.bundle) as other:
-        expected = other.run_batch(batch, thresholds=limits, path="sparse")
-        for at in range(1, 8):
-            asked = [Cancelled(at), Cancelled(at)]
-            ended = []
-            for one, cancel in zip((session, other), asked, strict=True):
-                try:
-                    found = one.run_batch(
-                        batch, thresholds=limits, path="sparse", cancel=cancel, timeout_s=1e6
-                    )
-                except RunCancelledError as error:
-                    ended.append(str(error))
-                else:
-                    assert_same(found, expected)
-                    ended.append("ran")
-            assert ended[0] == ended[1]
-            assert asked[0].asked == asked[1].asked
-        assert ended == ["ran", "ran"]
-        assert asked[0].asked == 2 + len(expected.timings.stage_ms)
-        assert session._buffers.n_idle == 1
-
-
-def test_what_stops_a_run_is_raised(exported: Exported) -> None:
+def test_runs_stop_at_their_deadline(exported: Exported) -> None:
+    """Given times that grow from next to nothing: before, between and after the stages."""
     sample = exported("all-embedding")
     batch = random_batch(sample.model.config, [9, 20], 5)
     with compiled(sample.bundle) as session:
+        assert session._compiled_loop is not None
         expected = session.run_batch(batch, path="sparse")
-        for error in (KeyboardInterrupt(), OSError("of the event")):
-            with pytest.raises(type(error)) as caught:
-                session.run_batch(batch, path="sparse", cancel=Cancelled(4, error))
-            assert caught.value is error
+        said: list[str] = []
+        seconds = 1e-6
+        while seconds < 60:
+            marked: Any = Marked()
+            check = StopCheck(1.5, monotonic() + seconds, None)
+            try:
+                found = session._compiled_loop.run(marked, batch, session._limits, check)
+            except DeadlineExceededError as error:
+                said.append(str(error))
+            else:
+                assert_same(found, expected)
+            seconds *= 1.25
+        assert set(said) == {"the run did not end within timeout_s=1.5"}
+        assert_same(found, expected)
+        assert marked.given_back == 1
         with pytest.raises(DeadlineExceededError):
             session.run_batch(batch, path="sparse", timeout_s=1e-9)
         assert_same(session.run_batch(batch, path="sparse", timeout_s=60.0), expected)
         assert session.statistics().n_runs == 2
+
+
+def test_runs_can_be_cancelled(exported: Exported) -> None:
+    sample = exported("all-embedding")
+    batch = random_batch(sample.model.config, [9, 20], 5)
+    cancel = threading.Event()
+    with compiled(sample.bundle) as session:
+        expected = session.run_batch(batch, path="sparse")
+        found = session.run_batch(batch, path="sparse", cancel=cancel, timeout_s=60.0)
+        assert_same(found, expected)
+        cancel.set()
+        with pytest.raises(RunCancelledError):
+            session.run_batch(batch, path="sparse", cancel=cancel)
 
 
 def test_many_threads(exported: Exported) -> None:
