@@ -155,17 +155,16 @@ def sort_rows(
     ``active_tokens [n_layers]``. Returns whether rows are tokens.
     """
     n_layers = len(thresholds)
+    depths[:] = 0
+    for layer in range(n_layers):  # this way round both loops become vectors
+        active = np.int32(0)
+        for token in range(len(scores)):
+            goes_on = np.int32(not scores[token] <= thresholds[layer])  # NaN goes all the way
+            depths[token] += goes_on
+            active += goes_on
+        active_tokens[layer] = active
     next_row = np.zeros(n_layers + 1, dtype=np.int32)
-    for token in range(len(scores)):
-        depth = 0
-        while depth < n_layers and not scores[token] <= thresholds[depth]:  # NaN goes all the way
-            depth += 1
-        depths[token] = depth
-        if depth:
-            next_row[depth - 1] += 1
-    for depth in range(n_layers - 1, -1, -1):
-        next_row[depth] += next_row[depth + 1]
-        active_tokens[depth] = next_row[depth]
+    next_row[:n_layers] = active_tokens
     is_sorted = True
     for token in range(len(scores)):
         row = next_row[depths[token]]
@@ -219,11 +218,14 @@ def lay_out(
         first, count = i * n_heads * width, counts[i]
         own = rows[start : start + count]
         start += count
-        for head in range(n_heads):  # in int32 and from 0 in each array, or loops become no vectors
+        first_head = gather_index[first:][:width]
+        for k in range(count):  # in int32 and from 0 in each array, or loops become no vectors
+            first_head[k] = own[k] * heads
+        first_head[count:] = 0
+        for head in range(1, n_heads):
             gather = gather_index[first + head * width :][:width]
-            for k in range(count):
-                gather[k] = own[k] * heads + np.int32(head)
-            gather[count:] = head
+            for k in range(width):
+                gather[k] = first_head[k] + np.int32(head)
         if len(key_bias):
             for head in range(n_heads):
                 bias = key_bias[first + head * width :][:width]
@@ -269,7 +271,7 @@ def run_loop(
     output: Float32,
     scores: Float32,
     depths: Int32,
-    active_tokens: Int32,
+    usage: Int32,
     times: Float64,
     limit_ns: int,
 ) -> int:
@@ -291,7 +293,7 @@ def run_loop(
         output: out, ``[rows, width]``.
         scores: out, ``[n_tokens]``.
         depths: out, ``[n_tokens]``.
-        active_tokens: out, ``[n_layers]``.
+        usage: out, ``[2 * n_layers + 1]``, tokens of each depth, then active ones of each layer.
         times: out, ``[n_layers + 4]``, zeros, milliseconds; see ``ENTRY``.
         limit_ns: nanoseconds after which no further stage is run; negative: there is no limit.
 
@@ -317,7 +319,6 @@ def run_loop(
     order, row_of, positions, zeros = space[:n], space[n:], space[2 * n :], space[3 * n :][:n]
     scatter, space = space[4 * n :], space[(4 + n_heads) * n :]
     deepest, firsts, lengths, free = space, space[batch:], space[2 * batch :], space[3 * batch :]
-    deepest[:batch] = 0
     zeros[:] = 0
     for sequence in range(batch):
         start = cu_seqlens[sequence]
@@ -342,10 +343,12 @@ def run_loop(
         return status
     lap(clock, watch, times, ENTRY)
 
+    active_tokens = usage[n_layers + 1 :]
     is_sorted = sort_rows(scores, thresholds, depths, order, row_of, active_tokens)
+    usage[0], usage[1 : n_layers + 1] = n, active_tokens
+    usage[:n_layers] -= active_tokens
     for sequence in range(batch):
-        for token in range(cu_seqlens[sequence], cu_seqlens[sequence + 1]):
-            deepest[sequence] = max(deepest[sequence], depths[token])
+        deepest[sequence] = depths[cu_seqlens[sequence] : cu_seqlens[sequence + 1]].max()
     lap(clock, watch, times, ROUTE)
     if not is_sorted:
         take_rows(copy, current, order[:n], other, row_bytes)

@@ -137,7 +137,7 @@ class CompiledLoop:
         token_type_ids = input_ids[:0] if kinds is None else kinds.copy()
         scores = np.empty(n_tokens, dtype=np.float32)
         depths = np.empty(n_tokens, dtype=np.int32)
-        active_tokens = np.empty(n_layers, dtype=np.int32)
+        usage = np.empty(2 * n_layers + 1, dtype=np.int32)
         times = np.zeros(FIRST_STAGE + n_layers)
         rows = batch_size if config.head.per_sequence else n_tokens
         output = np.empty((rows, config.output_width), dtype=np.float32)
@@ -156,7 +156,7 @@ class CompiledLoop:
                 output,
                 scores,
                 depths,
-                active_tokens,
+                usage,
                 times,
                 -1 if check is None else check.left_ns(),
             )
@@ -165,15 +165,18 @@ class CompiledLoop:
             self._library.check(status)
         finally:
             buffers.give_back(lent)
-        active, ms = active_tokens.tolist(), times.tolist()
-        n_run = n_layers - active.count(0)
+        counts, ms = usage.tolist(), times.tolist()
+        active_tokens = tuple(counts[n_layers + 1 :])
+        n_run = n_layers - active_tokens.count(0)
         return RunResult(
             output=output,
             depths=depths,
             scores=scores,
             input_ids=input_ids,
             cu_seqlens=cu_seqlens,
-            layer_usage=LayerUsage.from_active(n_tokens, active),
+            layer_usage=LayerUsage(
+                depth_histogram=tuple(counts[: n_layers + 1]), active_tokens=active_tokens
+            ),
             timings=Timings(
                 total_ms=(perf_counter() - begin) * 1e3,
                 entry_ms=ms[ENTRY],
