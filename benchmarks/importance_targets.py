@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdt_deploy.bench.environment import environment
+from sdt_deploy.choices import Importance, Levels
 from sdt_deploy.config import Context
 from sdt_deploy.evaluation.agreement import Agreement, agreement
 from sdt_deploy.files import write_file
@@ -35,7 +36,7 @@ from sdt_deploy.model.conversion import (
     rebuilt,
     with_probe,
 )
-from sdt_deploy.model.probe import Importance, Levels, padded_batches
+from sdt_deploy.model.probe import padded_batches
 from sdt_deploy.model.transformer import DenseTransformer
 from sdt_deploy.tokenization import TextTokenizer, read_lines
 

@@ -18,13 +18,14 @@ from sdt_deploy.bench.memory import device_peak_bytes, peak_bytes
 from sdt_deploy.bench.parts import median_parts
 from sdt_deploy.bench.timing import interleave, wall_ms
 from sdt_deploy.bundle import Bundle
+from sdt_deploy.choices import PathName
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.costs import dense_flops
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.dispatch import needed_flops
 from sdt_deploy.runtime.padded import padded_arrays
-from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
+from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import select
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from sdt_deploy.choices import BackendChoice, PathChoice
+from sdt_deploy.choices import PathChoice
 from sdt_deploy.commands.inputs import read_inputs
 from sdt_deploy.commands.options import (
     BackendOption,
@@ -74,7 +74,7 @@ def inspect(
 
 def verify(
     bundle: BundleArgument,
-    backend: BackendOption = BackendChoice.onnxruntime_cpu,
+    backend: BackendOption = "onnxruntime-cpu",
     n_threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -91,7 +91,7 @@ def verify(
     from sdt_deploy.runtime.verification import verify_bundle
 
     opened = Bundle.open(bundle)
-    with Session.open(opened, backend=backend.value, n_threads=n_threads) as session:
+    with Session.open(opened, backend=backend, n_threads=n_threads) as session:
         checks = verify_bundle(opened, session)
     if as_json:
         print_json({"n_files": len(opened.manifest.files), "checks": checks})
@@ -112,12 +112,12 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Save as .npz: output, depths, input_ids, cu_seqlens.")
     ] = None,
-    path: Annotated[PathChoice, typer.Option(help="Path to take.")] = PathChoice.auto,
+    path: Annotated[PathChoice, typer.Option(help="Path to take.")] = "auto",
     truncate: Truncate = False,
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Print every token in the colour of its depth.")
     ] = False,
-    backend: BackendOption = BackendChoice.onnxruntime_cpu,
+    backend: BackendOption = "onnxruntime-cpu",
     n_threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -137,10 +137,10 @@ def run(
     inputs = read_inputs(text, texts, ids)
     if out is not None:
         check_writable(out)
-    with Session.open(bundle, backend=backend.value, n_threads=n_threads) as session:
+    with Session.open(bundle, backend=backend, n_threads=n_threads) as session:
         result = session.run(
             inputs,
-            path=path.value,
+            path=path,
             overflow="truncate" if truncate else "error",
         )
         if show_depth and not as_json:
@@ -186,7 +186,7 @@ def bench(
         Path | None, typer.Option(help="Bundle of the same model, cut otherwise, to time as well.")
     ] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory in processes.")] = True,
-    backend: BackendOption = BackendChoice.onnxruntime_cpu,
+    backend: BackendOption = "onnxruntime-cpu",
     n_threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -212,7 +212,7 @@ def bench(
         budget_s=budget,
         beside=beside,
         with_memory=memory,
-        backend=backend.value,
+        backend=backend,
         n_threads=n_threads,
     )
     clean_up_on_sigterm()

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sdt_deploy.choices import EngineLayoutChoice, TargetChoice
 from sdt_deploy.commands.options import BundleArgument, Json, Quiet
+from sdt_deploy.config import EngineFlavour, EngineLayout
 from sdt_deploy.console import (
     clean_up_on_sigterm,
     console,
@@ -22,7 +22,7 @@ from sdt_deploy.console import (
 def build_engine(
     bundle: BundleArgument,
     target: Annotated[
-        TargetChoice,
+        EngineFlavour,
         typer.Option(help="tensorrt: on the GPU that will run them. tensorrt-rtx: anywhere."),
     ],
     compute_capability: Annotated[
@@ -43,12 +43,12 @@ def build_engine(
         Path | None, typer.Option(help="Recorded sequence lengths, one a line, to plan for.")
     ] = None,
     attention: Annotated[
-        EngineLayoutChoice,
+        EngineLayout,
         typer.Option(
             help="packed: without padding, in bundles with fused attention (TensorRT 11.1; "
             "untested)."
         ),
-    ] = EngineLayoutChoice.padded,
+    ] = "padded",
     workspace_mb: Annotated[
         int | None, typer.Option(min=1, help="Bound on the scratch memory of each engine.")
     ] = None,
@@ -90,7 +90,7 @@ def build_engine(
     from sdt_deploy.extras import require
 
     clean_up_on_sigterm()
-    require("polygraphy", extra=target.value, purpose="Building engines")
+    require("polygraphy", extra=target, purpose="Building engines")
     from sdt_deploy.exporters.engine_cache import EngineCache, default_cache
     from sdt_deploy.exporters.tensorrt import build_engines
 
@@ -100,9 +100,9 @@ def build_engine(
         raise ConfigError("--compare runs the bundle's engines; leave it or --keep-bundle out")
     opened = Bundle.open(bundle)
     config = BuildConfig(
-        flavour=target.value,
+        flavour=target,
         compute_capabilities=tuple(compute_capability or ()),
-        attention=attention.value,
+        attention=attention,
         workspace_mb=workspace_mb,
         graphs=tuple(graph or ()),
         lengths=lengths,
@@ -124,7 +124,7 @@ def build_engine(
             keep_bundle=keep_bundle,
             progress=advance,
         )
-    errors = _compare(bundle, target.value, tuple(report.sources)) if compare else {}
+    errors = _compare(bundle, target, tuple(report.sources)) if compare else {}
     if as_json:
         found = {"engines": report.engines, "sources": report.sources, "hint": report.hint}
         print_json({**found, "max_abs_error": errors})

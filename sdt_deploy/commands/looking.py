@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from sdt_deploy.choices import BackendChoice, ProfiledPathChoice
+from sdt_deploy.choices import PathName
 from sdt_deploy.commands.inputs import read_inputs
 from sdt_deploy.commands.options import (
     BackendOption,
@@ -44,7 +44,7 @@ def explain(
         typer.Option(help="Native directory for the attention; default: the bundle's own weights."),
     ] = None,
     truncate: Truncate = False,
-    backend: BackendOption = BackendChoice.onnxruntime_cpu,
+    backend: BackendOption = "onnxruntime-cpu",
     n_threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -73,7 +73,7 @@ def explain(
     opened = Bundle.open(bundle)
     config = opened.manifest.model
     weights = _weights(opened, model) if html is not None else None
-    with Session.open(opened, backend=backend.value, n_threads=n_threads) as session:
+    with Session.open(opened, backend=backend, n_threads=n_threads) as session:
         found = explained(session, inputs, truncate=truncate)
     if html is not None:
         from sdt_deploy.explain.html import explanation_page
@@ -113,15 +113,13 @@ def profile(
     text: Texts = None,
     texts: TextFile = None,
     ids: Ids = None,
-    path: Annotated[ProfiledPathChoice, typer.Option(help="Path to take.")] = (
-        ProfiledPathChoice.sparse
-    ),
+    path: Annotated[PathName, typer.Option(help="Path to take.")] = "sparse",
     trace: Annotated[
         Path | None, typer.Option(help="Write a trace for ui.perfetto.dev or chrome://tracing.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Operators to list.")] = 12,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing.")] = 2.0,
-    backend: BackendOption = BackendChoice.onnxruntime_cpu,
+    backend: BackendOption = "onnxruntime-cpu",
     n_threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -154,8 +152,8 @@ def profile(
     found = measure(
         opened,
         profiled_batch(opened, case, given),
-        path=path.value,
-        backend=backend.value,
+        path=path,
+        backend=backend,
         n_threads=n_threads,
         budget_s=budget,
     )

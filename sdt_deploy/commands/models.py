@@ -9,18 +9,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sdt_deploy.choices import (
-    AttentionChoice,
-    ContextChoice,
-    HeadChoice,
-    ImportanceChoice,
-    LevelsChoice,
-    PrecisionChoice,
-    QuantizationChoice,
-    RoutingChoice,
-    SelectionChoice,
-)
+from sdt_deploy.choices import Importance, Levels, ProbeRouting
 from sdt_deploy.commands.options import Json, Overwrite, Quiet
+from sdt_deploy.config import Attention, Context, Precision, Quantization, Selection
+from sdt_deploy.config_parts import HeadKind
 from sdt_deploy.console import (
     clean_up_on_sigterm,
     console,
@@ -32,10 +24,10 @@ from sdt_deploy.console import (
 from sdt_deploy.errors import InputError
 
 CHECKED_WITH = {
-    PrecisionChoice.float32: "ONNX Runtime",
-    PrecisionChoice.float16: "ONNX Runtime and the reference evaluator of onnx; for GPUs: a CPU "
+    "float32": "ONNX Runtime",
+    "float16": "ONNX Runtime and the reference evaluator of onnx; for GPUs: a CPU "
     "computes float16 in float32, through casts",
-    PrecisionChoice.bfloat16: "the reference evaluator of onnx; for GPUs: no CPU backend runs it",
+    "bfloat16": "the reference evaluator of onnx; for GPUs: no CPU backend runs it",
 }
 
 
@@ -50,26 +42,24 @@ def convert(
     target_depth: Annotated[
         float | None, typer.Option(help="Mean layers per token; default: 60 % of the layers.")
     ] = None,
-    levels: Annotated[
-        LevelsChoice | None, typer.Option(help="Depths to use; default: graded.")
-    ] = None,
+    levels: Annotated[Levels | None, typer.Option(help="Depths to use; default: graded.")] = None,
     importance: Annotated[
-        ImportanceChoice | None,
+        Importance | None,
         typer.Option(help="What the probe is fitted to; default: attention."),
     ] = None,
     selection: Annotated[
-        SelectionChoice | None,
+        Selection | None,
         typer.Option(help="capacity: each layer takes a fixed share of each text's tokens."),
     ] = None,
     routing: Annotated[
-        RoutingChoice | None,
+        ProbeRouting | None,
         typer.Option(help="exit, skip: a probe for each layer; a token leaves, or sits one out."),
     ] = None,
     context: Annotated[
-        ContextChoice | None, typer.Option(help="What active tokens see; default: as in SOURCE.")
+        Context | None, typer.Option(help="What active tokens see; default: as in SOURCE.")
     ] = None,
     head: Annotated[
-        HeadChoice | None, typer.Option(help="Output of a Hugging Face model; default: its own.")
+        HeadKind | None, typer.Option(help="Output of a Hugging Face model; default: its own.")
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter file to merge; brings its own probe.")
@@ -101,11 +91,11 @@ def convert(
         fit = ProbeFit(
             texts=lines,
             target_depth=target_depth,
-            levels=(levels or LevelsChoice.graded).value,
-            importance=(importance or ImportanceChoice.attention).value,
-            selection=(selection or SelectionChoice.threshold).value,
-            routing="once" if routing in (None, RoutingChoice.once) else "per_layer",
-            leaving="skip" if routing is RoutingChoice.skip else "exit",
+            levels=levels or "graded",
+            importance=importance or "attention",
+            selection=selection or "threshold",
+            routing="once" if routing in (None, "once") else "per_layer",
+            leaving="skip" if routing == "skip" else "exit",
         )
     elif any(x is not None for x in (target_depth, levels, importance, selection, routing)):
         raise InputError(
@@ -119,8 +109,8 @@ def convert(
             adapter=adapter,
             sample_texts=lines if adapter is not None else None,
             fit=fit,
-            context=context.value if context else None,
-            head=head.value if head else None,
+            context=context,
+            head=head,
             overwrite=overwrite,
             progress=lambda n_tokens: advance(f"fit the probe ({n_tokens} tokens)", 0, 0),
         )
@@ -166,17 +156,17 @@ def export(
         str | None, typer.Option(help="BATCHxSEQ that --stages auto plans for; default: 8x128.")
     ] = None,
     quantize: Annotated[
-        QuantizationChoice,
+        Quantization,
         typer.Option(help="int8: faster on CPUs, outputs depend a little on the batch."),
-    ] = QuantizationChoice.none,
+    ] = "none",
     precision: Annotated[
-        PrecisionChoice,
+        Precision,
         typer.Option(help="Type of products and states; float16 and bfloat16 are for GPUs."),
-    ] = PrecisionChoice.float32,
+    ] = "float32",
     attention: Annotated[
-        AttentionChoice,
+        Attention,
         typer.Option(help="fused: the form for GPUs, where onnxruntime-cuda captures it."),
-    ] = AttentionChoice.decomposed,
+    ] = "decomposed",
     single_file: Annotated[
         bool | None,
         typer.Option(
@@ -220,9 +210,9 @@ def export(
     config = ExportConfig(
         layers_per_stage=layers_per_stage,
         stages=() if planned or stages is None else parse_stages(stages),
-        precision=precision.value,
-        quantization=quantize.value,
-        attention=attention.value,
+        precision=precision,
+        quantization=quantize,
+        attention=attention,
     )
     with progress_bar("export") as advance:
         if planned:

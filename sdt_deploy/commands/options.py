@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdt_deploy.choices import BackendChoice
+from sdt_deploy.choices import BackendName
 from sdt_deploy.console import be_quiet
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")]
@@ -15,7 +15,7 @@ Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Threads; default: all usable cores.")
 ]
 BackendOption = Annotated[
-    BackendChoice, typer.Option(help="What runs the graphs; see sdt-deploy doctor.")
+    BackendName, typer.Option(help="What runs the graphs; see sdt-deploy doctor.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[

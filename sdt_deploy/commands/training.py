@@ -8,13 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sdt_deploy.choices import (
-    BaselineChoice,
-    CurriculumChoice,
-    DeviceChoice,
-    LevelsChoice,
-    ProbeTrainingChoice,
-)
+from sdt_deploy.choices import Baseline, Curriculum, Device, Levels, ProbeTraining
 from sdt_deploy.commands.options import Json, Overwrite, Quiet
 from sdt_deploy.console import clean_up_on_sigterm, console, print_json, progress_bar
 from sdt_deploy.errors import InputError
@@ -106,13 +100,11 @@ def distill(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 32,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens; longer texts are cut.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 3e-4,
-    probe: Annotated[
-        ProbeTrainingChoice, typer.Option(help="How the probe is trained.")
-    ] = ProbeTrainingChoice.fixed,
-    levels: Annotated[LevelsChoice, typer.Option(help="Depths to use.")] = LevelsChoice.two_level,
+    probe: Annotated[ProbeTraining, typer.Option(help="How the probe is trained.")] = "fixed",
+    levels: Annotated[Levels, typer.Option(help="Depths to use.")] = "two-level",
     curriculum: Annotated[
-        CurriculumChoice, typer.Option(help="How the depth falls to the target.")
-    ] = CurriculumChoice.cosine,
+        Curriculum, typer.Option(help="How the depth falls to the target.")
+    ] = "cosine",
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="Train adapters of this rank; default: all weights.")
     ] = None,
@@ -123,7 +115,7 @@ def distill(
         Path | None, typer.Option(help="Go on from this adapter file, its probe included.")
     ] = None,
     baseline: Annotated[
-        BaselineChoice | None,
+        Baseline | None,
         typer.Option(
             help="Train something to compare with: the first TARGET_DEPTH layers for every token, "
             "or a random probe."
@@ -134,7 +126,7 @@ def distill(
         typer.Option("--set", help="NAME=VALUE, any other setting, loss.neighbours=1.0 for one."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of order and adapters.")] = 0,
-    device: Annotated[DeviceChoice, typer.Option(help="Where to train.")] = DeviceChoice.cpu,
+    device: Annotated[Device, typer.Option(help="Where to train.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
     cache_mb: Annotated[
@@ -167,14 +159,14 @@ def distill(
         batch_size=batch_size,
         max_length=max_length,
         learning_rate=learning_rate,
-        probe=probe.value,
-        levels=levels.value,
-        curriculum=curriculum.value,
+        probe=probe,
+        levels=levels,
+        curriculum=curriculum,
         lora_rank=lora_rank,
         seed=seed,
     ).with_settings(settings or [])
     options = JobOptions(
-        device=device.value,
+        device=device,
         resume=resume,
         save_every=save_every,
         cache_mb=cache_mb,
@@ -190,7 +182,7 @@ def distill(
             config,
             options,
             start=start,
-            baseline=baseline.value if baseline else None,
+            baseline=baseline,
             progress=advance,
         )
     if as_json:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sdt_deploy.bundle_files import MANIFEST
+from sdt_deploy.choices import Importance, Levels
 from sdt_deploy.config import Context, Leaving, Routing, Selection
 from sdt_deploy.costs import thresholds_for_depth
 from sdt_deploy.errors import CheckpointError, ConfigError, InputError
@@ -22,8 +23,6 @@ from sdt_deploy.model.huggingface import load_huggingface
 from sdt_deploy.model.layer_probes import with_layer_probes
 from sdt_deploy.model.original import load_original
 from sdt_deploy.model.probe import (
-    Importance,
-    Levels,
     capacity_thresholds,
     check_depth,
     depth_histogram,

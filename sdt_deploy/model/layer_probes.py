@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdt_deploy.choices import Importance
 from sdt_deploy.config import Leaving
 from sdt_deploy.model.checkpoints import TokenSample
 from sdt_deploy.model.probe import (
     Float64,
-    Importance,
     fit_probe,
     padded_batches,
     token_features,

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sdt_deploy.choices import Importance, Levels
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.model.blocks import TransformerLayer
 from sdt_deploy.model.checkpoints import TokenSample
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
-Importance = Literal["stability", "change", "attention", "rarity", "random"]
-Levels = Literal["graded", "two-level"]
 Float64 = npt.NDArray[np.float64]
 
 RIDGE = 1e-2

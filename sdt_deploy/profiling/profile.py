@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from sdt_deploy.bundle import Bundle
+from sdt_deploy.choices import PathName
 from sdt_deploy.errors import BackendError
 from sdt_deploy.profiling.device import DeviceTimer
 from sdt_deploy.profiling.recorder import RecordingBackend, Span
@@ -20,7 +21,7 @@ from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends import default_padded_tokens, open_backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.batch import TokenBatch
-from sdt_deploy.runtime.result import PathName, RunResult
+from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.session import Session
 from sdt_deploy.runtime.splitting import PartLimits
 

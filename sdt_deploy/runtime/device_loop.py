@@ -26,6 +26,7 @@ from typing import Any
 
 from sdt_deploy.buckets import longest_sequence
 from sdt_deploy.bundle import PROJECT, Bundle
+from sdt_deploy.choices import PathName
 from sdt_deploy.errors import BackendError, RunCancelledError
 from sdt_deploy.runtime.backend import Backend
 from sdt_deploy.runtime.backends.device import DeviceMemory
@@ -42,7 +43,7 @@ from sdt_deploy.runtime.ladders import (
     likely_buckets,
     stage_bucket,
 )
-from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
+from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import depths_from_scores
 from sdt_deploy.runtime.stopping import StopCheck
 

@@ -7,11 +7,12 @@ from time import perf_counter
 
 import numpy as np
 
+from sdt_deploy.choices import PathName
 from sdt_deploy.config import ModelConfig
 from sdt_deploy.runtime.backend import Array, Graph
 from sdt_deploy.runtime.batch import TokenBatch
 from sdt_deploy.runtime.layer_routing import taken_by_layer
-from sdt_deploy.runtime.result import LayerUsage, PathName, RunResult, Timings
+from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import depths_of, float32_thresholds
 
 

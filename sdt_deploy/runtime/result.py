@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import sub
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from sdt_deploy.choices import PathName
 from sdt_deploy.runtime.routing import Int32
-
-PathName = Literal["sparse", "single", "masked", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn, Self, get_args
+from typing import NoReturn, Self, get_args
 
 import numpy.typing as npt
 
 from sdt_deploy.bundle import Bundle, Manifest
+from sdt_deploy.choices import PathChoice, PathName
 from sdt_deploy.config import compared, shown
 from sdt_deploy.costs import active_shares
 from sdt_deploy.errors import BackendError, InputError
@@ -28,7 +29,7 @@ from sdt_deploy.runtime.device_loop import DeviceLoop, device_loop
 from sdt_deploy.runtime.device_routing import check_routing
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
 from sdt_deploy.runtime.padded import run_padded
-from sdt_deploy.runtime.result import PathName, RunResult
+from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.sparse import PythonLoop
 from sdt_deploy.runtime.splitting import PartLimits, merge, select, split_batch
 from sdt_deploy.runtime.statistics import MAX_DEPTH_DRIFT, DepthMonitor, SessionStatistics
@@ -36,7 +37,6 @@ from sdt_deploy.runtime.stopping import StopCheck, stop_check
 from sdt_deploy.runtime.windows import join_windows
 from sdt_deploy.tokenization import Overflow, TextTokenizer
 
-PathChoice = Literal["auto", "sparse", "single", "masked", "dense"]
 PATHS = get_args(PathChoice)
 
 

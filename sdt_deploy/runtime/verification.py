@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from sdt_deploy.arrays import read_npz
 from sdt_deploy.bundle import REFERENCE, Bundle
+from sdt_deploy.choices import PathName
 from sdt_deploy.config import INT8_TOLERANCE, TOLERANCES
 from sdt_deploy.errors import BundleFormatError, VerificationError
-from sdt_deploy.runtime.result import PathName, RunResult
+from sdt_deploy.runtime.result import RunResult
 from sdt_deploy.runtime.session import Session
 
 _KINDS = {

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdt_deploy.choices import Levels
 from sdt_deploy.model.checkpoints import Checkpoint, TokenSample
 from sdt_deploy.model.conversion import rebuilt
 from sdt_deploy.model.probe import (
-    Levels,
     padded_batches,
     place_means,
     quantiles,

@@ -7,15 +7,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from sdt_deploy.choices import Curriculum, Levels, ProbeTraining
 from sdt_deploy.config import MAX_SIZE, is_integer, shown
 from sdt_deploy.errors import ConfigError
-from sdt_deploy.model.probe import Levels
 from sdt_deploy.training.losses import LossWeights
-from sdt_deploy.training.schedule import Curriculum
-
-ProbeTraining = Literal["straight-through", "annealed", "fixed"]
 
 
 @dataclass(frozen=True, kw_only=True)

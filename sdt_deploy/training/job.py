@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sdt_deploy.choices import Baseline
 from sdt_deploy.errors import ConfigError, InputError, OutputError
 from sdt_deploy.files import check_replaceable, check_writable
 from sdt_deploy.model import checkpoints
@@ -30,7 +31,7 @@ from sdt_deploy.training.state import (
     run_key,
     save_state,
 )
-from sdt_deploy.training.students import Baseline, begin
+from sdt_deploy.training.students import begin
 
 CALIBRATION_EVERY = 10
 """Every tenth text is not trained on: thresholds are set on it."""

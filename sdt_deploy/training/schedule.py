@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sdt_deploy.model.probe import Levels, check_depth, depth_shares
-
-Curriculum = Literal["linear", "cosine", "steps"]
+from sdt_deploy.choices import Curriculum, Levels
+from sdt_deploy.model.probe import check_depth, depth_shares
 
 
 def depth_at(

@@ -7,18 +7,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
+from sdt_deploy.choices import Baseline
 from sdt_deploy.errors import ConfigError
 from sdt_deploy.model.adapters import merged, read_adapter
 from sdt_deploy.model.checkpoints import Checkpoint
 from sdt_deploy.model.conversion import ProbeFit, with_probe
 from sdt_deploy.model.transformer import SparseDepthTransformer
 from sdt_deploy.training.config import DistillConfig
-
-Baseline = Literal["truncated", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ import pytest
 
 from sdt_deploy import trt
 from sdt_deploy.buckets import BatchLimits
+from sdt_deploy.choices import PathName
 from sdt_deploy.errors import BackendError
 from sdt_deploy.runtime.backends import tensorrt as backend_module
 from sdt_deploy.runtime.backends.device import DeviceMemory
 from sdt_deploy.runtime.backends.tensorrt import TensorRtBackend
-from sdt_deploy.runtime.result import PathName
 from sdt_deploy.runtime.session import Session
 from tests.runtime.fake_tensorrt import FakeLibrary
 from tests.runtime.test_tensorrt import HOPPER, VERSIONS, with_engines

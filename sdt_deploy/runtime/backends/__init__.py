@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from sdt_deploy.bundle import Bundle
+from sdt_deploy.choices import BackendName
 from sdt_deploy.cores import usable_cores
 from sdt_deploy.errors import BackendError
 from sdt_deploy.extras import require
@@ -10,14 +13,7 @@ from sdt_deploy.ort import pool_threads
 from sdt_deploy.ort_library import library_threads
 from sdt_deploy.runtime.backend import Backend
 
-BACKENDS = (
-    "onnxruntime-cpu",
-    "onnxruntime-compiled",
-    "onnxruntime-cuda",
-    "tensorrt",
-    "tensorrt-rtx",
-    "torch",
-)
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 ON_CPU = ("onnxruntime-cpu", "onnxruntime-compiled")
 
 
