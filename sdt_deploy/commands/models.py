@@ -45,7 +45,10 @@ def convert(
     levels: Annotated[Levels | None, typer.Option(help="Depths to use; default: graded.")] = None,
     importance: Annotated[
         Importance | None,
-        typer.Option(help="What the probe is fitted to; default: attention."),
+        typer.Option(
+            help="What the probe is fitted to: the attention a token receives (default), how "
+            "little (stability) or much (change) its state changes, its rarity, or random numbers."
+        ),
     ] = None,
     selection: Annotated[
         Selection | None,

@@ -100,7 +100,13 @@ def distill(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 32,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens; longer texts are cut.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 3e-4,
-    probe: Annotated[ProbeTraining, typer.Option(help="How the probe is trained.")] = "fixed",
+    probe: Annotated[
+        ProbeTraining,
+        typer.Option(
+            help="fixed: as it was fitted. straight-through, annealed: trained through gates that "
+            "are hard, or become so."
+        ),
+    ] = "fixed",
     levels: Annotated[Levels, typer.Option(help="Depths to use.")] = "two-level",
     curriculum: Annotated[
         Curriculum, typer.Option(help="How the depth falls to the target.")
@@ -123,7 +129,10 @@ def distill(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="NAME=VALUE, any other setting, loss.neighbours=1.0 for one."),
+        typer.Option(
+            "--set",
+            help="NAME=VALUE, a field of DistillConfig, or loss.NAME=VALUE, of LossWeights.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of order and adapters.")] = 0,
     device: Annotated[Device, typer.Option(help="Where to train.")] = "cpu",

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from sdt_deploy.checks import plain
 from sdt_deploy.combinations import can_generate
-from sdt_deploy.config import ModelConfig, compared, is_integer, is_number, shown
+from sdt_deploy.config import MAX_SIZE, ModelConfig, compared, is_integer, is_number, shown
 from sdt_deploy.errors import InputError
 from sdt_deploy.runtime.caches import CacheUsage, IntArray, LayerCache, NewTokens, QueryLayout
 from sdt_deploy.runtime.inputs import chosen_thresholds, read_batch, read_thresholds
@@ -332,11 +332,11 @@ class Sampling:
         if not is_number(self.temperature) or self.temperature < 0:
             raise InputError(f"temperature must be 0 or more, not {shown(self.temperature)}")
         if self.top_k is not None and not is_integer(self.top_k, 1):
-            raise InputError(f"top_k must be a positive integer or None, not {shown(self.top_k)}")
+            raise InputError(f"top_k must be in 1..{MAX_SIZE} or None, not {shown(self.top_k)}")
         if self.top_k is not None and self.temperature == 0:
             raise InputError("top_k is for draws: give a temperature above 0 as well")
         if not is_integer(self.seed, 0):
-            raise InputError(f"seed must be a non-negative integer, not {shown(self.seed)}")
+            raise InputError(f"seed must be in 0..{MAX_SIZE}, not {shown(self.seed)}")
 
     def choose(self, logits: Float32, generator: np.random.Generator) -> int:
         """Return a token for ``logits [vocab_size]``."""
@@ -371,11 +371,12 @@ def _check_length(max_new_tokens: object, longest: int, config: ModelConfig) -> 
     if not is_integer(max_new_tokens, 1):
         raise InputError(f"max_new_tokens must be a positive integer, not {shown(max_new_tokens)}")
     assert isinstance(max_new_tokens, int)
-    if longest + max_new_tokens > config.max_positions:
+    left = config.max_positions - longest
+    if max_new_tokens > left:
+        fewer = f", or take max_new_tokens={left} at most" if left > 0 else ""
         raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{config.max_positions} positions: shorten the prompt, or take max_new_tokens="
-            f"{config.max_positions - longest} at most"
+            f"{config.max_positions} positions: shorten the prompt{fewer}"
         )
 
 

@@ -34,8 +34,8 @@ class DistillConfig:
     gradient_clip: float = 1.0
     """Largest norm of the gradient."""
     probe: ProbeTraining = "fixed"
-    """``fixed``: the probe stays as it was fitted, which won so far; ``annealed``: a soft gate that
-    becomes hard."""
+    """``fixed``: the probe stays as it was fitted, which won so far; ``straight-through``: it
+    learns through hard gates; ``annealed``: through soft ones that become hard."""
     refit_at: float | None = None
     """``fixed``, two levels, a head per sequence: share of the run after which the probe is fitted
     anew, to what skipping a token costs the student as it is then; None: never."""

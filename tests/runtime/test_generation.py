@@ -341,14 +341,16 @@ def test_what_makes_no_sense(tmp_path: Path) -> None:
         ({"max_new_tokens": 29}, "take max_new_tokens=28 at most"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"temperature": float("nan")}, "temperature must be"),
-        ({"top_k": 0}, "top_k must be"),
-        ({"seed": -1}, "seed must be"),
+        ({"top_k": 0}, "top_k must be in 1.."),
+        ({"seed": -1}, "seed must be in 0.."),
         ({"eos_token_id": 47}, "a token below 47"),
         ({"eos_token_id": "a"}, "a token below 47"),
         ({"attention_mask": [1]}, "cu_seqlens with packed ids or attention_mask"),
     ):
         with pytest.raises(InputError, match=message):
             generate(session, PACKED, CU, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"shorten the prompt$"):
+        generate(session, np.zeros((1, GPT2.max_positions), dtype=int), max_new_tokens=1)
     with pytest.raises(ConfigError, match="one per layer"):
         generate(session, PACKED, CU, max_new_tokens=3, thresholds=(0.1,))
     with pytest.raises(InputError, match="no tokenizer"):
