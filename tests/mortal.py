@@ -111,10 +111,14 @@ def main(native: str) -> None:
     from sdt_deploy.model.checkpoints import load
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    traced = {
-        type(part.module): export.trace(part.module, opset=ExportConfig().opset)
+    modules = {
+        type(module): module
         for part in partition(load(Path(native)).model, ExportConfig())
+        for module in (part.module, part.layer)
+        if module is not None
     }
+    opset = ExportConfig().opset
+    traced = {kind: export.trace(module, opset=opset) for kind, module in modules.items()}
     export.trace = lambda module, *, opset: traced[type(module)]
     export.verify_graph = lambda *arguments: 0.0
     print("ready", flush=True)  # noqa: T201

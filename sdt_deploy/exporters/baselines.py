@@ -7,16 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sdt_deploy.exporters.layers import (
-    FusedLayer,
-    HeadLayout,
-    Mask,
-    PackedLayer,
-    Sight,
-    key_bias,
-    not_later,
-)
+from sdt_deploy.exporters.layers import FusedLayer, Mask, PackedLayer, key_bias
 from sdt_deploy.exporters.modules import GraphModule, PackedHead, float32, int32, scores_of
+from sdt_deploy.exporters.repeated import call_layer
 from sdt_deploy.model.blocks import standings
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
@@ -37,8 +30,6 @@ class _PaddedGraph(GraphModule):
         self.head = head
         config = model.config
         self.n_heads = config.n_heads
-        self.causal = config.causal
-        self.rotary = config.rotary is not None
         names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.n_token_types > 0)
         self.inputs = tuple(int32(name, "batch", "seq") for name in names)
         axes = ("batch",) if config.head.per_sequence else ("batch", "seq")
@@ -69,18 +60,12 @@ class _PaddedGraph(GraphModule):
         everywhere = visible | ~visible
         return Mask(visible[:, None, None, :] & everywhere[:, None, :, None])
 
-    def through(self, layer: nn.Module, states: Tensor, see: Tensor | Mask) -> Tensor:
-        """Apply one layer to all rows of a padded batch, as :meth:`embed` returns them."""
-        if self.fused:
-            return layer(states, None, None, see)
-        assert isinstance(see, Tensor)
-        batch, seq = see.shape[0], see.shape[-2]
-        layout = HeadLayout(self.n_heads, batch=batch)
-        causal = not_later(seq) if self.causal else None
-        positions = None
-        if self.rotary:
-            positions = torch.arange(seq, dtype=torch.int32).expand(batch, seq).reshape(-1)
-        return layer(states, states, Sight(layout, layout, see, causal, positions, positions))
+    def through(self, number: int, states: Tensor, see: Tensor | Mask) -> Tensor:
+        """Apply a layer to all rows of a padded batch, as :meth:`embed` returns them."""
+        if isinstance(see, Mask):
+            updated: Tensor = self.layers[number](states, None, None, see)
+            return updated
+        return call_layer(number, states, see)
 
     def finish(self, states: Tensor, mask: Tensor) -> Tensor:
         if self.fused:
@@ -106,8 +91,8 @@ class DenseGraph(_PaddedGraph):
         mask = attention_mask > 0
         states = self.embed(input_ids, mask, token_type_ids).to(self.head.dtype)
         see = self.sight(mask, states.dtype)
-        for layer in self.layers:
-            states = self.through(layer, states, see)
+        for number in range(len(self.layers)):
+            states = self.through(number, states, see)
         return self.finish(states, mask)
 
 
@@ -145,7 +130,7 @@ class MaskedGraph(_PaddedGraph):
         if self.fused:  # all at once: on a GPU every operator costs a launch
             every = mask.unsqueeze(-1) & (scores.unsqueeze(-1) > thresholds)
             whole = every.split(1, dim=-1)
-        for i, layer in enumerate(self.layers):
+        for i in range(len(self.layers)):
             if self.per_layer:
                 if i:
                     scores = self.scorer(ids, states).reshape(found[0].shape)
@@ -159,7 +144,7 @@ class MaskedGraph(_PaddedGraph):
                 candidates = active
             if self.context == "active":
                 see = self.sight(active, states.dtype, scattered=True)
-            updated = self.through(layer, states, see)
+            updated = self.through(i, states, see)
             rows = active.unsqueeze(-1) if self.fused else active.reshape(-1, 1)
             states = torch.where(rows, updated, states)
         if self.per_layer:

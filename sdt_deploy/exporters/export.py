@@ -28,6 +28,7 @@ from sdt_deploy.exporters.baselines import MaskedGraph
 from sdt_deploy.exporters.onnx import WeightsWriter, graph_hash, parameters_of, save, trace
 from sdt_deploy.exporters.partition import GraphPart, partition
 from sdt_deploy.exporters.quantization import quantize
+from sdt_deploy.exporters.repeated import with_layers
 from sdt_deploy.exporters.single import single_graph
 from sdt_deploy.exporters.verify import assert_dynamic, verify_graph
 from sdt_deploy.files import new_directory
@@ -157,6 +158,10 @@ def _write_graphs(
                 )
             elif part.topology not in traced:
                 traced[part.topology] = trace(part.module, opset=config.opset)
+                if part.layer is not None:
+                    if "layer" not in traced:
+                        traced["layer"] = trace(part.layer, opset=config.opset)
+                    traced[part.topology] = with_layers(traced[part.topology], traced["layer"])
             proto, parameters = traced[part.topology], parameters_of(part.module)
             if to_quantize:
                 proto, parameters = quantize(proto, parameters)

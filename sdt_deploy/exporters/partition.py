@@ -43,6 +43,7 @@ from sdt_deploy.exporters.modules import (
     torch_dtype,
 )
 from sdt_deploy.exporters.pieces import piece_graphs
+from sdt_deploy.exporters.repeated import LayerGraph
 from sdt_deploy.model.blocks import Scorer
 from sdt_deploy.model.transformer import SparseDepthTransformer
 
@@ -294,6 +295,8 @@ class GraphPart:
     """Parts of equal topology differ in their weights only, and are traced once."""
     layers: tuple[int, int] | None = None
     """First layer and one past the last (stages only)."""
+    layer: GraphModule | None = None
+    """What ``module`` calls for each layer; traced by itself, once for all parts."""
 
     def spec(
         self, config: ExportConfig, *, graph_sha256: str, max_abs_error: float = 0.0
@@ -350,11 +353,12 @@ def partition(
         yield GraphPart(name=piece, module=cut, topology=piece)
     last = (FusedHeadGraph if fused else HeadGraph)(head, model.config, precision)
     yield GraphPart(name="head", module=last, topology="head")
+    layer = LayerGraph((fused or packed)[0], model.config.d_model, causal=model.config.causal)
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
-        yield GraphPart(name=name, module=baseline(model, fused or packed, head), topology=name)
+        whole = baseline(model, fused or packed, head)
+        yield GraphPart(name=name, module=whole, topology=name, layer=layer)
     if single_file:
-        whole = MaskedGraph(model, packed, head)
-        yield GraphPart(name="single", module=whole, topology="single")
+        yield GraphPart(name="single", module=MaskedGraph(model, packed, head), topology="single")
     if can_generate(model.config):
         for number, one in enumerate(packed):
             scored = model.config.routing == "per_layer" and number + 1 < len(packed)

@@ -16,6 +16,7 @@ from sdt_deploy.exporters import verify
 from sdt_deploy.exporters.modules import GraphModule
 from sdt_deploy.exporters.onnx import WeightsWriter, parameters_of, trace
 from sdt_deploy.exporters.partition import partition
+from sdt_deploy.exporters.repeated import LayerGraph, with_layers
 from tests.samples import random_model
 
 
@@ -67,6 +68,37 @@ def test_a_trace_does_not_depend_on_the_weights() -> None:
     part = next(p for p in partition(fresh, ExportConfig()) if p.name == "stage-00")
     names = {tensor.name for tensor in trace(part.module, opset=18).graph.initializer}
     assert parameters_of(part.module).keys() <= names
+
+
+def test_layers_of_a_whole_model_are_traced_once() -> None:
+    config = ModelConfig(vocab_size=9, d_model=8, n_heads=2, n_layers=3, d_ff=8, max_positions=9)
+    model = random_model(config, 0)
+    part = next(p for p in partition(model, ExportConfig()) if p.name == "dense")
+    assert part.layer is not None
+    called, layer = trace(part.module, opset=18), trace(part.layer, opset=18)
+    assert [node.op_type for node in called.graph.node].count("Layer") == 3
+    whole = with_layers(called, layer)
+    kinds = [node.op_type for node in whole.graph.node]
+    assert (kinds.count("Layer"), kinds.count("Softmax")) == (0, 3)
+    assert [one.domain for one in whole.opset_import] == [""]
+    names = [tensor.name for tensor in whole.graph.initializer]
+    assert len(names) == len(set(names))
+    assert parameters_of(part.module).keys() <= set(names)
+    assert kinds.count("Shape") == 3, "what depends on no layer is there once"
+
+
+def test_a_layer_that_makes_no_rows_is_refused() -> None:
+    class Twice(LayerGraph):
+        def forward(self, states: Tensor, seen: Tensor) -> Tensor:
+            return super().forward(states, seen) + super().forward(states * 2, seen)
+
+    config = ModelConfig(vocab_size=9, d_model=8, n_heads=2, n_layers=1, d_ff=8, max_positions=9)
+    part = next(p for p in partition(random_model(config, 0), ExportConfig()) if p.name == "dense")
+    assert isinstance(part.layer, LayerGraph)
+    called, layer = trace(part.module, opset=18), part.layer.layers[0]
+    twice = trace(Twice(layer, config.d_model, causal=False), opset=18)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="uses its padded states in Mul"):
+        with_layers(called, twice)
 
 
 def test_weights_that_do_not_fit_the_trace_are_refused() -> None:
