@@ -114,7 +114,7 @@ def main(native: str) -> None:
     modules = {
         type(module): module
         for part in partition(load(Path(native)).model, ExportConfig())
-        for module in (part.module, part.layer)
+        for module in (part.module, part.repeated)
         if module is not None
     }
     opset = ExportConfig().opset

@@ -158,9 +158,9 @@ def _write_graphs(
                 )
             elif part.topology not in traced:
                 traced[part.topology] = trace(part.module, opset=config.opset)
-                if part.layer is not None:
+                if part.repeated is not None:
                     if "layer" not in traced:
-                        traced["layer"] = trace(part.layer, opset=config.opset)
+                        traced["layer"] = trace(part.repeated, opset=config.opset)
                     traced[part.topology] = with_layers(traced[part.topology], traced["layer"])
             proto, parameters = traced[part.topology], parameters_of(part.module)
             if to_quantize:

@@ -295,8 +295,8 @@ class GraphPart:
     """Parts of equal topology differ in their weights only, and are traced once."""
     layers: tuple[int, int] | None = None
     """First layer and one past the last (stages only)."""
-    layer: GraphModule | None = None
-    """What ``module`` calls for each layer; traced by itself, once for all parts."""
+    repeated: GraphModule | None = None
+    """One layer, where ``module`` calls one for each; traced by itself, once for all parts."""
 
     def spec(
         self, config: ExportConfig, *, graph_sha256: str, max_abs_error: float = 0.0
@@ -356,7 +356,7 @@ def partition(
     layer = LayerGraph((fused or packed)[0], model.config.d_model, causal=model.config.causal)
     for name, baseline in (("dense", DenseGraph), ("masked", MaskedGraph)):
         whole = baseline(model, fused or packed, head)
-        yield GraphPart(name=name, module=whole, topology=name, layer=layer)
+        yield GraphPart(name=name, module=whole, topology=name, repeated=layer)
     if single_file:
         yield GraphPart(name="single", module=MaskedGraph(model, packed, head), topology="single")
     if can_generate(model.config):

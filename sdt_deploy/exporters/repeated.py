@@ -150,21 +150,26 @@ def _of_rows(
     """
     left, rows = [], []
     for node in nodes:
-        attributes = {one.name: one for one in node.attribute}
         if states not in node.input:
             left.append(node)
         elif node.op_type == "Reshape":
             rows.append(node.output[0])
-        elif node.op_type == "Shape" and attributes["end"].i - attributes["start"].i == 1:
-            size = _renamed(node, {states: seen, node.output[0]: node.output[0]})
-            for one in size.attribute:
-                one.i += attributes["start"].i
+        elif node.op_type == "Shape" and (axis := _axis(node)) in (0, 1):
+            at = 2 * axis
+            size = onnx.helper.make_node("Shape", [seen], node.output, start=at, end=at + 1)
             left.append(size)
         else:
             raise ExportError(f"a traced layer uses its padded states in {node.op_type}")
     if len(rows) != 1:
         raise ExportError(f"a traced layer makes rows of its states {len(rows)} times, not once")
     return left, str(rows[0])
+
+
+def _axis(shape: onnx.NodeProto) -> int | None:
+    """Return the axis whose size a Shape node gives; None: not that of one alone."""
+    ends = {one.name: one.i for one in shape.attribute}
+    start = ends.get("start", 0)
+    return start if ends.get("end") == start + 1 else None
 
 
 def _renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from sdt_deploy.runtime.ladders import bucket_seqlen, largest_batch
 from sdt_deploy.runtime.result import LayerUsage, RunResult, Timings
 from sdt_deploy.runtime.routing import Int32
 
+Element = TypeVar("Element", bound=np.generic)
 Groups = list[npt.NDArray[np.intp]]
 """Sequence numbers of each part."""
 
@@ -134,21 +136,15 @@ def merge(
     parts: Sequence[RunResult], groups: Groups, batch: TokenBatch, *, per_sequence: bool
 ) -> RunResult:
     """Put the results of the parts of ``batch`` together, in the order of ``batch``."""
-    first = parts[0]
+    first, scores, active = parts[0], None, None
     sequences = np.concatenate(groups)
     rows = rows_of(batch.cu_seqlens, sequences)
-    places = sequences if per_sequence else rows
-    output = np.empty((len(places), first.output.shape[1]), dtype=first.output.dtype)
-    output[places] = np.concatenate([part.output for part in parts])
-    depths = np.empty(batch.n_tokens, dtype=np.int32)
-    depths[rows] = np.concatenate([part.depths for part in parts])
-    scores, active = None, None
+    output = _joined([part.output for part in parts], sequences if per_sequence else rows)
+    depths = _joined([part.depths for part in parts], rows)
     if first.scores is not None:
-        scores = np.empty((batch.n_tokens, *first.scores.shape[1:]), dtype=np.float32)
-        scores[rows] = np.concatenate([part.scores for part in parts if part.scores is not None])
+        scores = _joined([part.scores for part in parts if part.scores is not None], rows)
     if first.active is not None:
-        active = np.empty((batch.n_tokens, first.active.shape[1]), dtype=bool)
-        active[rows] = np.concatenate([part.active for part in parts if part.active is not None])
+        active = _joined([part.active for part in parts if part.active is not None], rows)
     times = [part.timings for part in parts]
     return RunResult(
         output=output,
@@ -170,6 +166,18 @@ def merge(
         path=first.path,
         stage_rows=tuple(n_rows for part in parts for n_rows in part.stage_rows),
     )
+
+
+def _joined(
+    arrays: Sequence[npt.NDArray[Element]], places: npt.NDArray[np.intp]
+) -> npt.NDArray[Element]:
+    """Put rows that lie one after the other in ``arrays`` to ``places``."""
+    joined = np.empty((len(places), *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        joined[places[start : start + len(array)]] = array
+        start += len(array)
+    return joined
 
 
 def rows_of(cu_seqlens: Int32, sequences: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:

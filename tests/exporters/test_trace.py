@@ -74,8 +74,8 @@ def test_layers_of_a_whole_model_are_traced_once() -> None:
     config = ModelConfig(vocab_size=9, d_model=8, n_heads=2, n_layers=3, d_ff=8, max_positions=9)
     model = random_model(config, 0)
     part = next(p for p in partition(model, ExportConfig()) if p.name == "dense")
-    assert part.layer is not None
-    called, layer = trace(part.module, opset=18), trace(part.layer, opset=18)
+    assert part.repeated is not None
+    called, layer = trace(part.module, opset=18), trace(part.repeated, opset=18)
     assert [node.op_type for node in called.graph.node].count("Layer") == 3
     whole = with_layers(called, layer)
     kinds = [node.op_type for node in whole.graph.node]
@@ -94,8 +94,8 @@ def test_a_layer_that_makes_no_rows_is_refused() -> None:
 
     config = ModelConfig(vocab_size=9, d_model=8, n_heads=2, n_layers=1, d_ff=8, max_positions=9)
     part = next(p for p in partition(random_model(config, 0), ExportConfig()) if p.name == "dense")
-    assert isinstance(part.layer, LayerGraph)
-    called, layer = trace(part.module, opset=18), part.layer.layers[0]
+    assert isinstance(part.repeated, LayerGraph)
+    called, layer = trace(part.module, opset=18), part.repeated.layers[0]
     twice = trace(Twice(layer, config.d_model, causal=False), opset=18)  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="uses its padded states in Mul"):
         with_layers(called, twice)
