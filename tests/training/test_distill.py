@@ -267,7 +267,7 @@ def test_padded_batches_cut_long_texts() -> None:
         ({"target_depth": 4.1}, r"must lie in \(0, 4\]"),
         ({"target_depth": 0.0}, "target_depth must be in"),
         ({"n_steps": 0}, "n_steps must be"),
-        ({"probe": "free"}, "one of straight-through, annealed, fixed"),
+        ({"probe": "free"}, "one of fixed, straight-through, annealed"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"lora_rank": 17}, r"the rank must lie in 1..16"),
     ],
